@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.graph.weight_view import WeightView
@@ -27,7 +26,6 @@ from jaxprune.posttraining.pipeline.weight_store import WeightStore
 from jaxprune.posttraining.plan import Plan
 from jaxprune.posttraining.progress import ProgressLog
 from jaxprune.posttraining.refiner import Refiner
-from jaxprune.posttraining.solvers.quantization import Quantization
 
 
 class Pruner(SegmentJob):
@@ -83,7 +81,21 @@ class Pruner(SegmentJob):
         # Weights and rows of the segments that were pruned before.
         count = len(program.segments)
         self._restored = [log.read(_segment(i)) if log else None for i in range(count)]
-        self.done = {name for entry in self._restored if entry for name in entry[0]}
+        done = {name for entry in self._restored if entry for name in entry[0]}
+        # By weight, what a block that is refined is quantized by: a layer's at once.
+        self._moments: dict[str, InputStatistics] = {}
+        self._settles = self.by_block and chain.quantization is not None
+        self._settles = self._settles and "hessian" in observes
+        if self._settles and log:
+            # Of a block that is not done the statistics are needed once more.
+            done -= {
+                op.name
+                for block, layer in enumerate(program.layers)
+                if log.read(_block(block)) is None
+                for number in layer
+                for op in program.segments[number].linear_ops
+            }
+        self.done = done
 
     def is_done(self, numbers: range) -> bool:
         """Whether the log holds some segments, and nothing needs their statistics."""
@@ -105,6 +117,10 @@ class Pruner(SegmentJob):
                 self._replace(op.view, entry[0][op.name])
                 self._store.note_logged(op.view, _segment(number), op.name)
             self._restored[number] = None  # closes its file
+        if entry is not None and self._settles:
+            ops = self._finished_in(number)
+            names = [op.name for op in ops if op.name in inputs.statistics]
+            self._moments |= {name: inputs.statistics.pop(name) for name in names}
         for row in rows:
             if row.get("by_magnitude"):
                 self.shown.say(_unreached(row))
@@ -123,7 +139,7 @@ class Pruner(SegmentJob):
         refiner, layer = self._refiner, self._program.layers[block]
         if refiner is None:
             return
-        name, values = f"block_{block:05d}", refiner.values[block]
+        name, values = _block(block), refiner.values[block]
         quantized = self._quantized_in(block)
         views = {
             **{str(value.number): value.view for value in values},
@@ -145,6 +161,7 @@ class Pruner(SegmentJob):
         self.refined.append(row)
         for key in arrays:
             self._store.note_logged(views[key], name, key)
+        self._moments.clear()
         self.pipeline.activations = refiner.end()
         if layer.stop < len(self._program.segments):
             for number in layer[1:]:
@@ -170,8 +187,7 @@ class Pruner(SegmentJob):
             arrays[str(value.number)] = array
             self._replace(value.view, array, gives_up=value.is_pruned)
         for op in quantized:
-            levels = self._plan.chain.quantization
-            weight = _on_levels(self._read(op), levels)
+            weight = self._on_levels(op)
             arrays[f"levels of {op.name}"] = weight
             self._replace(op.view, weight)
         if quantized:
@@ -224,6 +240,8 @@ class Pruner(SegmentJob):
         if devices is not None:
             first = jax.tree.map(lambda x: x[0], devices.first(first, 1))
         moments = {op.name: inputs.statistics.pop(op.name) for op in ops}
+        if self._settles:
+            self._moments |= moments
         solved = solve_weight.solve_weights(self._plan, before, moments, devices)
         del moments
         seconds = (time.perf_counter() - started) / len(ops)
@@ -240,6 +258,16 @@ class Pruner(SegmentJob):
         """A weight as it is by now; with a mesh whole on every device."""
         weight, devices = self._store.read(op.view), self._program.devices
         return weight if devices is None else devices.everywhere(weight)
+
+    def _on_levels(self, op: LinearOp) -> jax.Array:
+        """A refined weight on its levels, by the statistics that it was pruned by."""
+        weight, moments = self._read(op), self._moments.pop(op.name, None)
+        devices = self._program.devices
+        if devices is None:
+            return solve_weight.settle_weight(self._plan, op, weight, moments)
+        # As on one device; the Hessians of experts may lie one a device.
+        local = devices.local((weight, devices.everywhere(moments)))
+        return devices.everywhere(solve_weight.settle_weight(self._plan, op, *local))
 
     def _finished_in(self, number: int) -> list[LinearOp]:
         """The linear ops of a segment that are the last uses of their weights."""
@@ -259,11 +287,9 @@ def _segment(number: int) -> str:
     return f"segment_{number:05d}"
 
 
-def _on_levels(weight: jax.Array, levels: Quantization | None) -> jax.Array:
-    """Each matrix (batch, in, out) at its nearest levels."""
-    if levels is None:
-        return weight
-    return jnp.stack([levels.nearest(matrix) for matrix in weight])
+def _block(number: int) -> str:
+    """The name of a block's entry in the log."""
+    return f"block_{number:05d}"
 
 
 def _unreached(row: dict[str, Any]) -> str:

@@ -19,10 +19,12 @@ from jaxprune.arrays import placement
 from jaxprune.arrays.per_device import PerDevice, in_groups
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.linear_ops import LinearOp
-from jaxprune.posttraining.passes.base import Matrix
+from jaxprune.masking import patterns
+from jaxprune.posttraining.passes.base import Matrix, Pass
 from jaxprune.posttraining.passes.chaining import Chain
 from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
 from jaxprune.posttraining.plan import Plan
+from jaxprune.posttraining.solvers.layer_problem import Solution
 from jaxprune.typing import Pattern
 
 # An expert that was given fewer tokens is pruned by magnitude: so few say too little of
@@ -221,6 +223,59 @@ def _correcting(devices: PerDevice, chain: Chain) -> Any:
         return _target(weight[None], hessian, drift, chain=chain)[0]
 
     return devices.compiled(correct, (True, False, False))
+
+
+def settle_weight(
+    plan: Plan,
+    op: LinearOp,
+    weight: Float[Array, "batch in out"],
+    statistics: InputStatistics | None,
+) -> Float[Array, "batch in out"]:
+    """A refined weight on its levels; its zeros stay zeros.
+
+    Args:
+      plan: what is done to which weight.
+      op: the linear op.
+      weight: the weight, on one device.
+      statistics: statistics that it was pruned by, there too; None for nearest levels.
+
+    Returns:
+      The weight, in its dtype.
+
+    Raises:
+      ValueError: a Hessian could not be factorised.
+    """
+    step, damping = plan.chain.quantizing, plan.chain.pruning.damping
+    program = functools.partial(_settled, step=step, damping=damping)
+    hessian = None if statistics is None else statistics.hessian
+    settled = [
+        placement.automatic(program, weight, hessian, np.int32(i))
+        for i in range(len(plan.kept[op.name]))
+    ]
+    used = [float(amount) for _, amount in settled]
+    check(FACTORISED, name=op.name, damping=used, also="")
+    new = [matrix for matrix, _ in settled]
+    return new[0] if len(new) == 1 else jnp.concatenate(new)
+
+
+@functools.partial(jax.jit, static_argnames=("step", "damping"))
+def _settled(
+    weight: Float[Array, "batch in out"],
+    hessians: Float[Array, "batch in in"] | None,
+    i: jax.Array,
+    *,
+    step: Pass,
+    damping: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Matrix i of a weight on its levels (1, in, out), and the damping used."""
+    wide = weight[i].astype(np.float32)  # (in, out)
+    hessian = None if hessians is None else hessians[i]
+    zero = jnp.zeros((), np.float32)
+    square = jnp.zeros(len(wide), np.float32)  # which levels do not depend on
+    kept, pattern = jnp.zeros((), np.uint32), patterns.Unstructured()
+    matrix = Matrix(wide, square, hessian, kept, pattern, step.quantization)
+    solution = step.settle(matrix, Solution(wide, wide != 0, zero), damping)
+    return solution.weight.astype(weight.dtype)[None], solution.damping
 
 
 def _is_corrected(chain: Chain, statistics: InputStatistics) -> bool:

@@ -264,10 +264,14 @@ def test_batches_that_devices_cannot_take_one_each_are_refused(tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("positions", [None, lambda x: jnp.abs(x[..., 0]) < 1])
-def test_refined_blocks_are_those_of_one_device(positions):
+@pytest.mark.parametrize(
+    ("positions", "quantize"),
+    [(None, jp.passes.quantize("int4", group=16)), (lambda x: x[..., 0] < 1, None)],
+)
+def test_refined_blocks_are_those_of_one_device(positions, quantize):
     chain = chained(
         "wanda",
+        quantize=quantize,
         correct=jp.passes.correct(0.5),
         refine=jp.passes.refine(passes=2, learning_rate=1e-2, held_out=0.3),
     )

@@ -71,10 +71,14 @@ class Chain(Pass):
         return next(shares, 0.0)
 
     @property
+    def quantizing(self) -> Pass | None:
+        """The pass that puts kept weights on levels, or None."""
+        return next((step for step in self.passes if step.quantization), None)
+
+    @property
     def quantization(self) -> Quantization | None:
         """The levels that kept weights lie on in the end, or None."""
-        steps = (step.quantization for step in self.passes)
-        return next((levels for levels in steps if levels is not None), None)
+        return None if self.quantizing is None else self.quantizing.quantization
 
     @property
     def others(self) -> list[Pass]:
