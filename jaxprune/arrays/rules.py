@@ -93,6 +93,12 @@ def refusal(
 def command_words(error: BaseException) -> str:
     """What an exception says to a user of the command: in its words where it has any.
 
+    Args:
+      error: exception that was caught.
+
+    Returns:
+      Its sentence.
+
     Example:
       >>> rule = Rule(bool, "a seed is needed", "pass seed=0", "give --seed 0")
       >>> command_words(error(rule)), command_words(ValueError("no seed"))
