@@ -102,7 +102,7 @@ def add_outer(
     Args:
       initial: sums to add to.
       left_rows: rows, group by group.
-      right_rows: as many rows, in the same groups.
+      right_rows: second rows, as many and in the same groups.
       sizes: number of rows of each group.
       precision: precision of the products, as in `jax.lax.dot`.
 

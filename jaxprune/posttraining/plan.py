@@ -195,7 +195,7 @@ def make_plan(
     units = {name: _units(pattern, op) for name, op in weights.items()}
     moments = statistics() if rule.needs_inputs else {}
     facts = [
-        _facts(op, leaves, moments.get(name), program.devices)
+        _weight_facts(op, leaves, moments.get(name), program.devices)
         for name, op in weights.items()
     ]
     # A count for each weight; its matrices share it as evenly as they can.
@@ -222,7 +222,7 @@ def _try(chain: Chain, pattern: Pattern, inputs: int, outputs: int) -> None:
     jax.eval_shape(solve, *map(jax.ShapeDtypeStruct, shapes, dtypes))
 
 
-def _facts(
+def _weight_facts(
     op: LinearOp,
     leaves: Leaves,
     statistics: InputStatistics | None,

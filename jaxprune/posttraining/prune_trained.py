@@ -158,7 +158,7 @@ def prune_trained(
             fn, params, batches, positions=positions, prunable=prunable, mesh=mesh
         ),
     )
-    facts = _facts(plan, program, batches, counted)
+    facts = _job_facts(plan, program, batches, counted)
     log = None
     if directory is not None:
         job = fingerprint.of_job(program, counted, prints)
@@ -219,7 +219,7 @@ _MESH = [
 ]
 
 
-def _facts(
+def _job_facts(
     plan: Plan,
     program: SegmentedProgram,
     batches: Sequence[Any],
