@@ -101,7 +101,8 @@ class Config:
       data_dir: where data sets are kept; TFDS's default if left out.
       seeds: one fine-tuning each; a seed draws the batches.
       criteria: what to prune by; see experiments/harness/criteria.py, and
-        SOLVER_ALLOCATION as "sparsegpt_preconditioned", experiments/harness/solvers.py.
+        SOLVER_ALLOCATION as "sparsegpt_preconditioned_magnitude",
+        experiments/harness/solvers.py.
       retrain_criteria: those retrained too; all of `criteria` if left out.
       allocations: "global" ranks all matrices together, "layer" each alone; the first
         one is retrained. A solver has its own.
@@ -150,7 +151,7 @@ class Config:
             "movement",
             "magnitude",
         ),
-        *("sparsegpt_uniform", "sparsegpt_preconditioned"),
+        *("sparsegpt_uniform", "sparsegpt_preconditioned_magnitude"),
     )
     retrain_criteria: tuple[str, ...] | None = None
     allocations: tuple[Literal["layer", "global"], ...] = ("global",)

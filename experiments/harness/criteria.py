@@ -85,6 +85,7 @@ _NEEDED = {
     "preconditioned_magnitude": {"square"},
     GRADUAL: {"square"},
     "preconditioned_adam": set(),
+    "preconditioned": {"square"},
     "averaged_preconditioned": {"square", "weight"},
     "averaged_magnitude": {"magnitude"},
     "averaged_weight": {"weight"},

@@ -1,9 +1,9 @@
 """Solvers in the place of a criterion, each with the allocation that feeds it.
 
-"sparsegpt_preconditioned" is SparseGPT, the sparsity shared out by one global ranking
-of the preconditioned magnitudes; "alps_uniform" is ALPS, each matrix losing the same
-share. The criterion then says how many weights a matrix loses, and the solver which.
-With "+correction" each matrix makes up for half of what those before it lost.
+"sparsegpt_preconditioned_magnitude" is SparseGPT, the sparsity shared out by one global
+ranking of the preconditioned magnitudes; "alps_uniform" is ALPS, each matrix losing the
+same share. The criterion then says how many weights a matrix loses, and the solver
+which. With "+correction" each matrix makes up for half of what those before it lost.
 """
 
 from collections.abc import Callable, Iterable

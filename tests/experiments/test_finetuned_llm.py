@@ -27,7 +27,11 @@ from tests.support.tiny_run import snapshot, write_text
 
 LENGTH, STEPS, RETRAIN, TOKENS, BOS = 16, 6, 3, 70, 256
 SPARSITY = 0.5
-CRITERIA = ("movement", "preconditioned_magnitude", "sparsegpt_preconditioned")
+CRITERIA = (
+    "movement",
+    "preconditioned_magnitude",
+    "sparsegpt_preconditioned_magnitude",
+)
 MODEL = {  # its matrices are of one shape, which a solver compiles once
     **tiny_directory.CONFIG,
     "intermediate_size": 32,
@@ -215,7 +219,7 @@ def test_a_solver_takes_as_many_of_each_matrix_as_the_ranking_and_repairs_the_re
     seed, began, ended
 ):
     kept = kept_by_hand(scores_by_hand("preconditioned_magnitude", began, ended))
-    cell = cell_of(seed, "sparsegpt_preconditioned")
+    cell = cell_of(seed, "sparsegpt_preconditioned_magnitude")
     shares = {name: 1 - mask.mean() for name, mask in kept.items()}
     assert cell["sparsity_by_leaf"] == pytest.approx(shares, abs=2e-3)
     assert cell["achieved"] == pytest.approx(SPARSITY, abs=2e-3)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxprune.files import sink
 from jaxprune.lm.checkpoints import compact_sizes, rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import Damaged, Unknown, open_directory
 from tests.support.hf_directories import (
