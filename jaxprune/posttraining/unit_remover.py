@@ -109,29 +109,17 @@ class UnitRemover(SegmentJob):
         before = self._store.read(op.view)  # (1, in, out)
         finite = bool(np.isfinite(before).all())
         check(_FINITE, name=op.name, is_finite=finite)
-        moments: Any = statistics.hessian  # (1, in, in)
-        after, hessian, damping = before[0], moments[0], 0.0
-        arrays: dict[str, Any] = {}
-        for name, rows in self._groups[op.name]:
-            removal = placement.automatic(
-                functools.partial(units.remove, damping=self._damping),
-                after,
-                hessian,
-                rows,
-                self._lost[name],
-            )
-            damping = max(damping, float(removal.damping))
-            after = removal.weight
-            kept = arrays[f"kept of {name}"] = np.flatnonzero(removal.kept)
-            # For the next group, what is gone is as if it never saw anything.
-            gone = np.delete(rows, kept, 0).reshape(-1)
-            hessian = hessian.at[gone].set(0).at[:, gone].set(0)
+        # Inside an Explicit mesh even a slice must be taken on its Auto twin.
+        after, kept, damping = placement.automatic(
+            functools.partial(self._without_units, op.name), before, statistics.hessian
+        )
         check(FACTORISED, name=op.name, damping=damping, also="")
         positions = self.pipeline.first_positions
         error = relative_error.weight_error(
-            op.source, value, before, after[None], positions=positions
+            op.source, value, before, after, positions=positions
         )
-        arrays["weight"] = after[None]
+        arrays: dict[str, Any] = {f"kept of {name}": kept[name] for name in kept}
+        arrays["weight"] = after
         row = {
             "name": op.name,
             "groups": {name: self._lost[name] for name, _ in self._groups[op.name]},
@@ -140,6 +128,24 @@ class UnitRemover(SegmentJob):
             "error": error,
         }
         return arrays, row
+
+    def _without_units(
+        self, name: str, before: jax.Array, moments: Any
+    ) -> tuple[jax.Array, dict[str, np.ndarray], float]:
+        """A weight (1, in, out) after the units of all its groups went, one by one."""
+        after, hessian, damping = before[0], moments[0], 0.0
+        kept: dict[str, np.ndarray] = {}
+        for group, rows in self._groups[name]:
+            removal = units.remove(
+                after, hessian, rows, self._lost[group], damping=self._damping
+            )
+            damping = max(damping, float(removal.damping))
+            after = removal.weight
+            kept[group] = np.flatnonzero(removal.kept)
+            # For the next group, what is gone is as if it never saw anything.
+            gone = np.delete(rows, kept[group], 0).reshape(-1)
+            hessian = hessian.at[gone].set(0).at[:, gone].set(0)
+        return after[None], kept, damping
 
 
 def _entry(name: str) -> str:

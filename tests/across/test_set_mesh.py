@@ -91,3 +91,35 @@ def test_inside_the_context_of_a_mesh_as_outside(name, sharded):
     for a, b in zip(jax.tree.leaves(inside), jax.tree.leaves(outside), strict=True):
         if hasattr(a, "shape"):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def two_layers(params, x):
+    return jnp.tanh(x @ params["up"]) @ params["down"]
+
+
+SHRUNK = {
+    "by scores": lambda params: jp.shrink(
+        two_layers, params, BATCH, score(params), 0.5
+    ),
+    "by batches": lambda params: jp.shrink(
+        two_layers, params, BATCH, sparsity=0.5, batches=[BATCH], progress=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHRUNK)
+def test_units_go_inside_the_context_of_a_mesh_as_outside(name, sharded):
+    rng, whole = np.random.default_rng(2), NamedSharding(sharded[0], PartitionSpec())
+    shapes = {"up": (64, 32), "down": (32, 16)}
+    params = {
+        leaf: jax.device_put(rng.normal(size=shape).astype(np.float32), whole)
+        for leaf, shape in shapes.items()
+    }
+    with jax.set_mesh(sharded[0]):
+        inside = SHRUNK[name](params)
+    outside = SHRUNK[name](params)
+    assert inside.report["kept"] == outside.report["kept"]
+    for leaf in ("up", "down"):
+        np.testing.assert_allclose(
+            inside.params[leaf], outside.params[leaf], rtol=1e-5, atol=1e-6
+        )
