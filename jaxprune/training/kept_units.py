@@ -67,7 +67,7 @@ def masks_at(
         for bits, leaf, axes in zip(kept_units, gradients, counts.axes, strict=True)
     ]
     if grow is None and not revive and pattern.sparsity is None:
-        return _without_revived(counts, kept, masks, new_masks)
+        return _without_revived(event, counts, masks, new_masks)
     return new_masks
 
 
@@ -111,8 +111,8 @@ def _highest(
 
 
 def _without_revived(
+    event: Bool[Array, " events"],
     counts: PatternCounts,
-    kept: Count,
     masks: Sequence[jax.Array],
     new_masks: Sequence[jax.Array],
 ) -> list[jax.Array]:
@@ -123,14 +123,20 @@ def _without_revived(
     """
     if counts.together:
         return [new & old for new, old in zip(new_masks, masks, strict=True)]
+    kept = count_at(event, counts.kept)
+    # One-hot of the event before; nowhere True, so a count of zero, at the first.
+    previous = count_at(jnp.append(event[1:], False), counts.kept)
     result = []
     leaves = zip(masks, new_masks, counts.axes, strict=True)
     for number, (old, new, axes) in enumerate(leaves):
         units = _units_with_weights(counts.pattern, old, axes)
-        # By rounding, an allocation such as ERK may keep one unit more than before.
-        most = jnp.sum(units, dtype=np.uint32) + np.uint32(1)
+        # By rounding, an allocation such as ERK may keep one unit more than at the
+        # event before: a leaf that is as that event left it may get one back.
+        remaining = jnp.sum(units, dtype=np.uint32)
+        rounded = kept.low[number] <= remaining + np.uint32(1)
+        on_schedule = remaining == previous.low[number]
         pruned = ~_spread(counts.pattern, units, old, axes)
-        result.append(new & (old | (pruned & (kept.low[number] <= most))))
+        result.append(new & (old | (pruned & rounded & on_schedule)))
     return result
 
 
