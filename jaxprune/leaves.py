@@ -8,7 +8,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jaxprune.arrays.messages import columns, listed
 from jaxprune.arrays.rules import Rule, check
@@ -72,16 +72,23 @@ def prunable(name: str, leaf: Any) -> bool:
 
 def why_unprunable(name: str, leaf: Any) -> str | None:
     """Why the default rule leaves a leaf alone, as "one axis"; None if it does not."""
-    if not is_floating(leaf):
-        return "not floating"
-    if leaf.ndim < 2:
-        return "no axes" if leaf.ndim == 0 else "one axis"
+    if why := _why_no_matrix(leaf):
+        return why
     # Words by underscores: "LayerNorm" has two, and so has "LMHead".
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
     name = name.lower().replace("-", "_")
     for what, words in _UNPRUNABLE.items():
         if re.search(words, name):
             return f"named as {what}"
+    return None
+
+
+def _why_no_matrix(leaf: Any) -> str | None:
+    """Why a leaf is no matrix of floating numbers, or None if it is one."""
+    if not is_floating(leaf):
+        return "not floating"
+    if leaf.ndim < 2:
+        return "no axes" if leaf.ndim == 0 else "one axis"
     return None
 
 
@@ -128,15 +135,76 @@ class Excluding:
         return why_unprunable(name, leaf)
 
 
+@dataclasses.dataclass(frozen=True)
+class Including:
+    """The matrices whose names match a glob, from `prunable="blocks/*"`."""
+
+    globs: tuple[str, ...]
+
+    def __call__(self, name: str, leaf: Any) -> bool:
+        """Whether the leaf may be pruned."""
+        return self.why(name, leaf) is None
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuses globs that match none of a tree's names."""
+        for glob in self.globs:
+            check(_NAMED, glob=glob, names=names)
+
+    def why(self, name: str, leaf: Any) -> str | None:
+        """Why the leaf is left alone, or None if it may be pruned."""
+        if not any(fits(name, glob) for glob in self.globs):
+            return f"not of {', '.join(map(repr, self.globs))}"
+        return _why_no_matrix(leaf)
+
+
+def as_rule(prunable: Any) -> Callable[[str, Any], bool]:
+    """The rule that a caller gave: a function, or globs on path names.
+
+    Args:
+      prunable: function of a path name and a leaf, a glob, or several.
+
+    Returns:
+      The function.
+
+    Raises:
+      TypeError: it is none of these.
+
+    Example:
+      >>> as_rule("blocks/*")
+      Including(globs=('blocks/*',))
+    """
+    if isinstance(prunable, str):
+        return Including((prunable,))
+    if isinstance(prunable, list | tuple) and all(isinstance(g, str) for g in prunable):
+        return Including(tuple(prunable))
+    check(_RULE, prunable=prunable)
+    return cast(Callable[[str, Any], bool], prunable)
+
+
+_RULE = Rule(
+    lambda v: callable(v.prunable),
+    "prunable must be a function of a leaf's name and the leaf, or globs on names, got "
+    "{prunable!r}",
+    'write prunable="blocks/*", or jp.tree.excluding("head/*")',
+    error=TypeError,
+)
+_NAMED = Rule(
+    lambda v: any(fits(name, v.glob) for name in v.names),
+    "prunable={glob!r} must match a leaf, but matches none",
+    "near it are {near}, and jp.tree.names(params) has all",
+    details=lambda v: {"near": _near(v.glob, v.names)},
+)
 _MATCHED = Rule(
     lambda v: any(fits(name, v.glob) for name in v.names),
     "excluding({glob!r}) must match a leaf, but matches none",
     "near it are {near}, and jp.tree.names(params) has all",
-    # Names that resemble the glob; where none does, the first few.
-    details=lambda v: {
-        "near": listed(difflib.get_close_matches(v.glob, v.names, 3, 0.4) or v.names, 3)
-    },
+    details=lambda v: {"near": _near(v.glob, v.names)},
 )
+
+
+def _near(glob: str, names: Sequence[str]) -> str:
+    """Names that resemble a glob; where none does, the first few."""
+    return listed(difflib.get_close_matches(glob, names, 3, 0.4) or names, 3)
 
 
 class Row(NamedTuple):
@@ -169,9 +237,7 @@ class Explanation(tuple[Row, ...]):
         return f"{columns(cells)}\n{last}" if cells else last
 
 
-def explain(
-    params: Any, *, prunable: Callable[[str, Any], bool] = prunable
-) -> Explanation:
+def explain(params: Any, *, prunable: Any = prunable) -> Explanation:
     """Which leaves would be pruned, and why not the others.
 
     Args:
@@ -191,14 +257,16 @@ def explain(
     """
     named = named_leaves(params)
     # A rule that matches nothing is refused here as it is when scores are made.
-    check_rule(prunable, list(named))
-    return Explanation(_row(*item, prunable) for item in named.items())
+    rule = checked_rule(prunable, list(named))
+    return Explanation(_row(*item, rule) for item in named.items())
 
 
-def check_rule(prunable: Callable[[str, Any], bool], names: Sequence[str]) -> None:
-    """Refuses a rule by names that names a leaf which is not there."""
-    if isinstance(prunable, Excluding):
-        prunable.check(names)
+def checked_rule(prunable: Any, names: Sequence[str]) -> Callable[[str, Any], bool]:
+    """The rule that a caller gave, whose globs each match one of a tree's names."""
+    rule = as_rule(prunable)
+    if isinstance(rule, Excluding | Including):
+        rule.check(names)
+    return rule
 
 
 def _row(name: str, leaf: Any, prunable: Callable[[str, Any], bool]) -> Row:

@@ -4,7 +4,7 @@ Polarity, everywhere: a higher score is kept, and a mask is True where a weight 
 kept. A leaf that must not be pruned is `optax.MaskedNode()` in scores and masks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -26,6 +26,9 @@ Weighting: TypeAlias = Callable[[jax.Array], jax.Array]
 
 Prunable: TypeAlias = Callable[[str, Any], bool]
 """Path name and leaf to whether the leaf may be pruned."""
+
+PrunableLike: TypeAlias = Prunable | str | Sequence[str]
+"""A `Prunable`, or globs on path names: the matrices whose names match one."""
 
 
 class Importance(NamedTuple):

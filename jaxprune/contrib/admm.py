@@ -41,7 +41,7 @@ from jaxprune.training.masked import (
     zeros_of,
 )
 from jaxprune.training.track import TrackGradientsState, track_gradients
-from jaxprune.typing import Criterion, Masks, Params, Pattern, Prunable
+from jaxprune.typing import Criterion, Masks, Params, Pattern, PrunableLike
 
 # How much of the average E[g^2] of the loss's own gradients each step keeps.
 _DECAY = 0.95
@@ -77,7 +77,7 @@ def admm(
     allocation: Allocation = "layer",
     pattern: Pattern | str = "unstructured",
     axes: Axes | Mapping[str, Axes] | None = None,
-    prunable: Prunable = leaves.prunable,
+    prunable: PrunableLike = leaves.prunable,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains dense weights towards sparse ones, and leaves them exactly sparse.
 

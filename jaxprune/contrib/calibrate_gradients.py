@@ -18,8 +18,8 @@ from jaxprune import leaves
 from jaxprune.arrays import lazy, placement, tree
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check
-from jaxprune.leaves import check_rule
-from jaxprune.typing import Importance, Params, Prunable
+from jaxprune.leaves import checked_rule
+from jaxprune.typing import Importance, Params, PrunableLike
 
 
 def calibrate_gradients(
@@ -27,7 +27,7 @@ def calibrate_gradients(
     params: Params,
     batches: Iterable[Any],
     *,
-    prunable: Prunable = leaves.prunable,
+    prunable: PrunableLike = leaves.prunable,
 ) -> Importance:
     """The mean over batches of the squared gradient of a loss, E[g^2].
 
@@ -97,13 +97,13 @@ def calibrate_gradients(
     return Importance(square=jax.tree.unflatten(structure, square))
 
 
-def _prunable_names(named: Mapping[str, Any], prunable: Prunable) -> list[str]:
+def _prunable_names(named: Mapping[str, Any], prunable: PrunableLike) -> list[str]:
     """The names of the leaves of interest, which have values."""
-    check_rule(prunable, list(named))
+    rule = checked_rule(prunable, list(named))
     names = [
         name
         for name, leaf in named.items()
-        if not tree.is_excluded(leaf) and prunable(name, leaf)
+        if not tree.is_excluded(leaf) and rule(name, leaf)
     ]
     abstract = (jax.core.Tracer, jax.ShapeDtypeStruct)
     no_values = listed(k for k, leaf in named.items() if isinstance(leaf, abstract))

@@ -30,9 +30,9 @@ from jaxprune import leaves
 from jaxprune.arrays import tree
 from jaxprune.arrays.messages import listed, refuse_fractions
 from jaxprune.arrays.rules import Rule, check
-from jaxprune.leaves import check_rule
+from jaxprune.leaves import checked_rule
 from jaxprune.training.masked import wrapped_optimizer
-from jaxprune.typing import Params, Prunable
+from jaxprune.typing import Params, PrunableLike
 
 
 class Adapter(NamedTuple):
@@ -70,7 +70,7 @@ def lora(
     rank: int,
     *,
     alpha: float | None = None,
-    targets: Prunable = leaves.prunable,
+    targets: PrunableLike = leaves.prunable,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains each matrix by a change of low rank; everything else is frozen.
@@ -138,14 +138,14 @@ def lora(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _adapters(params: Params, rank: int, targets: Prunable, seed: int) -> Params:
+def _adapters(params: Params, rank: int, targets: PrunableLike, seed: int) -> Params:
     """An `Adapter` for each target, `optax.MaskedNode()` for every other leaf."""
     named = tree.named_leaves(params)
-    check_rule(targets, list(named))
+    rule = checked_rule(targets, list(named))
     adapted = {
         name: leaf
         for name, leaf in named.items()
-        if not tree.is_excluded(leaf) and targets(name, leaf)
+        if not tree.is_excluded(leaf) and rule(name, leaf)
     }
     vectors = [name for name, leaf in adapted.items() if leaf.ndim < 2]
     check(_TARGETS, adapted=adapted, vectors=vectors, names=listed(vectors) or "none")

@@ -26,8 +26,9 @@ from jaxprune.graph.primitives import rules_of
 from jaxprune.graph.program import Fixed, Program, Step
 from jaxprune.graph.view_rules import Joined, ViewOperand
 from jaxprune.graph.weight_view import Slice, WeightView
+from jaxprune.leaves import as_rule
 from jaxprune.leaves import prunable as is_prunable
-from jaxprune.typing import Params
+from jaxprune.typing import Params, PrunableLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +88,11 @@ class Trace:
     program: Program = dataclasses.field(repr=False)
     views: Mapping[int, WeightView] = dataclasses.field(repr=False)
 
-    def axes(
-        self, prunable: Callable[[str, Any], bool] = is_prunable
-    ) -> dict[str, Axes]:
+    def axes(self, prunable: PrunableLike = is_prunable) -> dict[str, Axes]:
         """Each leaf's input and output axes, for `axes=` of `masks.make` and `gradual`.
 
         Args:
-          prunable: path name and leaf to whether it may be pruned.
+          prunable: which leaves may be pruned; see `jp.tree.explain`.
 
         Returns:
           Path name to axes; without leaves whose uses differ, or that mix them.
@@ -106,11 +105,12 @@ class Trace:
           >>> jp.trace(fn, params, jnp.ones((4, 8))).axes()
           {'q': Axes(inputs=(2,), outputs=(0, 1))}
         """
+        rule = as_rule(prunable)
         axes_of: dict[str, Axes] = {}
         ambiguous = set()  # leaves whose uses differ, as a tied embedding's may
         for op in self.linear_ops:
             aval = self.program.avals[self.program.leaves[self.leaves[op.leaf]]]
-            if not prunable(op.leaf, aval):
+            if not rule(op.leaf, aval):
                 continue
             if op.axes is None or axes_of.setdefault(op.leaf, op.axes) != op.axes:
                 ambiguous.add(op.leaf)

@@ -17,7 +17,7 @@ from jaxprune.posttraining.pipeline.segment_job import SegmentJob
 from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
 from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
 from jaxprune.posttraining.pipeline.sums import Sums
-from jaxprune.typing import Params, Prunable
+from jaxprune.typing import Params, PrunableLike
 
 
 def calibrate(
@@ -27,7 +27,7 @@ def calibrate(
     *,
     hessian: bool = False,
     positions: Callable[[Any], jax.Array] | None = None,
-    prunable: Prunable = leaves.prunable,
+    prunable: PrunableLike = leaves.prunable,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, InputStatistics]:
     """The statistics of every linear op's input, over batches, by the dense model.

@@ -30,7 +30,7 @@ from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
 from jaxprune.posttraining.plan import Plan
 from jaxprune.posttraining.progress import ProgressLog
 from jaxprune.posttraining.pruner import Pruner
-from jaxprune.typing import Params, Prunable
+from jaxprune.typing import Params, PrunableLike
 
 
 class PruneResult(NamedTuple):
@@ -63,7 +63,7 @@ def prune_trained(
     batches: Iterable[Any],
     method: Pass | Name,
     *,
-    prunable: Prunable = leaves.prunable,
+    prunable: PrunableLike = leaves.prunable,
     positions: Callable[[Any], jax.Array] | None = None,
     directory: str | Path | None = None,
     donate: bool = False,

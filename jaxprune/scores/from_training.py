@@ -19,14 +19,14 @@ from jaxprune import leaves
 from jaxprune.arrays import lazy, placement, tree
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check, finds_none, within
-from jaxprune.leaves import check_rule
+from jaxprune.leaves import checked_rule
 from jaxprune.scores import formulas
 from jaxprune.scores.importance import refuse_swapped, tracked
-from jaxprune.typing import Params, Prunable, Scores
+from jaxprune.typing import Params, PrunableLike, Scores
 
 
 def magnitude(
-    params: Params, importance: Any = None, *, prunable: Prunable = leaves.prunable
+    params: Params, importance: Any = None, *, prunable: PrunableLike = leaves.prunable
 ) -> Scores:
     """The size of the final weight: |w|.
 
@@ -52,7 +52,7 @@ def magnitude(
 
 
 def averaged_weight(
-    params: Params, importance: Any = None, *, prunable: Prunable = leaves.prunable
+    params: Params, importance: Any = None, *, prunable: PrunableLike = leaves.prunable
 ) -> Scores:
     """The paper's criterion: the size of the weight's average over training, |A|.
 
@@ -85,7 +85,7 @@ def averaged_weight(
 
 
 def averaged_magnitude(
-    params: Params, importance: Any = None, *, prunable: Prunable = leaves.prunable
+    params: Params, importance: Any = None, *, prunable: PrunableLike = leaves.prunable
 ) -> Scores:
     """The average of the weight's size over training, E|w|.
 
@@ -114,7 +114,7 @@ def averaged_magnitude(
 
 
 def obd(
-    params: Params, importance: Any = None, *, prunable: Prunable = leaves.prunable
+    params: Params, importance: Any = None, *, prunable: PrunableLike = leaves.prunable
 ) -> Scores:
     """Optimal brain damage with the empirical Fisher as diagonal: w^2 E[g^2].
 
@@ -153,7 +153,7 @@ def preconditioned_magnitude(
     importance: Any = None,
     *,
     exponent: float = 0.25,
-    prunable: Prunable = leaves.prunable,
+    prunable: PrunableLike = leaves.prunable,
 ) -> Scores:
     """The default criterion: |w| E[g^2]^(1/4).
 
@@ -198,7 +198,7 @@ _EXPONENT = within(
 
 
 def taylor(
-    params: Params, importance: Any = None, *, prunable: Prunable = leaves.prunable
+    params: Params, importance: Any = None, *, prunable: PrunableLike = leaves.prunable
 ) -> Scores:
     """The first-order change of the loss, averaged over training: E|w g|.
 
@@ -238,7 +238,7 @@ def random(
     importance: Any = None,
     *,
     seed: int = 0,
-    prunable: Prunable = leaves.prunable,
+    prunable: PrunableLike = leaves.prunable,
 ) -> Scores:
     """Uniform random scores, the control that every criterion must beat.
 
@@ -267,7 +267,7 @@ def threshold(
     importance: Any = None,
     *,
     compare: Literal["weight", "average"] = "weight",
-    prunable: Prunable = leaves.prunable,
+    prunable: PrunableLike = leaves.prunable,
 ) -> Scores:
     """The authors' threshold rule, as a score in standard deviations of the averages.
 
@@ -318,7 +318,7 @@ _COMPARE = Rule(
 def _score(
     formula: Callable[..., jax.Array],
     params: Params,
-    prunable: Prunable,
+    prunable: PrunableLike,
     statistic: list | None = None,
     *constants: float,
 ) -> Scores:
@@ -328,8 +328,8 @@ def _score(
     """
     refuse_swapped(params)
     named = tree.named_leaves(params)
-    check_rule(prunable, list(named))
-    chosen = [not tree.is_excluded(x) and prunable(n, x) for n, x in named.items()]
+    rule = checked_rule(prunable, list(named))
+    chosen = [not tree.is_excluded(x) and rule(n, x) for n, x in named.items()]
     check(_SCORED, names=list(named), chosen=chosen, statistic=statistic or chosen)
     compiled = _compiled(formula)
     # A leaf at a time, each placed as its parameter is: nothing is gathered.

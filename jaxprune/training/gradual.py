@@ -25,7 +25,7 @@ from jaxprune.training.event_table import Event, EventTable
 from jaxprune.training.grow import Grow, parse_growth
 from jaxprune.training.mask_events import MaskEvents
 from jaxprune.training.masked import masked_step, require_params, wrapped_optimizer
-from jaxprune.typing import Criterion, Masks, Params, Pattern, Prunable
+from jaxprune.typing import Criterion, Masks, Params, Pattern, PrunableLike
 
 
 class GradualState(NamedTuple):
@@ -50,7 +50,7 @@ def gradual(
     allocation: Allocation = "global",
     pattern: Pattern | str = "unstructured",
     axes: Axes | Mapping[str, Axes] | None = None,
-    prunable: Prunable = leaves.prunable,
+    prunable: PrunableLike = leaves.prunable,
     grow: Grow | str | None = None,
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:

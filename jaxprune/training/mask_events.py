@@ -22,12 +22,12 @@ from optax import MaskedNode
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.messages import check_steps, listed
 from jaxprune.arrays.rules import Rule, check
-from jaxprune.leaves import check_rule
+from jaxprune.leaves import as_rule, checked_rule
 from jaxprune.masking import packing, selection
 from jaxprune.training.event_table import EventTable, PatternCounts
 from jaxprune.training.kept_units import masks_at
 from jaxprune.training.masked import unpack_masks
-from jaxprune.typing import Criterion, Importance, Masks, Params, Prunable, Scores
+from jaxprune.typing import Criterion, Importance, Masks, Params, PrunableLike, Scores
 
 # The step of a freeze that does not come: steps are counted in int32.
 _NEVER = 2**31 - 1
@@ -52,7 +52,7 @@ class MaskEvents:
     name: str
     table: EventTable
     criterion: Criterion
-    prunable: Prunable
+    prunable: PrunableLike
     packed: bool = False
     every: int | None = None
     freeze: int | None = None
@@ -244,11 +244,12 @@ class MaskEvents:
         """The names of the leaves that may be pruned."""
         named = tree.named_leaves(params)
         if not any(map(tree.is_excluded, named.values())):  # else names are missing
-            check_rule(self.prunable, list(named))
+            checked_rule(self.prunable, list(named))
+        rule = as_rule(self.prunable)
         prunable = {
             name
             for name, leaf in named.items()
-            if not tree.is_excluded(leaf) and self.prunable(name, leaf)
+            if not tree.is_excluded(leaf) and rule(name, leaf)
         }
         check(_PRUNABLE, prunable=prunable, names=listed(named))
         return prunable

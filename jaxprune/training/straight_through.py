@@ -38,7 +38,7 @@ from jaxprune.training.masked import (
     wrapped_optimizer,
     zeros_of,
 )
-from jaxprune.typing import Criterion, Masks, Params, Pattern, Prunable
+from jaxprune.typing import Criterion, Masks, Params, Pattern, PrunableLike
 
 
 class StraightThroughState(NamedTuple):
@@ -68,7 +68,7 @@ def straight_through(
     allocation: Allocation = "global",
     pattern: Pattern | str = "unstructured",
     axes: Axes | Mapping[str, Axes] | None = None,
-    prunable: Prunable = leaves.prunable,
+    prunable: PrunableLike = leaves.prunable,
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains dense weights by the gradients of pruned ones, until `freeze`.

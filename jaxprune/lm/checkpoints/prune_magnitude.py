@@ -23,7 +23,7 @@ from jaxprune.arrays import rules
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule
-from jaxprune.leaves import check_rule
+from jaxprune.leaves import checked_rule
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import (
     CheckpointDir,
@@ -32,7 +32,7 @@ from jaxprune.lm.checkpoints.checkpoint_dir import (
 )
 from jaxprune.lm.checkpoints.directory_writer import Finish
 from jaxprune.masking import counts, matrix_mask, patterns
-from jaxprune.typing import Pattern, Prunable
+from jaxprune.typing import Pattern, PrunableLike
 
 # The models whose matrices, or stacks of them, are [in, out].
 _INPUT_FIRST = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
@@ -95,7 +95,7 @@ def prune_directory(
     *,
     sparsity: float | Mapping[str, float] | None = None,
     pattern: Pattern | str = "unstructured",
-    prunable: Prunable = leaves.prunable,
+    prunable: PrunableLike = leaves.prunable,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -195,7 +195,7 @@ def _input_first(config: Mapping[str, Any], name: str, info: TensorInfo) -> bool
 
 
 def to_prune(
-    source: CheckpointDir, pattern: Pattern, prunable: Prunable
+    source: CheckpointDir, pattern: Pattern, prunable: PrunableLike
 ) -> tuple[dict[str, TensorInfo], dict[str, bool]]:
     """The tensors that would be pruned, and whether their inputs come first.
 
@@ -211,11 +211,11 @@ def to_prune(
       ValueError: no tensor may be pruned, one is stored in one byte, or the pattern
         does not fit a shape.
     """
-    check_rule(prunable, [name.replace(".", "/") for name in source.tensors])
+    rule = checked_rule(prunable, [name.replace(".", "/") for name in source.tensors])
     chosen = {
         name: info
         for name, info in source.tensors.items()
-        if _is_matrix(name, info) and prunable(name.replace(".", "/"), info)
+        if _is_matrix(name, info) and rule(name.replace(".", "/"), info)
     }
     narrow = [name for name, info in chosen.items() if info.dtype not in _FLOATS]
     rules.check(

@@ -14,10 +14,10 @@ from jaxprune.arrays.messages import listed
 from jaxprune.arrays.per_device import PerDevice
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.linear_ops import LinearOp, Trace, trace
-from jaxprune.leaves import check_rule
+from jaxprune.leaves import checked_rule
 from jaxprune.posttraining.pipeline import input_statistics
 from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
-from jaxprune.typing import Params, Prunable
+from jaxprune.typing import Params, PrunableLike
 
 
 def batch_signature(batch: Any) -> Any:
@@ -64,7 +64,7 @@ def prepare(
     fn: Callable[[Params, Any], Any],
     params: Params,
     batch: Any,
-    prunable: Prunable,
+    prunable: PrunableLike,
     *,
     outputs: bool = False,
     devices: PerDevice | None = None,
@@ -91,7 +91,9 @@ def prepare(
     return SegmentedProgram(traced, leaves, ops, outputs=outputs, devices=devices)
 
 
-def prunable_ops(traced: Trace, params: Params, prunable: Prunable) -> list[LinearOp]:
+def prunable_ops(
+    traced: Trace, params: Params, prunable: PrunableLike
+) -> list[LinearOp]:
     """The linear ops whose weights may be pruned.
 
     Args:
@@ -106,8 +108,8 @@ def prunable_ops(traced: Trace, params: Params, prunable: Prunable) -> list[Line
       ValueError: there is none, or a rule excludes what is not there.
     """
     leaves = tree.named_leaves(params)
-    check_rule(prunable, list(leaves))
-    ops = [op for op in traced.linear_ops if prunable(op.leaf, leaves[op.leaf])]
+    rule = checked_rule(prunable, list(leaves))
+    ops = [op for op in traced.linear_ops if rule(op.leaf, leaves[op.leaf])]
     first = {op.name: op.view for op in ops if op.use == 0}
     # Another use of a tied weight counts where it sees the weight the same way.
     ops = [op for op in ops if op.view == first[op.name]]
