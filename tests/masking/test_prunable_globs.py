@@ -1,4 +1,4 @@
-"""Globs in the place of a rule: the matrices whose names match, wherever a rule goes."""
+"""Globs in the place of a rule: the matrices that match, wherever a rule goes."""
 
 import jax
 import jax.numpy as jnp
