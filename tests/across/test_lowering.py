@@ -244,7 +244,8 @@ def test_squared_gradients_and_a_training_after_a_teacher(programs):
     sequences = np.zeros((2, 8), np.int32)
     retrain.retrain(model, names, sequences, settings, loss=teacher)
     found = programs.names
-    assert any(name.endswith("calibrate_gradients.<locals>.add_squares") for name in found)
+    squares = "calibrate_gradients.<locals>.add_squares"
+    assert any(name.endswith(squares) for name in found)
     assert any(name.endswith("_step.<locals>.step") for name in found)
 
 
