@@ -1,5 +1,6 @@
 """What scores and masks must be: floating without NaN, boolean, of these parameters."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import leaves
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.low_bit import is_int8
+from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check, finds_none
 from jaxprune.masking.packed_mask import is_packed
 from jaxprune.typing import Importance, Masks, Params, Scores
@@ -24,6 +27,29 @@ def floating_scores(scores: Scores) -> dict[str, jax.Array]:
     }
     check(_FLOATING, leaves=named)
     return named
+
+
+def warn_of_parameters(scores: Scores) -> None:
+    """Says where what is ranked may be the parameters and not scores of them.
+
+    No criterion of ours makes a negative score, or one of a leaf that is not pruned by
+    default. Both together are what parameters look like.
+    """
+    named = {
+        name: leaf
+        for name, leaf in tree.named_leaves(scores).items()
+        if placement.is_concrete(leaf) and not leaves.prunable(name, leaf)
+    }
+    with placement.at_once(list(named.values())):
+        negative = jax.device_get({name: jnp.any(x < 0) for name, x in named.items()})
+    names = [name for name, is_negative in negative.items() if is_negative]
+    if names:
+        warnings.warn(
+            f"scores are negative at {listed(names)}, which no criterion prunes by "
+            "default, so these may be the parameters; rank scores of them, as in "
+            "jp.masks.make(jp.scores.magnitude(params), 0.5)",
+            stacklevel=3,
+        )
 
 
 def refuse_other(scores: Any) -> None:

@@ -18,7 +18,11 @@ from jaxprune.arrays.rules import Rule, check
 from jaxprune.arrays.topk import float_order
 from jaxprune.arrays.topk.float_order import Line
 from jaxprune.masking import patterns, selection
-from jaxprune.masking.checks import aligned_masks, floating_scores
+from jaxprune.masking.checks import (
+    aligned_masks,
+    floating_scores,
+    warn_of_parameters,
+)
 from jaxprune.masking.combine import combine as combine
 from jaxprune.masking.counts import Allocation
 from jaxprune.masking.find_masks import get as get
@@ -77,6 +81,10 @@ def make(
         sentence names the leaves.
       TypeError: scores are not floating.
 
+    Warns:
+      UserWarning: what is ranked looks like parameters: it is negative in leaves that
+        no criterion prunes by default. Not under `jit`.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import jaxprune as jp
@@ -88,6 +96,7 @@ def make(
     selections = selection.select(
         scores, sparsity, rule=allocation, pattern=pattern, axes=axes
     )
+    warn_of_parameters(scores)
     # A leaf at a time, each placed as its scores are: nothing is gathered.
     bits = [
         placement.placed(selection.selected_mask(selected, pattern, leaf.shape), leaf)

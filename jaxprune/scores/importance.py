@@ -96,6 +96,7 @@ def get_importance(state: Any) -> Importance:
       ValueError: nothing is tracked in this state, or a leaf is tracked twice.
 
     Warns:
+      UserWarning: a chain has `track_importance` in front of its optimizer.
       UserWarning: the second moment may be Adamax's. Its state has Adam's type and a
         maximum of |g| where Adam's has the mean of g^2, so values are looked at, those
         that this process holds and not under `jit`. Of `nnx.state(optimizer)`, which
@@ -175,10 +176,35 @@ def _averages(state: Any) -> dict[str, Params]:
     # An optimizer's own moment serves only where nobody tracked E[g^2] itself.
     moments = trees_by_field.pop("moment", [])
     averages = {field: _merged(trees, field) for field, trees in trees_by_field.items()}
+    if averages.keys() & _OF_WEIGHTS and _is_tracked_early(state):
+        warnings.warn(
+            "track_importance stands before the optimizer in this chain, where an "
+            "update is still a gradient, so what it averaged are no weights; put it "
+            "last, as in optax.chain(optimizer, jp.track_importance())",
+            stacklevel=3,
+        )
     if "square" not in averages and moments:
         averages["square"] = _merged(moments, "square")
         _warn_of_maxima(state)
     return averages
+
+
+_OF_WEIGHTS = frozenset({"weight", "magnitude"})
+"""The averages that need the step that is really taken."""
+
+
+def _is_tracked_early(state: Any) -> bool:
+    """Whether a chain has a tracker of weights in front of an optimizer's moments."""
+    if isinstance(state, tuple) and not hasattr(state, "_fields"):  # of optax.chain
+        steps = [_found(part, _held) for part in state]
+        trackers = [i for i, fields in enumerate(steps) if fields.keys() & _OF_WEIGHTS]
+        moments = [i for i, fields in enumerate(steps) if "moment" in fields]
+        direct = [i for i in trackers if "moment" not in steps[i]]
+        if direct and moments and direct[0] < moments[-1]:
+            return True
+    parts = state.values() if isinstance(state, Mapping) else state
+    nested = isinstance(state, tuple | list | Mapping)
+    return nested and any(map(_is_tracked_early, parts))
 
 
 def _optax_name(node: Any) -> str:
