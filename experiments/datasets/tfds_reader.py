@@ -43,7 +43,7 @@ def _prepared_builder(
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"the data set {name!r} needs the package {error.name!r}, which is not "
-            "installed; install the extra with `pip install 'jaxprune[experiments]'`"
+            "installed; install the extra with `pip install '.[experiments]'`"
             + (f", or {instead}" if instead else ""),
             name=error.name,
         ) from error

@@ -230,7 +230,7 @@ def check_country(country: str) -> None:
     if importlib.util.find_spec("codecarbon") is None:
         raise ModuleNotFoundError(
             "energy is measured with the package codecarbon, which is not installed; "
-            "pip install 'jaxprune[energy]', or leave --energy out"
+            "pip install '.[energy]', or leave --energy out"
         )
     # Its own log level takes effect only after it has said the first things.
     logging.getLogger("codecarbon").setLevel(logging.CRITICAL)

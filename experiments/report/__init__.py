@@ -55,7 +55,7 @@ def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
     except ModuleNotFoundError as error:
         raise ImportError(
             f"write_report draws with matplotlib, and '{error.name}' is not installed; "
-            "pip install 'jaxprune[experiments]'"
+            "pip install '.[experiments]'"
         ) from error
     files = {
         "results.csv": results_.table_csv(

@@ -231,7 +231,7 @@ _AGREEMENT = (
     ),
     Rule(
         lambda v: v.fixed is not None or v.sparsity is not None,
-        "{pattern} leaves the sparsity free",
+        "how much to remove is not said, and {pattern} leaves it free",
         "give sparsity=0.5",
     ),
     Rule(

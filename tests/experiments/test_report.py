@@ -241,5 +241,5 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("jaxprune.lm.report.canvas", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'jaxprune\[experiments\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[experiments\]'"):
         write_report(synthetic(seeds=1, criteria=1, layers=1), tmp_path)

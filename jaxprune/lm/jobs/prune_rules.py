@@ -70,7 +70,7 @@ _SHARES = (
     # n:m fixes the share of each matrix; all other patterns leave it to --sparsity.
     Rule(
         lambda v: v.fixed is not None or v.sparsity is not None,
-        "{pattern} leaves the sparsity free",
+        "how much to remove is not said, and {pattern} leaves it free",
         "give --sparsity 0.5",
     ),
     Rule(

@@ -210,7 +210,7 @@ def test_the_result_tells_how_it_was_made(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error", "match"),
     [
-        ({}, ValueError, "leaves the sparsity free; give sparsity=0.5"),
+        ({}, ValueError, "leaves it free; give sparsity=0.5"),
         ({"sparsity": 1.0}, ValueError, r"must be in \[0, 1\)"),
         ({"sparsity": {"nothing/*": 0.5}}, ValueError, "'nothing/\\*' match none"),
         (

@@ -40,7 +40,7 @@ RECOVERED = ("--recover-steps", "2", "--recover-text", "a.txt")
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (refused(*CALIBRATED), "leaves the sparsity free; give --sparsity"),
+        (refused(*CALIBRATED), "leaves it free; give --sparsity"),
         (refused(*CALIBRATED, "--sparsity", "1"), r"in \[0, 1\), .* got 1"),
         (
             refused(*CALIBRATED, *HALF, "--pattern", "2of4"),

@@ -22,7 +22,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "jaxprune.lm.models.phi3_vision.preprocess needs the package pillow, which is "
-        "not installed; pip install 'jaxprune[vision]'",
+        "not installed; pip install '.[vision]'",
         name="PIL",
     ) from error
 
