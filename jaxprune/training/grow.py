@@ -25,6 +25,12 @@ from jaxtyping import Array, Float32
 from jaxprune.arrays import placement
 from jaxprune.arrays.rules import Rule, check, within
 
+__all__ = ["gradient", "random"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class Grow(Protocol):
     """A rule of what comes back at an event.

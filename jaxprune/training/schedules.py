@@ -16,6 +16,12 @@ from jaxprune.arrays.rules import Rule, check
 from jaxprune.masking.counts import checked_sparsity
 from jaxprune.typing import Pattern
 
+__all__ = ["constant", "cubic", "linear", "once"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class Schedule(Protocol):
     """When masks change, and to which sparsity."""

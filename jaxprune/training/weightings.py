@@ -19,6 +19,13 @@ from jaxtyping import Array, Float32, Int
 
 from jaxprune.arrays.rules import Rule, check, within
 
+__all__ = ["exponential", "power", "uniform"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # Snapshots whose gains are summed one by one; later ones come from an expansion.
 _TABLE = 64
 

@@ -99,7 +99,10 @@ CLASSES = [
     "allocation.Layer",
 ]
 # The modules whose names are public.
-NAMESPACES = ["allocation", "low_bit", "masks", "patterns", "scores", "tree"]
+NAMESPACES = [
+    *("allocation", "contrib", "grow", "low_bit", "masks", "patterns", "schedules"),
+    *("scores", "tree", "weightings"),
+]
 REFERENCE = "".join(
     path.read_text() for path in sorted((ROOT / "docs" / "reference").glob("*.md"))
 )
