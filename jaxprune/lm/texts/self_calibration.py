@@ -10,7 +10,6 @@ Reference:
   temperature does not change along a sequence.
 """
 
-import io
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from jaxtyping import Int
 
 from jaxprune.arrays import rules
 from jaxprune.arrays.rules import Rule
-from jaxprune.files import atomic
 from jaxprune.lm.models.generate import LanguageModel, generate
+from jaxprune.posttraining.progress import ProgressLog
 
 _RULES = (
     Rule(
@@ -95,6 +94,7 @@ def self_calibration(
     prompts = first_tokens(sequences, model.config.vocab_size, special, seed)[:, None]
     if bos is not None:
         prompts = np.insert(prompts, 0, bos, axis=1)  # (sequences, 2)
+    log = None
     if directory is not None:
         job = {
             "sequences": sequences,
@@ -105,13 +105,14 @@ def self_calibration(
             "special": sorted(map(int, special)),
             "batch": batch,
         }
-        atomic.begin_or_resume(directory / "job.json", job)
+        log = ProgressLog(directory, job)
     batches = []
     for i, start in enumerate(range(0, sequences, batch)):
         prompt = prompts[start : start + batch]
-        path = None if directory is None else directory / f"batch_{i:05d}.npy"
-        if path is not None and path.exists():
-            tokens = np.load(path, allow_pickle=False)
+        entry = f"batch_{i:05d}"
+        resumed = log.read(entry) if log else None
+        if resumed is not None:
+            tokens = resumed[0]["tokens"]
         else:
             # The last batch is filled up, or it would be another program.
             full = np.resize(prompt, (batch, prompt.shape[1]))
@@ -122,10 +123,8 @@ def self_calibration(
                 model, jnp.asarray(full), steps=steps, key=key, temperature=temperature
             )
             tokens = np.asarray(written[: len(prompt)], np.int32)  # (batch, length)
-            if path is not None:
-                content = io.BytesIO()
-                np.save(content, tokens)
-                atomic.replace(path, content.getvalue())
+            if log:
+                log.write(entry, {"tokens": tokens}, {"sequences": len(tokens)})
         batches.append(tokens)
         progress(len(prompt))
     return np.concatenate(batches)
