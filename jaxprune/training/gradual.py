@@ -81,9 +81,11 @@ def gradual(
       pattern: which weights are pruned together; see `masks.make`.
       axes: input and output axes of the leaves; see `masks.make`.
       prunable: which leaves may be pruned, a function of leaf name and leaf.
-      grow: rule of what comes back at each event, `jp.grow.gradient()` or "rigl",
-        `jp.grow.random()` (SET), by which the number kept is still the schedule's. The
-        first event grows nothing.
+      grow: rule of what comes back at each event, `jp.grow.gradient()` ("rigl") or
+        `jp.grow.random()` ("set"), by which the number kept is still the schedule's. The
+        first event grows nothing. A weight that comes back begins at zero and with the
+        moments that its own gradients left, which have decayed since it was pruned;
+        JaxPruner sets them to zero.
       packed: whether the state holds masks at one bit a weight rather than eight. Of
         the checkpoints, orbax takes these; `flax.serialization` does not.
 
