@@ -82,9 +82,9 @@ def gradual(
       axes: input and output axes of the leaves; see `masks.make`.
       prunable: which leaves may be pruned, a function of leaf name and leaf.
       grow: rule of what comes back at each event, `jp.grow.gradient()` ("rigl") or
-        `jp.grow.random()` ("set"), by which the number kept is still the schedule's. The
-        first event grows nothing. A weight that comes back begins at zero and with the
-        moments that its own gradients left, which have decayed since it was pruned;
+        `jp.grow.random()` ("set"), by which the number kept is still the schedule's.
+        The first event grows nothing. A weight that comes back begins at zero and with
+        the moments that its own gradients left, which have decayed since it was pruned;
         JaxPruner sets them to zero.
       packed: whether the state holds masks at one bit a weight rather than eight. Of
         the checkpoints, orbax takes these; `flax.serialization` does not.

@@ -221,7 +221,7 @@ def test_nnx_optimizer_needs_nothing_more(make):
     shapes = jax.eval_shape(model)
     for state in (optimizer, nnx.state(optimizer)):
         if make is TABLE["gradual, packed"]:
-            with pytest.raises(ValueError, match=r"'kernel' has none; call jp\.get_"):
+            with pytest.raises(ValueError, match=r"'kernel' has none; call jp\.masks"):
                 jp.masks.get(state)
         masks = jp.masks.get(state, shapes)
         (mask,) = jax.tree.leaves(masks)
