@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 import jaxprune as jp
 from experiments.datasets import load
 from experiments.datasets.text import read_text
-from experiments.harness import device_mesh, runner
+from experiments.harness import device_mesh, runner, solvers
 from experiments.harness.option_rules import at_least
 from experiments.harness.plan import Plan
 from experiments.harness.task import Looks
@@ -180,7 +180,7 @@ class Config:
     def smaller(self) -> "Config":
         """The same at the size of `--smoke`."""
         # One criterion of each sort: of averages, of the start alone, and a solver's.
-        solver = [name for name in self.criteria if "_" in name][-1:]
+        solver = [name for name in self.criteria if solvers.named(name)][-1:]
         return dataclasses.replace(
             self,
             foreign=self.foreign or (_README,),
