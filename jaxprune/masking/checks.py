@@ -34,6 +34,9 @@ def warn_of_parameters(scores: Scores) -> None:
 
     No criterion of ours makes a negative score, or one of a leaf that is not pruned by
     default. Both together are what parameters look like.
+
+    Args:
+      scores: a tree of floating arrays; traced ones are not looked at.
     """
     named = {
         name: leaf
