@@ -74,12 +74,30 @@ def why_unprunable(name: str, leaf: Any) -> str | None:
     """Why the default rule leaves a leaf alone, as "one axis"; None if it does not."""
     if why := _why_no_matrix(leaf):
         return why
+    what = _named_as(name)
+    return None if what is None else f"named as {what}"
+
+
+def is_kept_by_name(name: str) -> bool:
+    """Whether the default rule leaves a leaf alone for its name, whatever its shape.
+
+    Args:
+      name: path name of the leaf.
+
+    Returns:
+      True where it names an embedding, a norm, a bias, a head, a router or decays.
+    """
+    return _named_as(name) is not None
+
+
+def _named_as(name: str) -> str | None:
+    """What a name speaks of that is left alone, as "a bias", or None."""
     # Words by underscores: "LayerNorm" has two, and so has "LMHead".
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
     name = name.lower().replace("-", "_")
     for what, words in _UNPRUNABLE.items():
         if re.search(words, name):
-            return f"named as {what}"
+            return what
     return None
 
 

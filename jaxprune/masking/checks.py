@@ -32,8 +32,8 @@ def floating_scores(scores: Scores) -> dict[str, jax.Array]:
 def warn_of_parameters(scores: Scores) -> None:
     """Says where what is ranked may be the parameters and not scores of them.
 
-    No criterion of ours makes a negative score, or one of a leaf that is not pruned by
-    default. Both together are what parameters look like.
+    No criterion of ours makes a negative score, or one of a leaf that is named as a
+    bias, a norm or an embedding. Both together are what parameters look like.
 
     Args:
       scores: a tree of floating arrays; traced ones are not looked at.
@@ -41,7 +41,7 @@ def warn_of_parameters(scores: Scores) -> None:
     named = {
         name: leaf
         for name, leaf in tree.named_leaves(scores).items()
-        if placement.is_concrete(leaf) and not leaves.prunable(name, leaf)
+        if placement.is_concrete(leaf) and leaves.is_kept_by_name(name)
     }
     with placement.at_once(list(named.values())):
         negative = jax.device_get({name: jnp.any(x < 0) for name, x in named.items()})
