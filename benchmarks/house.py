@@ -12,7 +12,8 @@ their aims, and exit status 1 if there are any. The columns are
     comments  for 100 code lines, licences at the head of a file left out
     args      of public functions and methods: the 95th percentile, and the most
     body      code lines of a function's body: the 95th percentile, and the longest
-    pairs     calls of `rules.excludes`: pairs of settings that do not compose
+    pairs     calls of `rules.excludes`: pairs of settings that do not compose; what the
+              command alone refuses is in the tables of jaxprune/lm/jobs and not here
     shared    functions of modules that share their name with five others or more
 
 The aims are a table, `AIMS`; `tests/across/test_house.py` holds some of them.

@@ -305,6 +305,9 @@ def _are_maxima(count: Any, mu: Any, nu: Any) -> bool:
     """Whether |mu| is under Adamax's bound in all that this process holds."""
     # After t steps Adamax has |mu| <= nu (1 - b1^t), but for the decay of nu. Adam has
     # |mu| / nu >= 1 / |g| for a gradient g that stays. One leaf nearly always decides.
+    # Inside `jit` nothing can be looked at, not even a state that it closes over.
+    if isinstance(jnp.zeros(()), jax.core.Tracer):
+        return False
     moved = False
     for pair in zip(jax.tree.leaves(mu), jax.tree.leaves(nu), strict=True):
         if any(isinstance(x, jax.core.Tracer) for x in (*pair, count)):

@@ -49,6 +49,14 @@ def test_a_tracker_in_front_of_the_optimizer_is_told():
         jp.scores.averaged_weight(PARAMS, state)
 
 
+def test_a_state_that_a_jitted_function_closes_over_is_read():
+    state = after_a_step(optax.adam(1e-2))
+    closed = jax.jit(lambda params: jp.scores.obd(params, state))(PARAMS)
+    np.testing.assert_allclose(
+        closed["kernel"], jp.scores.obd(PARAMS, state)["kernel"], rtol=1e-6
+    )
+
+
 @pytest.mark.parametrize(
     "steps",
     [
