@@ -90,6 +90,30 @@ def test_the_first_block_prints_what_its_comments_say(capsys, tmp_path, monkeypa
         np.testing.assert_allclose(values, claims, rtol=0.1, atol=0.05)
 
 
+def losses_of_the_first_block(capsys, *changes):
+    """Name to the losses that README's first block prints, some words replaced."""
+    source = SOURCES[0]
+    for old, new in changes:
+        assert old in source
+        source = source.replace(old, new)
+    exec(compile(source, str(README), "exec"), {"__name__": "__main__"})
+    lines = (line.split() for line in capsys.readouterr().out.splitlines())
+    return {name: [float(loss) for loss in losses] for name, *losses in lines}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", [10, 20])
+def test_with_other_seeds_the_first_block_says_the_same(seed, capsys):
+    seeds = ("key(0)", f"key({seed})"), ("key(1)", f"key({seed + 1})")
+    losses = losses_of_the_first_block(capsys, *seeds)
+    criteria = "magnitude", "averaged_weight", "preconditioned_magnitude"
+    for stage in range(2):  # pruned, retrained
+        assert min(criteria, key=lambda name: losses[name][stage]) == criteria[-1]
+    less = losses_of_the_first_block(capsys, *seeds, ("0.9", "0.6"))
+    for name in criteria:
+        np.testing.assert_allclose(less[name], less["dense"] * 2, atol=0.06)
+
+
 def test_there_are_blocks_for_each_kind_of_model():
     imported = set().union(*(_imported(source) for source in SOURCES))
     assert {"jaxprune", "optax", "flax", "equinox"} <= imported
