@@ -3,22 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxprune import scores
 from jaxprune.arrays.rules import Rule, check
-from jaxprune.scores import from_training
 from jaxprune.typing import Criterion
 
 CRITERIA: Mapping[str, Criterion] = {
-    criterion.__name__: criterion
-    for criterion in (
-        from_training.averaged_magnitude,
-        from_training.averaged_weight,
-        from_training.magnitude,
-        from_training.obd,
-        from_training.random,
-        from_training.taylor,
-        from_training.threshold,
-        from_training.preconditioned_magnitude,
-    )
+    name: getattr(scores, name) for name in scores.__all__
 }
 """Each criterion by its name."""
 
