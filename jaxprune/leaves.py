@@ -35,7 +35,8 @@ _UNPRUNABLE = {
     # "head_0" may be one of attention's.
     "an output head": r"(^|/)(((lm|output|classification|prediction|value|policy)_head"
     r"|classifier)(_?\d+)?|head|logits(_dense)?|score|unembed)(/[^/]*)?$"
-    r"|^output/weight$|^(transformer/)?output_layer/weight$",
+    # Under a number it is the last layer of a block.
+    r"|^output/weight$|^([^/\d]*/)?output_layer/(weight|kernel)$",
     "a router": r"(^|[/_])router(_?\d+)?(/[^/]*){0,2}$"
     r"|(^|/)(shared_expert_)?gate/(wg/)?weight$|moe/gate/[^/]*$",
     "decays of a state space": r"(^|/)a_log$",
@@ -51,6 +52,10 @@ def prunable(name: str, leaf: Any) -> bool:
     or `A_log`, where zero means something else. Whole words count:
     "denormalizer/kernel" may be pruned, and so may "head/mlp/kernel". "gate/weight" is
     taken for a router's; give a rule of your own where it is a gated layer's.
+
+    Kernels of depthwise convolutions may be pruned, since no shape tells them from a
+    first convolution of gray pictures, (3, 3, 1, channels). They have few weights for
+    what they do, and are usually left dense: `excluding("*/dwconv/*")`.
 
     Args:
       name: path name of the leaf.

@@ -1,8 +1,10 @@
 """Leaves by name: how a leaf is called, and trees aligned.
 
-A leaf's name is its path with "/" between the parts, "blocks/0/mlp/up/kernel". NNX's
-wrapping (a trailing `.value`) is not part of it, so a tree and the optimizer's copy of
-it have the same names, whatever containers they are made of.
+A leaf's name is its path with "/" between the parts, "blocks/0/mlp/up/kernel". What
+wraps an array is not part of it: NNX's `.value`, the "0" that JAX makes up for the one
+array of a Haliax NamedArray, the value of a Penzai variable, whose label is its name.
+So a tree and the optimizer's copy of it have the same names, whatever containers they
+are made of. Keras has names only where they are asked for: {v.path: v.value}.
 """
 
 import fnmatch
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from optax import MaskedNode
 
 from jaxprune.arrays.low_bit import is_int8
@@ -70,31 +73,66 @@ def named_leaves(
 
 def pairs(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[str, Any]]:
     """Name and leaf, in flattening order, for nodes that count as leaves."""
-    named = []
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in _paths(tree, is_leaf)
+    ]
+
+
+def _paths(
+    tree: Any, is_leaf: Callable[[Any], bool]
+) -> list[tuple[tuple[Any, ...], Any]]:
+    """Path and leaf, without the keys of what wraps a leaf."""
+    paths: list[tuple[tuple[Any, ...], Any]] = []
     for path, node in jax.tree_util.tree_leaves_with_path(
-        tree, is_leaf=lambda node: is_leaf(node) or _is_variable(node)
+        tree, is_leaf=lambda node: is_leaf(node) or _is_wrapper(node)
     ):
-        inner = [((), node)]  # (path below the node, leaf)
-        if _is_variable(node):  # its `value` is no part of the name
-            inner = jax.tree_util.tree_leaves_with_path(
-                node,
-                is_leaf=lambda part, variable=node: (
-                    part is not variable and is_leaf(part)
-                ),
-            )
-            inner = [(below[1:], leaf) for below, leaf in inner]
-        named += [
-            (jax.tree_util.keystr((*path, *below), simple=True, separator="/"), leaf)
-            for below, leaf in inner
-        ]
-    return named
+        if not _is_wrapper(node):
+            paths.append((path, node))
+            continue
+        if _is_labeled(node):
+            # "block_0/mlp.weights" stands where a number or an attribute would.
+            label = jax.tree_util.GetAttrKey(node.label.replace(".", "/"))
+            for below, leaf in _paths(node.value, is_leaf):
+                # Less the key of a NamedArray's one array.
+                paths.append(((*path[:-1], label, *below[1:]), leaf))
+            continue
+        for _, child in _children(node):
+            paths += [((*path, *below), x) for below, x in _paths(child, is_leaf)]
+    return paths
 
 
-def _is_variable(node: Any) -> bool:
-    """Whether a node is one of NNX's variables, which flax need not be here for."""
+def _is_wrapper(node: Any) -> bool:
+    """Whether a node's own key is no part of the names under it."""
+    if isinstance(node, dict | list | tuple | jax.Array | np.ndarray | None):
+        return False
+    if _is_labeled(node) or _is_class_of(node, "Variable", "flax.nnx"):
+        return True
+    # A class that was registered without keys, and has one child, as Haliax's
+    # NamedArray: JAX counts the children, and the count says nothing.
+    children = _children(node)
+    return len(children) == 1 and isinstance(
+        next(iter(children[0][0]), None), jax.tree_util.FlattenedIndexKey
+    )
+
+
+def _is_labeled(node: Any) -> bool:
+    """Whether a node is one of Penzai's variables, as `unbind_params` freezes them."""
+    return _is_class_of(node, "LabeledVariableValue", "penzai.core")
+
+
+def _is_class_of(node: Any, name: str, module: str) -> bool:
+    """Whether a node is of a class of a library, which need not be here for that."""
     return any(
-        base.__name__ == "Variable" and base.__module__.startswith("flax.nnx")
+        base.__name__ == name and base.__module__.startswith(module)
         for base in type(node).__mro__
+    )
+
+
+def _children(node: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """Key and child; of a leaf no key and the leaf itself."""
+    return jax.tree_util.tree_leaves_with_path(
+        node, is_leaf=lambda part: part is not node
     )
 
 

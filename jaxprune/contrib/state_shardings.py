@@ -76,8 +76,7 @@ def state_shardings(
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     replicated = _with_spec(next(iter(shardings.values())))
 
-    def place(path: Any, leaf: Any, aval: Any) -> Sharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    def place(name: str, leaf: Any, aval: Any) -> Sharding:
         sharding = replicated
         for owner in _owners(_parts(name), shapes):
             if specs := _specs(tuple(leaf.shape), shapes[owner], shardings[owner]):
@@ -90,7 +89,13 @@ def state_shardings(
     bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     traced, state = jax.make_jaxpr(optimizer.init, return_shape=True)(bare)
     avals = jax.tree.unflatten(jax.tree.structure(state), traced.out_avals)
-    return jax.tree_util.tree_map_with_path(place, state, avals)
+    # By names as the parameters have them, without the keys of what wraps an array.
+    named = tree.pairs(state, lambda node: False)
+    placed = [
+        place(name, leaf, aval)
+        for (name, leaf), aval in zip(named, jax.tree.leaves(avals), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(state), placed)
 
 
 def _parts(name: str) -> _Path:

@@ -99,7 +99,8 @@ def get_importance(state: Any) -> Importance:
       UserWarning: a chain has `track_importance` in front of its optimizer.
       UserWarning: the second moment may be Adamax's. Its state has Adam's type and a
         maximum of |g| where Adam's has the mean of g^2, so values are looked at, those
-        that this process holds and not under `jit`. Of `nnx.state(optimizer)`, which
+        that this process holds and not under `jit`; `gradual` and `straight_through`,
+        which have the optimizer itself, refuse Adamax. Of `nnx.state(optimizer)`, which
         has no types, AdaBelief's variance passes for Adam's moment too; give the
         `nnx.Optimizer` itself.
 
@@ -122,7 +123,7 @@ _TRACKED = Rule(
     "this optimizer state tracks nothing{why}",
     f"for averages of the weights {_TRACK['weight']}, for squared gradients "
     f"{_TRACK['square']}",
-    details=lambda v: {"why": _why_not(v.state)},
+    details=lambda v: {"why": _in_brackets(_why_not(v.state))},
 )
 
 
@@ -135,9 +136,9 @@ def tracked(importance: Any, field: str, params: Params) -> list[Any]:
     elif importance is not None:
         averages = _averages(importance)
         statistic = averages.get(field)
-        why = ("" if averages else " (this optimizer state tracks nothing)") + (
-            _why_not(importance) if field == "square" else ""
-        )
+        reasons = ["this optimizer state tracks nothing"] * (not averages)
+        reasons += [_why_not(importance)] * (field == "square")
+        why = _in_brackets(*reasons)
     check(_STATISTIC, statistic=statistic, field=field, why=why, way=_TRACK[field])
     return tree.align(params, statistic, f"Importance.{field}")
 
@@ -213,16 +214,23 @@ def _optax_name(node: Any) -> str:
     return state_class.__name__ if state_class.__module__.startswith("optax.") else ""
 
 
+def _in_brackets(*reasons: str) -> str:
+    """The reasons that there are, as one aside."""
+    reasons = tuple(filter(None, reasons))
+    return f" ({'; '.join(reasons)})" if reasons else ""
+
+
 def _why_not(state: Any) -> str:
     """Which states there are that keep something else than E[g^2]."""
 
-    def known(node: Any) -> bool:
-        return _optax_name(node) in _NO_SECOND_MOMENTS
+    def reason(node: Any) -> str | None:
+        # AdamaxState says it itself.
+        default = getattr(node, "why_no_square", None)
+        return _NO_SECOND_MOMENTS.get(_optax_name(node), default)
 
-    nodes = [x for x in jax.tree.leaves(state, is_leaf=known) if known(x)]
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: reason(node) is not None)
     # Each reason once, in the order of the state.
-    reasons = dict.fromkeys(_NO_SECOND_MOMENTS[_optax_name(node)] for node in nodes)
-    return f" ({'; '.join(reasons)})" if reasons else ""
+    return "; ".join(dict.fromkeys(filter(None, map(reason, nodes))))
 
 
 def _held(node: Any) -> dict[str, str] | None:

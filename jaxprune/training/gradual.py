@@ -19,6 +19,7 @@ from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.masking.counts import Allocation
 from jaxprune.masking.patterns import Block, Channel
+from jaxprune.scores.adamax import name_adamax
 from jaxprune.scores.names import parse_criterion
 from jaxprune.training import schedules
 from jaxprune.training.event_table import Event, EventTable
@@ -98,7 +99,8 @@ def gradual(
     Raises:
       ValueError: schedule, pattern, allocation and growth do not agree, or the sparsity
         falls and nothing grows; at `init`: no leaf is prunable, or the criterion's
-        statistic is not in the optimizer; at `update`: no parameters.
+        statistic is not in the optimizer (Adamax, known by a step of two numbers a
+        leaf, keeps a maximum of |g|); at `update`: no parameters.
       TypeError: an argument is of another kind.
 
     Example:
@@ -127,7 +129,7 @@ def gradual(
     def init(params: Params) -> GradualState:
         inner = optimizer.init(params)
         masking.refuse_blind_start(params)
-        masks = masking.start(params, inner)
+        masks = masking.start(params, name_adamax(optimizer, inner, params))
         return GradualState(placement.counter(params), masks, inner)
 
     def update(

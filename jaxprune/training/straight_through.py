@@ -25,6 +25,7 @@ from jaxprune import leaves, scores
 from jaxprune.arrays import placement
 from jaxprune.arrays.axes import Axes
 from jaxprune.masking.counts import Allocation
+from jaxprune.scores.adamax import name_adamax
 from jaxprune.scores.names import parse_criterion
 from jaxprune.training import schedules
 from jaxprune.training.event_table import EventTable
@@ -132,7 +133,8 @@ def straight_through(
 
     def init(params: Params) -> StraightThroughState:
         inner = optimizer.init(params)
-        state_masks = masking.start(params, inner)
+        named = name_adamax(optimizer, inner, params)
+        state_masks = masking.start(params, named)
         parked = zeros_of(masking.read(state_masks, params), params)
         return StraightThroughState(
             placement.counter(params), state_masks, parked, inner

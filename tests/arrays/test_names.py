@@ -1,5 +1,6 @@
 """How leaves are called, which of them may be pruned, and what counts as a zero."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -38,6 +39,99 @@ def test_what_nnx_wraps_is_called_as_what_it_wraps():
     masks = jp.masks.make(jp.scores.magnitude(state), 0.5)
     pruned = jp.prune(nnx.as_pure(state), jp.scores.magnitude(state), 0.5)
     assert same_bits(jp.masks.apply(nnx.as_pure(state), masks), pruned)
+
+
+@jax.tree_util.register_pytree_node_class
+class Wrapped:
+    """One array, registered without keys as Haliax's is."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def tree_flatten(self):
+        return (self.array,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+@jax.tree_util.register_pytree_node_class
+class Pair(Wrapped):
+    """Two arrays without keys, of which JAX counts the second as the second."""
+
+    def tree_flatten(self):
+        return (self.array, None), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(children[0])
+
+
+def test_what_wraps_one_array_without_a_key_is_no_part_of_its_name():
+    params = {
+        "embeddings": {"weight": Wrapped(ONES)},
+        "ln": {"weight": Wrapped(ONES)},
+        "mlp": [Wrapped(ONES), Pair(ONES)],
+    }
+    bare = ["embeddings/weight", "ln/weight", "mlp/0", "mlp/1/0"]
+    assert jp.tree.names(params) == bare
+    pruned = [row.name for row in jp.tree.explain(params) if row.pruned]
+    assert pruned == ["mlp/0", "mlp/1/0"]
+    masks = jp.masks.make(jp.scores.magnitude(params), 0.5)
+    assert jp.tree.names(masks) == bare
+    assert isinstance(masks["ln"]["weight"].array, optax.MaskedNode)
+    unwrapped = {"mlp": [ONES, Pair(ONES)], "ln": {"weight": ONES}}
+    unwrapped["embeddings"] = {"weight": ONES}
+    assert jp.tree.names(unwrapped) == bare
+    pruned_leaves = jp.sparsity(jp.masks.apply(unwrapped, masks)).by_leaf
+    assert pruned_leaves["mlp/0"] == (8, 16)
+    assert pruned_leaves["embeddings/weight"] == (0, 16)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NamedArray:
+    """An array as Penzai has it."""
+
+    data_array: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LabeledVariableValue:
+    """A variable as Penzai's `unbind_params(model, freeze=True)` gives it."""
+
+    value: NamedArray
+    label: str = dataclasses.field(metadata={"static": True})
+
+
+LabeledVariableValue.__module__ = "penzai.core.variables"
+
+
+def test_the_label_of_a_variable_of_penzai_is_its_name():
+    labels = ["model/embedder.embeddings", "model/block_0/mlp.weights"]
+    params = [LabeledVariableValue(NamedArray(ONES), label) for label in labels]
+    bare = ["model/embedder/embeddings", "model/block_0/mlp/weights"]
+    assert jp.tree.names({"g": params}) == [f"g/{name}" for name in bare]
+    packed = jp.masks.pack(jp.masks.make(jp.scores.magnitude(params), 0.5))
+    assert jp.tree.names(packed) == [bare[0], f"{bare[1]}/bits"]
+    tx = jp.gradual(optax.adam(0.1), {0: 0.5}, criterion="magnitude", packed=True)
+    _, state = tx.update(params, tx.init(params), params)
+    assert jp.sparsity(jp.masks.get(state, params)).by_leaf == {bare[1]: (8, 16)}
+
+
+def test_wrapped_arrays_in_a_state_are_found_as_the_parameters_are():
+    params = {"w": Wrapped(ONES), "b": {"x": Wrapped(ONES)}}
+    tx = jp.gradual(optax.adam(0.1), {0: 0.5}, criterion="magnitude", packed=True)
+    state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    assert jp.sparsity(jp.masks.get(state, params)).by_leaf.keys() == {"w", "b/x"}
+    mesh = jax.make_mesh((1,), ("data",))
+    rows = jax.NamedSharding(mesh, jax.P("data"))
+    placed = jax.device_put(params, rows)
+    shardings = jp.contrib.state_shardings(optax.adam(0.1), placed)
+    assert shardings[0].mu["b"]["x"].array == rows
 
 
 @pytest.mark.parametrize(
@@ -95,6 +189,8 @@ def test_whole_words_say_what_is_left_alone():
         "bias_proj/kernel",
         "overhead/kernel",
         "blocks/0/kernel",
+        "block_0/output_layer/kernel",
+        "blocks/0/mlp/output_layer/kernel",
     )
     assert all(innocent.values()), innocent
 
@@ -126,6 +222,8 @@ def test_embeddings_norms_and_heads_are_left_alone_in_every_spelling():
         "head/kernel",
         "classifier/weight",
         "score/weight",
+        "mlp/output_layer/kernel",
+        "output_layer/kernel",
         "value_head/kernel",
         "LMHead/kernel",
         "LMHead_0/kernel",

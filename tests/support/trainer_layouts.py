@@ -7,6 +7,7 @@ that have their outputs first. Names, axes and einsums are theirs, as of 2026 (M
 bonsai `models/qwen3/modeling.py`); the code is not.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -253,11 +254,20 @@ def bonsai() -> Layout:
 # Levanter: Equinox, named arrays, outputs first, layers stacked on axis 0.
 
 
-class Named(eqx.Module):
-    """An array whose axes have names, as Haliax has it."""
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """An array whose axes have names; registered without keys, as Haliax's is."""
 
     array: jax.Array
-    axes: tuple[str, ...] = eqx.field(static=True)
+    axes: tuple[str, ...]
+
+    def tree_flatten(self):
+        return (self.array,), self.axes
+
+    @classmethod
+    def tree_unflatten(cls, axes, children):
+        return cls(*children, axes)
 
 
 class NamedLinear(eqx.Module):
@@ -360,7 +370,7 @@ def levanter() -> Layout:
         "self_attn/o_proj": Axes((2, 3, 4), (1,)),
         **{f"mlp/{name}_proj": Axes((2,), (1,)) for name in ("gate", "up", "down")},
     }
-    axes = {f"layers/{name}/weight/array": own for name, own in weights.items()}
+    axes = {f"layers/{name}/weight": own for name, own in weights.items()}
     return Layout(lambda params, x: params(x), filled(model), axes)
 
 
