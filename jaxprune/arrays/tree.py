@@ -1,8 +1,9 @@
 """Leaves by name: how a leaf is called, and trees aligned.
 
 A leaf's name is its path with "/" between the parts, "blocks/0/mlp/up/kernel". What
-wraps an array is not part of it: NNX's `.value`, the "0" that JAX makes up for the one
-array of a Haliax NamedArray, the value of a Penzai variable, whose label is its name.
+wraps an array is not part of it: the `value` of NNX's variables and of Linen's boxes,
+the "0" that JAX makes up for the one array of a Haliax NamedArray, the value of a
+Penzai variable, whose label is its name.
 So a tree and the optimizer's copy of it have the same names, whatever containers they
 are made of. Keras has names only where they are asked for: {v.path: v.value}.
 """
@@ -90,7 +91,7 @@ def _paths(
         if not _is_wrapper(node):
             paths.append((path, node))
             continue
-        if _is_labeled(node):
+        if _is_class_of(node, *_LABELED):
             # "block_0/mlp.weights" stands where a number or an attribute would.
             label = jax.tree_util.GetAttrKey(node.label.replace(".", "/"))
             for below, leaf in _paths(node.value, is_leaf):
@@ -106,7 +107,7 @@ def _is_wrapper(node: Any) -> bool:
     """Whether a node's own key is no part of the names under it."""
     if isinstance(node, dict | list | tuple | jax.Array | np.ndarray | None):
         return False
-    if _is_labeled(node) or _is_class_of(node, "Variable", "flax.nnx"):
+    if any(_is_class_of(node, *names) for names in _WRAPPERS):
         return True
     # A class that was registered without keys, and has one child, as Haliax's
     # NamedArray: JAX counts the children, and the count says nothing.
@@ -116,9 +117,14 @@ def _is_wrapper(node: Any) -> bool:
     )
 
 
-def _is_labeled(node: Any) -> bool:
-    """Whether a node is one of Penzai's variables, as `unbind_params` freezes them."""
-    return _is_class_of(node, "LabeledVariableValue", "penzai.core")
+# Of NNX, of Penzai (as `unbind_params(model, freeze=True)` gives it) and of Linen, as
+# `nn.with_partitioning` makes it.
+_LABELED = "LabeledVariableValue", "penzai.core"
+_WRAPPERS = (
+    ("Variable", "flax.nnx"),
+    ("AxisMetadata", "flax.core.meta"),
+    _LABELED,
+)
 
 
 def _is_class_of(node: Any, name: str, module: str) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +40,14 @@ def test_what_nnx_wraps_is_called_as_what_it_wraps():
     masks = jp.masks.make(jp.scores.magnitude(state), 0.5)
     pruned = jp.prune(nnx.as_pure(state), jp.scores.magnitude(state), 0.5)
     assert same_bits(jp.masks.apply(nnx.as_pure(state), masks), pruned)
+
+
+def test_what_linen_boxes_is_called_as_what_is_in_the_box():
+    box = nn.Partitioned(ONES, ("inputs", "outputs"))
+    params = {"up": {"kernel": box}, "lm_head": {"kernel": box}}
+    assert jp.tree.names(params) == jp.tree.names(nn.unbox(params))
+    pruned = [row.name for row in jp.tree.explain(params) if row.pruned]
+    assert pruned == ["up/kernel"]
 
 
 @jax.tree_util.register_pytree_node_class
