@@ -71,14 +71,15 @@ class Axes:
     def matrix(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "batch in out"]:
         """The leaf as (batch, in, out), each of the three possibly of size 1."""
         moved = jnp.transpose(leaf, self.order(leaf.ndim))
-        batch = leaf.ndim - len(self.inputs) - len(self.outputs)
+        return moved.reshape(self.matrix_shape(leaf.shape))  # (batch, in, out)
+
+    def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """The shape of the `matrix` of a leaf, without an array."""
+        moved = [shape[axis] for axis in self.order(len(shape))]
+        batch = len(shape) - len(self.inputs) - len(self.outputs)
         inputs = batch + len(self.inputs)
-        shape = moved.shape
-        return moved.reshape(  # (batch, in, out)
-            math.prod(shape[:batch]),
-            math.prod(shape[batch:inputs]),
-            math.prod(shape[inputs:]),
-        )
+        parts = moved[:batch], moved[batch:inputs], moved[inputs:]
+        return tuple(map(math.prod, parts))  # type: ignore[return-value]
 
     def restore(
         self, matrix: Shaped[Array, "..."], shape: tuple[int, ...]

@@ -203,10 +203,12 @@ def unit_counts(
     pattern: Pattern, leaves: Sequence[Any], leaf_axes: Sequence[Axes]
 ) -> list[int]:
     """How many units each leaf has; see `unit_count`."""
-    return [
-        unit_count(pattern, leaf.shape, axes)
-        for leaf, axes in zip(leaves, leaf_axes, strict=True)
+    keys = [
+        (tuple(leaf.shape), axes) for leaf, axes in zip(leaves, leaf_axes, strict=True)
     ]
+    # A pattern is traced once for all leaves of a shape.
+    sizes = {key: unit_count(pattern, *key) for key in dict.fromkeys(keys)}
+    return [sizes[key] for key in keys]
 
 
 _GIVEN_ONCE = excludes(

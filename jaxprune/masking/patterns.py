@@ -248,9 +248,7 @@ class Block(_Free):
     ) -> Bool[Array, "*shape"]:
         """Each tile's bit on all of its weights."""
         # The last tiles may reach over the edge: they are cut at the end.
-        _, inputs, outputs = jax.eval_shape(
-            axes.matrix, jax.ShapeDtypeStruct(shape, bool)
-        ).shape
+        _, inputs, outputs = axes.matrix_shape(shape)
         batch, high, wide = kept.shape
         # One axis after the other, not `jnp.repeat`: inside an Explicit mesh it asks
         # for the sharding of its result.
@@ -310,8 +308,7 @@ class Channel(_Free):
         self, kept: Bool[Array, "*units"], shape: tuple[int, ...], axes: Axes
     ) -> Bool[Array, "*shape"]:
         """Each channel's bit on all of its weights."""
-        matrix = jax.eval_shape(axes.matrix, jax.ShapeDtypeStruct(shape, bool))
-        return axes.restore(jnp.broadcast_to(kept, matrix.shape), shape)
+        return axes.restore(jnp.broadcast_to(kept, axes.matrix_shape(shape)), shape)
 
 
 def parse(pattern: Pattern | str) -> Pattern:

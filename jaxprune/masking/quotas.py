@@ -3,20 +3,18 @@
 All that can be refused is refused here, for all leaves at once.
 """
 
+import dataclasses
 import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-
 from jaxprune.arrays.axes import Axes, resolve_axes
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check, finds_none
 from jaxprune.masking import counts, patterns
 from jaxprune.masking.allocation import Global, Layer, PerMatrix, Weight
-from jaxprune.masking.allocation import Rule as AllocationRule
 from jaxprune.typing import Pattern
 
 
@@ -37,22 +35,75 @@ class Quotas(NamedTuple):
     stacks: list[tuple[int, ...]] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class LeafUnits:
+    """Which units the leaves have, whatever the sparsity.
+
+    Attributes:
+      leaves: leaves by name; of most only shape and dtype are read.
+      pattern: which weights are pruned together.
+      rules: input and output axes as a caller gives them.
+    """
+
+    leaves: Mapping[str, Any]
+    pattern: Pattern
+    rules: Axes | Mapping[str, Axes] | None
+
+    @functools.cached_property
+    def axes(self) -> list[Axes]:
+        """The axes of each leaf, after the pattern has looked at every shape."""
+        # Single weights have no axes to look at.
+        if isinstance(self.pattern, patterns.Unstructured) and self.rules is None:
+            return [Axes()] * len(self.leaves)
+        pairs = zip(self.leaves.items(), self.matrix_axes, strict=True)
+        problems = [
+            f"{problem} at {name!r}"
+            for (name, leaf), axes in pairs
+            if (
+                problem := axes.problem(leaf.ndim)
+                or self.pattern.problem(leaf.shape, axes)
+            )
+        ]
+        check(_FITTING, problems="; ".join(problems))
+        return self.matrix_axes
+
+    @functools.cached_property
+    def matrix_axes(self) -> list[Axes]:
+        """The axes of each leaf, of which an allocation rule makes a matrix."""
+        return resolve_axes(self.rules, list(self.leaves), list(self.leaves.values()))
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """The number of units of each leaf."""
+        return counts.unit_counts(self.pattern, list(self.leaves.values()), self.axes)
+
+    @functools.cached_property
+    def weights(self) -> list[Weight]:
+        """What a rule may know of the leaves, which have an input and an output."""
+        leaves = zip(self.leaves.items(), self.matrix_axes, strict=True)
+        return [
+            Weight(
+                name=name,
+                leaf=name,
+                index=(),
+                shape=axes.matrix_shape(leaf.shape),  # (batch, in, out)
+                view=axes.matrix,
+                read=functools.partial(axes.matrix, leaf),
+            )
+            for (name, leaf), axes in leaves
+        ]
+
+
 def leaf_quotas(
-    named: Mapping[str, Any],
-    sparsity: counts.Sparsity,
-    *,
-    rule: counts.Allocation,
-    pattern: Pattern,
-    axes: Axes | Mapping[str, Axes] | None,
+    units: LeafUnits, sparsity: counts.Sparsity, rule: counts.Allocation
 ) -> Quotas:
     """How many units are kept; most rules need only the leaves' shapes and dtypes."""
-    names, leaves = list(named), list(named.values())
-    leaf_axes = _pattern_axes(axes, names, leaves, pattern)
-    share, parsed = counts.agreed(sparsity, pattern, rule)
+    names, leaf_axes = list(units.leaves), units.axes
+    share, parsed = counts.agreed(sparsity, units.pattern, rule)
     if isinstance(parsed, PerMatrix):
-        resolved = resolve_axes(axes, names, leaves)
-        return _matrix_quotas(names, leaves, resolved, share, pattern)
-    sizes = counts.unit_counts(pattern, leaves, leaf_axes)
+        leaves = list(units.leaves.values())
+        return _matrix_quotas(names, leaves, units.matrix_axes, share, units.pattern)
+    sizes = units.sizes
     check(_COUNTABLE, sizes=dict(zip(names, sizes, strict=True)), way=_BY_MATRIX)
     if isinstance(parsed, Global) and not isinstance(share, Mapping):
         # One number for all leaves: what each keeps is known when they are ranked.
@@ -67,8 +118,8 @@ def leaf_quotas(
         pruned = counts.by_leaf(share, names, sizes)
     else:
         # A rule reads matrices, so it needs axes where the pattern needs none.
-        weights = _weights(names, leaves, resolve_axes(axes, names, leaves), parsed)
-        pruned = counts.by_rule(share, parsed, weights, sizes)
+        check(_WEIGHTS, rule=parsed, rule_name=type(parsed).__name__, units=units)
+        pruned = counts.by_rule(share, parsed, units.weights, sizes)
     kept = [size - lost for size, lost in zip(sizes, pruned, strict=True)]
     _warn_of_empty(names, sizes, kept, stacklevel=5)
     return Quotas(kept, together=False, axes=leaf_axes)
@@ -115,52 +166,6 @@ def _warn_of_empty(
         )
 
 
-def _weights(
-    names: Sequence[str],
-    leaves: Sequence[jax.Array],
-    leaf_axes: Sequence[Axes],
-    rule: AllocationRule,
-) -> list[Weight]:
-    """What a rule may know of the leaves."""
-    flat = [
-        name
-        for name, leaf, axes in zip(names, leaves, leaf_axes, strict=True)
-        if axes.problem(leaf.ndim)
-    ]
-    check(_WEIGHTS, rule=rule, rule_name=type(rule).__name__, flat=flat)
-    return [
-        Weight(
-            name=name,
-            leaf=name,
-            index=(),
-            shape=jax.eval_shape(axes.matrix, leaf).shape,  # (batch, in, out)
-            view=axes.matrix,
-            read=functools.partial(axes.matrix, leaf),
-        )
-        for name, leaf, axes in zip(names, leaves, leaf_axes, strict=True)
-    ]
-
-
-def _pattern_axes(
-    rules: Axes | Mapping[str, Axes] | None,
-    names: Sequence[str],
-    leaves: Sequence[Any],
-    pattern: Pattern,
-) -> list[Axes]:
-    """The leaves' axes, after the pattern has looked at every shape."""
-    # Single weights have no axes to look at.
-    if isinstance(pattern, patterns.Unstructured) and rules is None:
-        return [Axes()] * len(leaves)
-    leaf_axes = resolve_axes(rules, names, leaves)
-    problems = [
-        f"{problem} at {name!r}"
-        for name, leaf, axes in zip(names, leaves, leaf_axes, strict=True)
-        if (problem := axes.problem(leaf.ndim) or pattern.problem(leaf.shape, axes))
-    ]
-    check(_FITTING, problems="; ".join(problems))
-    return leaf_axes
-
-
 _BY_MATRIX = "rank the matrices of a stack by allocation='matrix', or split the leaf"
 _COUNTABLE = finds_none(
     lambda v: [name for name, size in v.sizes.items() if size >= 2**32],
@@ -185,7 +190,13 @@ _WEIGHTS = (
         "call jp.prune_trained, or use allocation='erk' or 'global'",
     ),
     finds_none(
-        lambda v: v.flat,
+        lambda v: [
+            name
+            for (name, leaf), axes in zip(
+                v.units.leaves.items(), v.units.matrix_axes, strict=True
+            )
+            if axes.problem(leaf.ndim)
+        ],
         "allocation={rule_name} needs leaves with an input and an output axis, but "
         "{names} have none",
         "leave them out of the scores with prunable=jp.tree.excluding('...')",

@@ -18,7 +18,7 @@ from jaxprune.arrays.rules import check, finds_none
 from jaxprune.arrays.topk import thresholds
 from jaxprune.masking import allocation, counts, patterns
 from jaxprune.masking.checks import floating_scores
-from jaxprune.masking.quotas import Quotas, leaf_quotas
+from jaxprune.masking.quotas import LeafUnits, Quotas, leaf_quotas
 from jaxprune.typing import Pattern, Scores
 
 # Rules that only count a leaf's weights.
@@ -51,7 +51,7 @@ def select(
     named = floating_scores(scores)
     counts.agreed(sparsity, pattern, rule)
     check_heads(tree.named_leaves(scores), axes, rule, [pattern])
-    quotas = leaf_quotas(named, sparsity, rule=rule, pattern=pattern, axes=axes)
+    quotas = leaf_quotas(LeafUnits(named, pattern, axes), sparsity, rule)
     leaves = list(named.values())
     if quotas.stacks is None:
         return _selections(leaves, quotas, pattern)

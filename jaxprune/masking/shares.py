@@ -32,9 +32,11 @@ def exact_shares(
     ends = np.rint(np.cumsum(np.clip(shares + high, 0, 1) * lengths))
     ends[-1] = goal
     counts: list[float] = []
+    total = 0.0
     for end, length in zip(np.minimum(ends, goal), lengths, strict=True):
         # Two ends on halves may be rounded apart, by one more than the size.
-        counts.append(min(end - sum(counts), length))
+        counts.append(min(end - total, length))
+        total += counts[-1]
     return [
         Fraction(int(count), max(size, 1))
         for count, size in zip(counts, sizes, strict=True)

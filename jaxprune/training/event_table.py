@@ -20,7 +20,7 @@ from jaxprune.arrays.rules import Rule, check
 from jaxprune.arrays.topk.count_search import Count
 from jaxprune.masking import counts, patterns
 from jaxprune.masking.allocation import PerMatrix
-from jaxprune.masking.quotas import Quotas, leaf_quotas
+from jaxprune.masking.quotas import LeafUnits, Quotas, leaf_quotas
 from jaxprune.training import schedules
 from jaxprune.training.grow import Grow
 from jaxprune.typing import Pattern
@@ -132,24 +132,23 @@ class EventTable:
             named = {
                 name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in key
             }
-            quotas = [self._quotas(event, named) for event in self.events]
+            # Only the sparsity differs from event to event: the units do not.
+            units = {
+                event.pattern: LeafUnits(named, event.pattern, self.axes)
+                for event in self.events
+            }
+            quotas = [
+                leaf_quotas(units[event.pattern], event.sparsity, self.allocation)
+                for event in self.events
+            ]
             self._cache[key] = [
-                self._counts_of(number, quotas, list(named.values()))
-                for number in range(max(self.pattern_numbers) + 1)
+                self._counts_of(number, quotas, pattern_units.sizes)
+                for number, pattern_units in enumerate(units.values())
             ]
         return self._cache[key]
 
-    def _quotas(self, event: Event, named: Mapping[str, Any]) -> Quotas:
-        return leaf_quotas(
-            named,
-            event.sparsity,
-            rule=self.allocation,
-            pattern=event.pattern,
-            axes=self.axes,
-        )
-
     def _counts_of(
-        self, number: int, quotas: Sequence[Quotas], leaves: Sequence[Any]
+        self, number: int, quotas: Sequence[Quotas], sizes: Sequence[int]
     ) -> PatternCounts:
         has_pattern = [n == number for n in self.pattern_numbers]  # (events,)
         first = has_pattern.index(True)
@@ -163,9 +162,8 @@ class EventTable:
         ]
         grown = [zeros] * len(kept)
         if self.grow is not None:
-            sizes = counts.unit_counts(pattern, leaves, quota.axes)
-            sizes = [sum(sizes)] if quota.together else sizes
-            grown = self._grown(self.grow, kept, sizes)
+            ranked = [sum(sizes)] if quota.together else list(sizes)
+            grown = self._grown(self.grow, kept, ranked)
         return PatternCounts(
             pattern, _as_count(kept), _as_count(grown), quota.together, quota.axes
         )

@@ -1,0 +1,54 @@
+"""A long schedule costs little before its first step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import jaxprune as jp
+from jaxprune.training import event_table
+
+SHAPES = [(16, 8), (16, 8), (8, 16), (24, 8)]
+PARAMS = {f"layer_{i}": jnp.ones(shape) for i, shape in enumerate(SHAPES)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted(jp.patterns.Block):
+    """Blocks that count how often the units of a leaf are asked for."""
+
+    calls: list[tuple[int, ...]] = dataclasses.field(default_factory=list, hash=False)
+
+    def units(self, scores, axes):
+        self.calls.append(scores.shape)
+        return super().units(scores, axes)
+
+
+@pytest.mark.parametrize("allocation", ["layer", "global", "erk"])
+@pytest.mark.parametrize("grow", [None, "rigl"])
+def test_units_are_counted_once_a_shape_and_not_at_each_event(allocation, grow):
+    pattern = Counted(4, 4)
+    schedule = jp.schedules.linear(0.8, 0, 200, every=1)
+    options = {"allocation": allocation, "pattern": pattern, "grow": grow}
+    tx = jp.gradual(optax.sgd(0.1), schedule, criterion="magnitude", **options)
+    jax.eval_shape(tx.init, PARAMS)
+    assert sorted(pattern.calls) == sorted(set(SHAPES))
+
+
+@pytest.mark.parametrize("allocation", ["layer", "global", "erk"])
+@pytest.mark.parametrize("pattern", ["unstructured", "4x4", "channel"])
+def test_an_event_keeps_what_masks_make_keeps_alone(allocation, pattern):
+    schedule = {step: 0.03 * step for step in range(1, 30)}
+    table = event_table.EventTable(schedule, allocation, pattern, None)
+    shapes = {name: leaf.shape for name, leaf in PARAMS.items()}
+    [counts] = table.pattern_counts(shapes)
+    for row, sparsity in enumerate(schedule.values()):
+        masks = jp.masks.make(PARAMS, sparsity, allocation=allocation, pattern=pattern)
+        units = [
+            counts.pattern.units(mask.astype(float), axes)
+            for mask, axes in zip(masks.values(), counts.axes, strict=True)
+        ]
+        kept = [int((unit > 0).sum()) for unit in units]
+        expected = [sum(kept)] if allocation == "global" else kept
+        assert counts.kept.low[row].tolist() == expected
