@@ -132,6 +132,7 @@ def excluding(*globs: str) -> "Excluding":
       >>> rule("blocks/0/kernel", jnp.zeros((4, 8)))
       False
     """
+    check(_GLOBS, globs=globs)
     return Excluding(globs)
 
 
@@ -209,6 +210,12 @@ _RULE = Rule(
     "prunable must be a function of a leaf's name and the leaf, or globs on names, got "
     "{prunable!r}",
     'write prunable="blocks/*", or jp.tree.excluding("head/*")',
+    error=TypeError,
+)
+_GLOBS = Rule(
+    lambda v: all(isinstance(glob, str) for glob in v.globs),
+    "excluding takes globs on path names, got {globs}",
+    'write excluding("blocks/0/*", "head/*")',
     error=TypeError,
 )
 _NAMED = Rule(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from jaxprune.arrays import tree
-from jaxprune.arrays.messages import refuse_fractions
+from jaxprune.arrays.messages import one_line, refuse_fractions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def check_axes(axes: Any) -> None:
     if axes is not None and not all(isinstance(entry, Axes) for entry in entries):
         raise TypeError(
             f"axes must be jp.Axes(inputs=..., outputs=...) or {{glob: jp.Axes(...)}}, "
-            f"got {axes!r}"
+            f"got {one_line(repr(axes))}"
         )
 
 

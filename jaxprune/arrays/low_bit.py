@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, BFloat16, Float32, Int32, UInt32
 
 from jaxprune.arrays import counting
-from jaxprune.arrays.messages import listed
+from jaxprune.arrays.messages import listed, one_line
 
 __all__ = ["Int8", "decode"]
 
@@ -106,8 +106,10 @@ def with_exponents(codes: Any, exponents: Any, *, signed: bool) -> Any:
 
 def checked_storage(storage: str) -> Storage:
     """The storage that a user asked for, or an error that names those there are."""
-    if storage not in STORAGES:
-        raise ValueError(f"storage must be one of {listed(STORAGES)}, got {storage!r}")
+    if not isinstance(storage, str) or storage not in STORAGES:
+        raise ValueError(
+            f"storage must be one of {listed(STORAGES)}, got {one_line(repr(storage))}"
+        )
     return storage
 
 

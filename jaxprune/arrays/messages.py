@@ -14,6 +14,14 @@ def listed(items: Iterable[Any], most: int = 6) -> str:
     return shown + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def one_line(text: str, most: int = 80) -> str:
+    """A text as it is; one of several lines, as arrays print, as the start of one."""
+    if "\n" not in text:
+        return text
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]} …"
+
+
 def columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
     """A table of plain text.
 
@@ -42,7 +50,9 @@ def refuse_fractions(what: str, **settings: Any) -> None:
     """Refuses settings that must be integers and are not; True is none either."""
     for name, value in settings.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{what} needs an integer {name}, got {value!r}")
+            raise TypeError(
+                f"{what} needs an integer {name}, got {one_line(repr(value))}"
+            )
 
 
 def check_steps(what: str, **settings: Any) -> None:
@@ -63,4 +73,7 @@ def chosen(
     elif hasattr(setting, method) and not isinstance(setting, type):
         return cast(T, setting)
     error = ValueError if isinstance(setting, str) else TypeError
-    raise error(f"{what} must be one of {', '.join(names)}, {others}, got {setting!r}")
+    raise error(
+        f"{what} must be one of {', '.join(names)}, {others}, got "
+        f"{one_line(repr(setting))}"
+    )

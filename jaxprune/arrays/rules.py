@@ -5,11 +5,15 @@ function stands alone. A sentence names the rule and the value; a hint says the 
 in the words of Python and, where it differs, in those of the command.
 """
 
+import numbers
+import string
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from jaxprune.arrays.messages import listed
+import numpy as np
+
+from jaxprune.arrays.messages import listed, one_line
 
 
 class Rule(NamedTuple):
@@ -62,9 +66,20 @@ def error(rule: Rule, /, **values: Any) -> Exception:
     if rule.details is not None:
         values |= rule.details(SimpleNamespace(**values))
     sentence, hint, command = (
-        text.format(**values) for text in (rule.sentence, rule.hint, rule.command)
+        _FORMATTER.format(text, **values)
+        for text in (rule.sentence, rule.hint, rule.command)
     )
     return refusal(sentence, hint, command, rule.error)
+
+
+class _OneLine(string.Formatter):
+    """Fills sentences in; what prints as several lines is cut to one."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return one_line(super().format_field(value, format_spec))
+
+
+_FORMATTER = _OneLine()
 
 
 def refusal(
@@ -187,9 +202,30 @@ def within(
 
     def holds(values: Any) -> bool:
         value = getattr(values, name)
-        return value is None or low <= value <= high
+        return value is None or is_between(value, low, high)
 
     return Rule(holds, sentence, hint, **more)
+
+
+def is_between(value: Any, low: float, high: float) -> bool:
+    """Whether it is one number, and lies in [low, high].
+
+    Args:
+      value: whatever a caller gave.
+      low: least value that is allowed.
+      high: largest value that is allowed.
+
+    Returns:
+      False for NaN, and for what is no number.
+
+    Example:
+      >>> is_between(0.5, 0, 1), is_between("0.5", 0, 1), is_between(None, 0, 1)
+      (True, False, False)
+    """
+    # NumPy's and JAX's scalars are no `numbers.Real`.
+    is_scalar = hasattr(value, "dtype") and np.ndim(value) == 0
+    is_number = is_scalar or isinstance(value, numbers.Real)
+    return is_number and bool(low <= value <= high)
 
 
 def finds_none(

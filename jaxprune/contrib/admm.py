@@ -16,6 +16,7 @@ masks keep and u where they prune, and one tree v holds both.
 
 import functools
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ import optax
 from jaxprune import leaves, scores
 from jaxprune.arrays import placement
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.rules import Rule, check
+from jaxprune.arrays.rules import Rule, check, is_between
 from jaxprune.masking.counts import Allocation
 from jaxprune.scores.names import parse_criterion
 from jaxprune.training import schedules, weightings
@@ -234,7 +235,7 @@ _RULES = [
         lambda v: (
             callable(v.penalty)
             or isinstance(v.penalty, jax.core.Tracer)
-            or 0 < v.penalty < math.inf
+            or is_between(v.penalty, math.ulp(0.0), sys.float_info.max)
         ),
         "admm needs a finite penalty over 0, got {penalty}",
         "0.01 is usual",

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check
+from jaxprune.training.masked import wrapped_optimizer
 from jaxprune.typing import Params
 
 _Path = tuple[str, ...]
@@ -67,6 +68,7 @@ def state_shardings(
       >>> state[0][0].mu["w"].sharding == rows
       True
     """
+    init = wrapped_optimizer(optimizer, "contrib.state_shardings", "parameters").init
     leaves = {
         _parts(name): leaf
         for name, leaf in tree.named_leaves(params).items()
@@ -87,7 +89,7 @@ def state_shardings(
 
     # Stand-ins without a place: of a state only names, shapes and memories are read.
     bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    traced, state = jax.make_jaxpr(optimizer.init, return_shape=True)(bare)
+    traced, state = jax.make_jaxpr(init, return_shape=True)(bare)
     avals = jax.tree.unflatten(jax.tree.structure(state), traced.out_avals)
     # By names as the parameters have them, without the keys of what wraps an array.
     named = tree.pairs(state, lambda node: False)

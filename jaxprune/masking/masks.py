@@ -4,7 +4,7 @@ A mask is True where a weight is kept. A pruned weight becomes +0 by selection, 
 by multiplication, so NaN, infinity and -0 become +0 too.
 """
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxprune.arrays import lazy, low_bit, placement, tree
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.rules import Rule, check
+from jaxprune.arrays.rules import Rule, check, is_between
 from jaxprune.arrays.topk import float_order
 from jaxprune.arrays.topk.float_order import Line
 from jaxprune.masking import patterns, selection
@@ -134,7 +134,7 @@ def above(scores: Scores, threshold: float) -> Masks:
 
 
 _THRESHOLD = Rule(
-    lambda v: 0 <= float(v.threshold) < math.inf,
+    lambda v: is_between(v.threshold, 0, sys.float_info.max),
     "threshold must be finite and at least 0, got {threshold}",
 )
 

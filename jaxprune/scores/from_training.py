@@ -17,8 +17,8 @@ from optax import MaskedNode
 
 from jaxprune import leaves
 from jaxprune.arrays import lazy, placement, tree
-from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule, check, finds_none, within
+from jaxprune.arrays.messages import listed, refuse_fractions
+from jaxprune.arrays.rules import Rule, check, finds_none, is_between
 from jaxprune.leaves import checked_rule
 from jaxprune.scores import formulas
 from jaxprune.scores.importance import refuse_swapped, tracked
@@ -192,8 +192,10 @@ def preconditioned_magnitude(
     return _score(formulas.size_and_power, params, prunable, square, exponent)
 
 
-_EXPONENT = within(
-    "exponent", 0, 1, "exponent must be in [0, 1], got {exponent}", "0.25 is usual"
+_EXPONENT = Rule(
+    lambda v: is_between(v.exponent, 0, 1),
+    "exponent must be in [0, 1], got {exponent}",
+    "0.25 is usual",
 )
 
 
@@ -258,6 +260,9 @@ def random(
       (2, 3)
     """
     # A key for each leaf, pruned or not: excluding one leaf changes no other's scores.
+    # A traced seed is an integer, or `jax.random.key` says so.
+    if not isinstance(seed, jax.core.Tracer):
+        refuse_fractions("scores.random", seed=seed)
     keys = list(jax.random.split(jax.random.key(seed), len(tree.names(params))))
     return _score(formulas.uniform, params, prunable, keys)
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from jaxprune.arrays import placement
-from jaxprune.arrays.rules import Rule, check, within
+from jaxprune.arrays.rules import Rule, check, is_between
 
 __all__ = ["gradient", "random"]
 
@@ -151,7 +151,10 @@ class random(_Part):
 
 
 _RULES = [
-    within("fraction", 0, 1, "grow.{name} needs a fraction in [0, 1], got {fraction}"),
+    Rule(
+        lambda v: is_between(v.fraction, 0, 1),
+        "grow.{name} needs a fraction in [0, 1], got {fraction}",
+    ),
     Rule(
         lambda v: v.decay in ("cosine", "constant"),
         "grow.{name} needs decay='cosine' or 'constant', got {decay!r}",

@@ -15,6 +15,7 @@ from jaxprune.arrays import placement, tree
 from jaxprune.masking import packing
 from jaxprune.masking.checks import aligned_masks
 from jaxprune.training.masked import (
+    check_packed,
     masked_step,
     require_params,
     select_kept,
@@ -71,6 +72,7 @@ def keep_masks(
       >>> float(optax.apply_updates(params, updates)["w"][1])
       0.0
     """
+    check_packed(packed, "keep_masks")
     optimizer = wrapped_optimizer(optimizer, "keep_masks", "masks")
 
     def init(params: Params) -> KeepMasksState:

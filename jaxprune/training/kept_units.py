@@ -58,7 +58,11 @@ def masks_at(
         pattern.units(score, axes)
         for score, axes in zip(scores, counts.axes, strict=True)
     ]
-    if grow is None:
+    if grow is None and isinstance(pattern, NM):
+        # Units are minus the ranks inside a group: there is nothing to search for.
+        least, at_event = -pattern.n, jnp.any(event)
+        kept_units = [(leaf > least) & at_event for leaf in units]
+    elif grow is None:
         kept_units = _highest(units, kept, counts.together)
     else:
         kept_units = _grow(event, step, counts, units, gradients, grow)

@@ -26,7 +26,7 @@ from jaxprune.leaves import as_rule, checked_rule
 from jaxprune.masking import packing, selection
 from jaxprune.training.event_table import EventTable, PatternCounts
 from jaxprune.training.kept_units import masks_at
-from jaxprune.training.masked import unpack_masks
+from jaxprune.training.masked import check_packed, unpack_masks
 from jaxprune.typing import Criterion, Importance, Masks, Params, PrunableLike, Scores
 
 # The step of a freeze that does not come: steps are counted in int32.
@@ -61,6 +61,7 @@ class MaskEvents:
         """Refuses numbers of steps that do not agree with the schedule."""
         every = 1 if self.every is None else self.every
         check_steps(self.name, every=every, freeze=self.freeze_step)
+        check_packed(self.packed, self.name)
         check(_STEPS, masking=self, every=every, last=int(self.table.steps[-1]))
 
     @property

@@ -297,6 +297,7 @@ def _averages(
 ) -> dict[str, Average]:
     """The averages by name, as they are taken and held."""
     statistics = _STATISTICS[name]
+    check(_NAMES, name=name, average=average, known=sorted(statistics))
     names = frozenset([average] if isinstance(average, str) else average)
     check(
         _AVERAGES,
@@ -335,6 +336,14 @@ _STATISTICS = {
         ),
     },
 }
+_NAMES = Rule(
+    lambda v: (
+        isinstance(v.average, Collection)
+        and all(isinstance(name, str) for name in v.average)
+    ),
+    "{name}(average=...) takes some of {known}, got {average!r}",
+    error=TypeError,
+)
 _AVERAGES = [
     Rule(
         lambda v: v.names and v.names <= set(v.known),

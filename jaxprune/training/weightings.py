@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int
 
-from jaxprune.arrays.rules import Rule, check, within
+from jaxprune.arrays.rules import Rule, check, is_between
 
 __all__ = ["exponential", "power", "uniform"]
 
@@ -138,11 +138,15 @@ def _euler_maclaurin(p: float, n: float | jax.Array) -> jax.Array:
 
 
 _POWER = [
-    within("p", 0, 8, "power(p) needs p from 0 to 8, got {p}", "the authors use 0.5")
+    Rule(
+        lambda v: is_between(v.p, 0, 8),
+        "power(p) needs p from 0 to 8, got {p}",
+        "the authors use 0.5",
+    )
 ]
 _EXPONENTIAL = [
     Rule(
-        lambda v: 0 < v.decay < 1,
+        lambda v: is_between(v.decay, math.ulp(0.0), math.nextafter(1.0, 0.0)),
         "exponential(decay) needs 0 < decay < 1, got {decay}",
         "use uniform() to forget nothing",
     )
