@@ -52,3 +52,14 @@ def test_an_event_keeps_what_masks_make_keeps_alone(allocation, pattern):
         kept = [int((unit > 0).sum()) for unit in units]
         expected = [sum(kept)] if allocation == "global" else kept
         assert counts.kept.low[row].tolist() == expected
+
+
+def test_an_n_m_pattern_is_ranked_in_its_groups_without_a_search():
+    """A search of all leaves is most of what compiling an event takes."""
+    program = {}
+    for pattern, schedule in (("n:m", {1: "4:8", 3: "2:4"}), ("weights", {1: 0.5})):
+        tx = jp.gradual(optax.sgd(0.1), schedule, criterion="magnitude")
+        state = jax.eval_shape(tx.init, PARAMS)
+        program[pattern] = str(jax.make_jaxpr(tx.update)(PARAMS, state, PARAMS))
+    assert "while[" not in program["n:m"]
+    assert "while[" in program["weights"]
