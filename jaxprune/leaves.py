@@ -36,7 +36,7 @@ _UNPRUNABLE = {
     "an output head": r"(^|/)(((lm|output|classification|prediction|value|policy)_head"
     r"|classifier)(_?\d+)?|head|logits(_dense)?|score|unembed)(/[^/]*)?$"
     # Under a number it is the last layer of a block.
-    r"|^output/weight$|^([^/\d]*/)?output_layer/(weight|kernel)$",
+    r"|^output/weight$|^(params/)?([^/\d]*/)?output_layer/(weight|kernel)$",
     "a router": r"(^|[/_])router(_?\d+)?(/[^/]*){0,2}$"
     r"|(^|/)(shared_expert_)?gate/(wg/)?weight$|moe/gate/[^/]*$",
     "decays of a state space": r"(^|/)a_log$",

@@ -16,7 +16,6 @@ masks keep and u where they prune, and one tree v holds both.
 
 import functools
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -235,7 +234,7 @@ _RULES = [
         lambda v: (
             callable(v.penalty)
             or isinstance(v.penalty, jax.core.Tracer)
-            or is_between(v.penalty, math.ulp(0.0), sys.float_info.max)
+            or (is_between(v.penalty, 0, math.inf) and 0 < v.penalty < math.inf)
         ),
         "admm needs a finite penalty over 0, got {penalty}",
         "0.01 is usual",

@@ -151,13 +151,10 @@ class ERK:
         )
 
 
-# The numbers next to bounds that are not allowed themselves.
-_OVER_ZERO, _BELOW_ONE = math.ulp(0.0), math.nextafter(1.0, 0.0)
-_FINITE = np.finfo(float).max
 _OWL = rules.Rule(
     lambda v: (
-        rules.is_between(v.owl.spread, 0, _BELOW_ONE)
-        and rules.is_between(v.owl.factor, _OVER_ZERO, _FINITE)
+        all(rules.is_between(x, 0, math.inf) for x in (v.owl.spread, v.owl.factor))
+        and (v.owl.spread < 1 and 0 < v.owl.factor < math.inf)
     ),
     "OWL needs 0 <= spread < 1 and a factor over 0, got {owl}",
     "the paper's are 0.08 and 5",

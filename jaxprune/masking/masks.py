@@ -4,7 +4,7 @@ A mask is True where a weight is kept. A pruned weight becomes +0 by selection, 
 by multiplication, so NaN, infinity and -0 become +0 too.
 """
 
-import sys
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -134,7 +134,7 @@ def above(scores: Scores, threshold: float) -> Masks:
 
 
 _THRESHOLD = Rule(
-    lambda v: is_between(v.threshold, 0, sys.float_info.max),
+    lambda v: is_between(v.threshold, 0, math.inf) and v.threshold < math.inf,
     "threshold must be finite and at least 0, got {threshold}",
 )
 

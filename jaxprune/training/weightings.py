@@ -146,7 +146,7 @@ _POWER = [
 ]
 _EXPONENTIAL = [
     Rule(
-        lambda v: is_between(v.decay, math.ulp(0.0), math.nextafter(1.0, 0.0)),
+        lambda v: is_between(v.decay, 0, 1) and 0 < v.decay < 1,
         "exponential(decay) needs 0 < decay < 1, got {decay}",
         "use uniform() to forget nothing",
     )

@@ -179,12 +179,12 @@ def test_a_wrong_kind_is_refused_in_a_sentence_or_serves(name):
     function(**arguments)
     raw = []
     for argument in arguments:
-        for kind, value in WRONG.items():
+        for label, value in WRONG.items():
             try:
                 function(**arguments | {argument: value})
             except Exception as error:
                 if not is_refused(error):
-                    raw.append(f"{argument}={kind}: {type(error).__name__}: {error}")
+                    raw.append(f"{argument}={label}: {type(error).__name__}: {error}")
     assert raw == []
 
 
