@@ -29,7 +29,7 @@ class AdamaxState(NamedTuple):
       nu: maxima of |g|, like the parameters.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # as optax names it
     mu: Params
     nu: Params
 
