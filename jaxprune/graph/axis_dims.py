@@ -95,6 +95,13 @@ def is_larger(first: int, second: int) -> bool:
 
     JAX cannot order b x s and b, which are the same where s is 1; of symbolic sizes a
     proper multiple counts as the larger one.
+
+    Args:
+      first: number of positions of an axis, or of several.
+      second: another one.
+
+    Returns:
+      Whether the first is the larger one.
     """
     if isinstance(first, int) and isinstance(second, int):
         return first > second
