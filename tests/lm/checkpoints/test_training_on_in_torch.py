@@ -1,4 +1,4 @@
-"""docs/retraining_in_torch.md: its callback holds a pruned directory's zeros in torch."""
+"""docs/retraining_in_torch.md: its callback holds a pruned model's zeros in torch."""
 
 import re
 from pathlib import Path
