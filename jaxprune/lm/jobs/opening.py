@@ -99,9 +99,16 @@ def _beginning(tokenizer: Tokenizer, loading: Loading) -> Beginning:
         return Beginning(None, "no BOS, as asked for")
     if loading.bos:
         return Beginning(tokenizer.bos, f"BOS ({tokenizer.bos}), as asked for")
+    source = "as the directory says"
+    if tokenizer.overruled:  # its two files contradict each other
+        asked = "false" if tokenizer.begins else "true"
+        source = (
+            f"as tokenizer.json says, not as add_bos_token={asked} of "
+            "tokenizer_config.json"
+        )
     if tokenizer.begins:
-        return Beginning(tokenizer.bos, f"BOS ({tokenizer.bos}), as the directory says")
-    return Beginning(None, "no BOS, as the directory says")
+        return Beginning(tokenizer.bos, f"BOS ({tokenizer.bos}), {source}")
+    return Beginning(None, f"no BOS, {source}")
 
 
 def needed_tokenizer(model: Path, files: tuple[Path, ...]) -> Tokenizer | None:

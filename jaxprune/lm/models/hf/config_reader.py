@@ -154,6 +154,11 @@ class Attributes:
             value = None
         return Attributes(value or {}, prefix=f"{self._prefix}{name}.")
 
+    def updated(self, newer: "Attributes") -> "Attributes":
+        """The attributes of an object, of which those of another take the place."""
+        prefix = newer._prefix if newer.present() else self._prefix
+        return Attributes({**self._config, **newer._config}, prefix=prefix)
+
     def present(self) -> bool:
         """Whether there is any attribute at all."""
         return bool(self._config)
