@@ -13,6 +13,7 @@ from jaxprune.lm.jobs.opening import (
     needed_tokenizer,
     note_ignored,
     open_for_job,
+    read_dense,
     text_beginning,
 )
 from jaxprune.lm.jobs.option_rules import at_least, option_values
@@ -98,7 +99,7 @@ class Evaluate(Options):
             for name, file in zip(name_texts(paths), files, strict=True)
         }
         # All has been checked: now the weights are read.
-        measured = measure_texts(model.read().decoder(), windows, self.batch)
+        measured = measure_texts(read_dense(model).decoder(), windows, self.batch)
         results = {
             name: describe_windows(windows[name])
             | {"sha256": file.sha256}

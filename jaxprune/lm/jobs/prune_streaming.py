@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
+from jaxprune.lm.checkpoints.finite import check_names, nonfinite_tensors
 from jaxprune.lm.checkpoints.prune_magnitude import prune_directory
 from jaxprune.lm.jobs import inputs, passes, progress_dir, provenance
 from jaxprune.lm.jobs.console import Console, byte_progress
@@ -44,6 +45,8 @@ def prune_by_magnitude(
     source = open_directory(job.model)
     check_globs(job.pruning.exclude, source.tensors)
     progress_dir.check_room(job, job.recovery, source, 1)  # there is no progress
+    with costs.phase("read"):  # what is not pruned is copied, and never looked at
+        check_names(nonfinite_tensors(source))
     measurements = None
     if job.evaluation.evaluate:
         measurements = _measure_dense(job, source, console, costs)

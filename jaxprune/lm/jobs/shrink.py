@@ -15,7 +15,12 @@ from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.jobs import defaults, inputs, progress_dir, provenance
 from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.opening import model_context, note_ignored, open_for_job
+from jaxprune.lm.jobs.opening import (
+    model_context,
+    note_ignored,
+    open_for_job,
+    read_dense,
+)
 from jaxprune.lm.jobs.provenance import Page
 from jaxprune.lm.jobs.recovery import as_stored
 from jaxprune.lm.jobs.shrink_plan import plan_shrink
@@ -71,7 +76,7 @@ def run_shrink(
     facts["asked"] = job.removal.asked
     with progress_dir.hold_progress(job.work, facts):
         # In memory to the end: it teaches, and is timed beside the small one.
-        dense = model.read()
+        dense = read_dense(model)
         shrinking = ModelShrinking(job, source, dense, texts, console, costs)
         shrinking.transform(page, command)
     return rewrite.read_provenance(job.out)
