@@ -23,11 +23,13 @@ from jaxprune.lm.jobs.option_types import (
     Number,
     OutPath,
     Switch,
+    choice_of,
 )
 
 SELF = Path("self")
 """In the place of a calibration text: what the model writes itself."""
 
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
 Trained: TypeAlias = Literal["all", "matrices", "norms", "lora"]
 
 
@@ -44,7 +46,7 @@ class Loading:
         unknown one that could change what the model computes is refused otherwise.
     """
 
-    dtype: Annotated[Literal["float32", "bfloat16"] | None, UNSET] = None
+    dtype: Annotated[Dtype | None, choice_of(Dtype), UNSET] = None
     bos: Switch = False
     no_bos: Switch = False
     ignore_config: Names = ()
@@ -146,7 +148,7 @@ class Recovery:
     recover_by: Literal["distillation", "retraining"] = "distillation"
     recover_text: Files = ()
     recover_learning_rate: Number = 3e-5
-    recover_train: Annotated[Trained | None, UNSET] = None
+    recover_train: Annotated[Trained | None, choice_of(Trained), UNSET] = None
     recover_hidden: Number = 0.0
 
     @property
