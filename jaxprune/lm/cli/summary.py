@@ -9,6 +9,7 @@ from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.settings import Job
 from jaxprune.lm.measure.tables import stage_table
+from jaxprune.lm.report import speeds
 from jaxprune.lm.report.stages import measured
 
 
@@ -58,12 +59,7 @@ def shrink_lines(record: dict[str, Any]) -> list[str]:
     """The results of a shrinking."""
     lines = []
     if speed := record.get("speed"):
-        rows = [
-            [phase, *(f"{speed[when][phase]:,.1f}" for when in ("before", "after"))]
-            for phase in ("prefill", "decode")
-        ]
-        header = ["tokens per second", "before", "after"]
-        lines.append(columns([header, *rows], right=True))
+        lines.append(columns([speeds.HEADER, *speeds.speed_rows(speed)], right=True))
     before, after = (record["sizes"][when] for when in ("before", "after"))
     lines.append(
         f"{after['parameters']:,} of {before['parameters']:,} parameters, "

@@ -61,8 +61,11 @@ def run_shrink(
     with costs.phase("read"):
         source = open_directory(job.model)
         context = model_context(source, job.loading.ignore_config)
-        calibration = defaults.shorten_sequences(job.calibration, context)
-        job = dataclasses.replace(job, calibration=calibration)
+        job = dataclasses.replace(
+            job,
+            calibration=defaults.shorten_sequences(job.calibration, context),
+            evaluation=defaults.shorten_windows(job.evaluation, context),
+        )
         model = open_for_job(job.model, job.loading, job.devices)
         check_fits(job.removal, source, model.config)
         texts = inputs.read_texts(job, source)
@@ -259,14 +262,16 @@ def _sizes(model: LoadedModel) -> dict[str, int]:
 
 
 def _timed(dense: LoadedModel, small: LoadedModel, rounds: int) -> dict[str, Any]:
-    """Tokens per second of both, in turn."""
+    """Tokens per second of both, in turn, and of the dense model once more."""
     context = dense.config.context
     steps = min(_STEPS, context // 2)  # as many fit a short context
     prompt = min(_PROMPT, context - steps)
-    models = {"before": dense.decoder(), "after": small.decoder()}
-    with Progress(2 * rounds, "timing", unit="run", leave=False) as progress:
+    decoder = dense.decoder()
+    models = {"before": decoder, "again": decoder, "after": small.decoder()}
+    with Progress(len(models) * rounds, "timing", unit="run", leave=False) as progress:
         times = speed.measure_speed(
             models, prompt=prompt, steps=steps, rounds=rounds, progress=progress.update
         )
     facts = {"prompt": prompt, "steps": steps, "batch": 1, "rounds": rounds}
-    return {**facts, "dtype": dense.config.dtype, **times}
+    ratios = speed.compare_speed(*(times[name] for name in models))
+    return {**facts, "dtype": dense.config.dtype, **times, "ratios": ratios}
