@@ -47,11 +47,13 @@ def say_done(
 def prune_lines(record: dict[str, Any]) -> list[str]:
     """The results of a pruning."""
     sizes = record["sizes"]
+    share = sizes["zeros"] / max(sizes["parameters"], 1)
     return [
-        f"{record['achieved']:.4%} of {sizes['size']:,} weights are zero "
-        f"({record['method']}, {record['pattern']}); {sizes['dense_bytes']:,} bytes, "
-        f"about {sizes['compact_bytes']:,} as a compact file; "
-        f"{record['seconds']:.1f} s"
+        f"{record['achieved']:.4%} of the {sizes['size']:,} weights of "
+        f"{len(record['tensors'])} matrices are zero, {share:.2%} of the model's "
+        f"{sizes['parameters']:,} parameters ({record['method']}, "
+        f"{record['pattern']}); {sizes['dense_bytes']:,} bytes, about "
+        f"{sizes['compact_bytes']:,} as a compact file; {record['seconds']:.1f} s"
     ]
 
 

@@ -140,7 +140,7 @@ def compare_speed(
     Example:
       >>> rounds = {"prefill": [9.0, 10.0, 11.0], "decode": [1.0, 1.0, 1.0]}
       >>> model = {"prefill": 10.0, "decode": 1.0, "rounds": rounds}
-      >>> fast = {"prefill": 10.0, "decode": 2.0, "rounds": {**rounds, "decode": [2.0] * 3}}
+      >>> fast = {**model, "decode": 2.0, "rounds": {**rounds, "decode": [2.0] * 3}}
       >>> ratios = compare_speed(model, model, fast)
       >>> ratios["decode"]["ratio"], ratios["decode"]["distinguishable"]
       (2.0, True)

@@ -51,12 +51,8 @@ def document(record: Mapping[str, Any]) -> str:
 def headline(record: Mapping[str, Any]) -> str:
     """What happened, in a sentence of plain text."""
     parts = [f"{record['achieved']:.1%} of the parameters were removed"]
-    for name, of in list((record.get("perplexity") or {}).items())[:1]:
-        shown = [
-            page.perplexity(of[stage]["perplexity"])
-            for stage in ("dense", measured(record)[-1])
-        ]
-        parts.append(f"perplexity on {name} went from {shown[0]} to {shown[1]}")
+    if change := page.perplexity_change(record):
+        parts.append(change)
     if timed := record.get("speed"):
         parts.append(speeds.decoding(timed))
     first, *rest = parts
