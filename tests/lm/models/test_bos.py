@@ -133,9 +133,12 @@ def test_a_template_that_names_no_token_of_its_table_is_refused(place):
 
 @pytest.mark.full
 @pytest.mark.parity
+@pytest.mark.parametrize("family", ["llama", "gpt-neox"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_texts_begin_as_those_of_transformers(place, name):
+def test_texts_begin_as_those_of_transformers(place, name, family):
     transformers = pytest.importorskip("transformers")
+    config = tiny_hf.config_json(family, bos_token_id=1, eos_token_id=2)
+    (place / "config.json").write_text(json.dumps(config))
     for template, add, bos in itertools.product(
         TEMPLATES, (True, False, None), NAMED.values()
     ):
