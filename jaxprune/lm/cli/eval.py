@@ -1,6 +1,7 @@
 """`jaxprune eval`: the perplexity of a model on texts."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -114,14 +115,19 @@ class Evaluate(Options):
         }
         console.say(perplexity_table(results))
         console.say(f"sequences begin with {begins.why}")
-        if full := [k for k, of in results.items() if of["windows"] == self.limit]:
-            console.note(
-                f"at most {self.limit} windows of each text, as in prune and shrink: "
-                f"{listed(full)} may be longer; --limit 0 takes all"
-            )
+        _note_limit(results, self.limit, console)
         return {
             "model": str(self.model),
             "bos": begins.why,
             "texts": results,
             "ignored_config": model.ignored,
         }
+
+
+def _note_limit(results: Mapping[str, Any], limit: int, console: Console) -> None:
+    """Says which texts may have more than the windows that were evaluated."""
+    if full := [name for name, text in results.items() if text["windows"] == limit]:
+        console.note(
+            f"at most {limit} windows of each text, as in prune and shrink: "
+            f"{listed(full)} may be longer; --limit 0 takes all"
+        )

@@ -43,11 +43,8 @@ def prune_by_magnitude(
       The record.
     """
     costs = Costs()
-    source = open_directory(job.model)
-    check_globs(job.pruning.exclude, source.tensors)
-    progress_dir.check_room(job, job.recovery, source, 1)  # there is no progress
-    with costs.phase("read"):  # what is not pruned is copied, and never looked at
-        check_names(nonfinite_tensors(source))
+    with costs.phase("read"):
+        source = _open_source(job)
     look = _look_at_dense(job, source, console, costs) if job.runs_model else None
     pruning = contextlib.ExitStack()  # closed where the weights are written
 
@@ -94,6 +91,16 @@ class _Look(NamedTuple):
 
     measurements: Measurements
     samples: Samples
+
+
+def _open_source(job: PruneJob) -> CheckpointDir:
+    """The directory, after all has been refused that can be before it is pruned."""
+    source = open_directory(job.model)
+    check_globs(job.pruning.exclude, source.tensors)
+    progress_dir.check_room(job, job.recovery, source, 1)  # there is no progress
+    # All of it: what is not pruned is copied later, and never looked at.
+    check_names(nonfinite_tensors(source))
+    return source
 
 
 def _look_at_dense(
