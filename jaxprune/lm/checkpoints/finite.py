@@ -7,6 +7,7 @@ tensor looks at them before it writes.
 import functools
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -65,8 +66,8 @@ def has_nonfinite(array: np.ndarray) -> bool:
 
 
 @functools.cache
-def _exponent(dtype: np.dtype) -> np.unsignedinteger | None:
+def _exponent(dtype: np.dtype) -> Any:
     """The bits that are all set in NaN and infinity alone, or None without any."""
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize == 1:
         return None
-    return np.array(jnp.inf, dtype).view(bits_of(dtype))[()]
+    return np.full(1, jnp.inf, dtype).view(bits_of(dtype))[0]

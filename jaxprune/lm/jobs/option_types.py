@@ -21,6 +21,12 @@ def choice_of(literal: Any) -> PrimitiveConstructorSpec[Any]:
     """The words of a `Literal`, for an option that may be left out as well.
 
     tyro itself makes "None" one of the words that an error lists, in any order.
+
+    Args:
+      literal: `typing.Literal` of the words.
+
+    Returns:
+      What tyro reads the option by.
     """
     words = get_args(literal)
     return PrimitiveConstructorSpec(

@@ -115,6 +115,12 @@ def perplexity_change(record: Mapping[str, Any]) -> str:
 
     A model that is worse than guessing by frequency has nothing to lose, so that its
     change says nothing: the clause says that it is such a one.
+
+    Args:
+      record: content of jaxprune.json.
+
+    Returns:
+      The clause.
     """
     for name, text in (record.get("perplexity") or {}).items():
         stages = ("dense", measured(record)[-1])
