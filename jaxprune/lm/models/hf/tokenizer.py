@@ -195,16 +195,22 @@ def _tokenizer_class(settings: dict[str, Any], config: dict[str, Any]) -> Any:
 
 def _template_prefix(tokens: Any, path: Path) -> list[int]:
     """The special tokens that tokenizer.json puts before a text."""
-    vocabulary = tokens.get_vocab(with_added_tokens=True)
     with _panics_refused(f"'{path}' is no tokenizer"):
         # A text of some tokens shows what stands before it and what behind.
-        for text in ("a", *sorted(vocabulary)[:64]):
+        for text in _short_texts(tokens):
             encoding = tokens.encode(text)
             if body := tokens.encode(text, add_special_tokens=False).ids:
                 marks = encoding.special_tokens_mask  # 1 for what the template added
                 count = marks.index(0) if 0 in marks else len(marks) - len(body)
                 return list(encoding.ids[:count])
     return []
+
+
+def _short_texts(tokens: Any) -> Iterator[str]:
+    """Texts of which a tokenizer that knows any makes a token of one."""
+    yield "a"
+    # Rarely needed: a real vocabulary takes a while to list.
+    yield from sorted(tokens.get_vocab(with_added_tokens=True))[:64]
 
 
 def _settings(directory: Path, name: str) -> dict[str, Any]:
