@@ -21,6 +21,7 @@ CONFIG = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "vocab_size": 256,
+    "max_position_embeddings": 512,
 }
 
 
@@ -45,8 +46,8 @@ def tiny_llama(directory: Path) -> Path:
 work = Path(tempfile.mkdtemp())
 model = Path(sys.argv[1]) if len(sys.argv) > 1 else tiny_llama(work / "model")
 
-# The same as `jaxprune prune MODEL OUT ...` in a shell. Magnitude needs no text;
-# --method sparsegpt --calibration prose.txt does better.
+# The same as `jaxprune prune MODEL OUT ...` in a shell. Magnitude needs no text. Of a
+# model with a tokenizer, --method sparsegpt --calibration prose.txt prunes better.
 options = ["--method", "magnitude", "--pattern", "2:4"]
 out = str(work / "out")
 commands = [["prune", str(model), out, *options], ["inspect", out]]

@@ -174,6 +174,8 @@ def main(config: Config) -> Path:
 
     def more(seeds: list[dict[str, Any]]) -> dict[str, Any]:
         model = runner.described(task, jp.tree.prunable)
+        # A loss that is not well under it is that of a model that learnt nothing.
+        model["nats_by_frequency"] = corpus.nats_by_frequency
         # Exact counts from the shape; nothing is timed for them.
         flops = functools.partial(gpt.flops_per_token, shape)
         return {"model": model, "costs": runner.costs(seeds[0]["cells"], model, flops)}

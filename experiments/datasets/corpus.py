@@ -110,6 +110,13 @@ class Corpus:
     vocabulary: Vocabulary
     fingerprint: str
 
+    @functools.cached_property
+    def nats_by_frequency(self) -> float:
+        """Nats per validation token of guessing by how often each token occurs."""
+        counts = np.unique(self.validation, return_counts=True)[1]
+        shares = counts / counts.sum()  # (characters,)
+        return float(-(shares * np.log(shares)).sum())
+
     @classmethod
     def of(cls, name: str, train: str, validation: str) -> "Corpus":
         """Makes a corpus of two texts."""

@@ -13,6 +13,7 @@ import numpy as np
 from experiments.report import results as results_
 
 CLOSE_SHARE = 0.01  # of the reference's loss
+_KNOWS = 0.75  # of guessing by frequency: more than this has not learnt the text
 _TYPICAL = 0.6  # the sparsity whose layers are shown
 _WATCHED = ("averaged_weight", "preconditioned_magnitude", "magnitude")
 
@@ -21,8 +22,11 @@ def headline(results: Mapping[str, Any]) -> list[str]:
     """What the numbers say, in sentences that are computed and nothing else.
 
     First how far the best criterion goes at equal steps, then how far right after
-    pruning, then whether pruning ever lowered the loss.
+    pruning, then whether pruning ever lowered the loss. Of a model that is not trained
+    it says that alone.
     """
+    if note := untrained(results):
+        return [note]
     count = len(results["seeds"])
     over = f"mean of {count} seeds" if count > 1 else "one seed"
     extra = results_.extra_steps(results)
@@ -40,6 +44,23 @@ def headline(results: Mapping[str, Any]) -> list[str]:
             sentences.append(f"{start}{_furthest(curves, reference)} ({over}).")
     retrained = results_.curves(results, "retrained")
     return sentences + ([_lowest(retrained)] if retrained else [])
+
+
+def untrained(results: Mapping[str, Any]) -> str:
+    """What a model that learnt nothing, or a smoke run, says; empty for another one."""
+    seeds = results["seeds"]
+    loss = float(np.mean([seed["dense"]["loss"] for seed in seeds]))
+    steps = f"{seeds[0]['dense']['steps']} steps"
+    guessed = results["model"].get("nats_by_frequency")
+    nothing = "the numbers show that the program runs, and nothing about pruning."
+    if guessed is not None and loss > _KNOWS * guessed:
+        return (
+            f"Not trained: after {steps} the dense loss is {loss:.2f} nats, and "
+            f"guessing by frequency alone has {guessed:.2f}; {nothing}"
+        )
+    if results["config"].get("smoke"):
+        return f"Not trained: a smoke run of {steps}; {nothing}"
+    return ""
 
 
 def _held(results: Mapping[str, Any]) -> str:
@@ -92,9 +113,12 @@ def _lowest(curves: Sequence[results_.Curve]) -> str:
             f"Pruning never lowered the loss: the lowest of {len(candidates)} is "
             f"{place}, {signed_text(lowest)} nats against the dense control."
         )
-    if len(above) < 2:
-        noise = ", with one seed and no spread to hold it against"
-    elif -lowest > np.std(above, ddof=1):
+    if len(above) < 2:  # the lowest of many, of one seed each, would be noise
+        return (
+            "Whether pruning lowered a loss cannot be said of one seed, which has no "
+            "spread."
+        )
+    if -lowest > np.std(above, ddof=1):
         noise = ""
     else:
         # The lowest of many cells is under the control by chance alone now and then.

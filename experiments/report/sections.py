@@ -56,6 +56,7 @@ def document(results: Mapping[str, Any]) -> str:
         title=f"{results['name']}: loss against sparsity",
         name=results["name"],
         headline=findings.headline(results),
+        trained=not findings.untrained(results),
         facts=_facts(results),
         reach=_reaches(results),
         losses=_losses(results),
@@ -78,7 +79,13 @@ def document(results: Mapping[str, Any]) -> str:
 def _facts(results: Mapping[str, Any]) -> dict[str, str]:
     """The few numbers that everything else is held against."""
     seeds, model = results["seeds"], results["model"]
-    facts = {"dense loss": findings.mean([seed["dense"]["loss"] for seed in seeds])}
+    steps = sorted({seed["dense"]["steps"] for seed in seeds})
+    facts = {
+        "steps of training": ", ".join(f"{count:,}" for count in steps),
+        "dense loss": findings.mean([seed["dense"]["loss"] for seed in seeds]),
+    }
+    if guessed := model.get("nats_by_frequency"):
+        facts["guessing by frequency"] = f"{guessed:.3f}"
     extra = results_.extra_steps(results)
     if extra is not None:
         control = [seed["control"]["loss"] for seed in seeds]

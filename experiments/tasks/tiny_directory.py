@@ -41,7 +41,7 @@ def write(directory: Path) -> Path:
     tensors = dict(hf.tensors(nnx.merge(graph, params), CONFIG))
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(CONFIG))
-    settings = {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": True}
+    settings = {"bos_token": "<bos>", "eos_token": "<eos>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     _words().save(str(directory / "tokenizer.json"))
     return directory
@@ -49,7 +49,7 @@ def write(directory: Path) -> Path:
 
 def _words() -> Any:
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     numbers = {letter: i for i, letter in enumerate(letters)}
@@ -57,4 +57,8 @@ def _words() -> Any:
     bytes_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_tokenizer.decoder = decoders.ByteLevel()
     bytes_tokenizer.add_special_tokens(list(_SPECIAL))
+    # Texts begin with BOS by the template, which alone says so in transformers 5.
+    bytes_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", CONFIG["bos_token_id"])]
+    )
     return bytes_tokenizer

@@ -1,5 +1,6 @@
 """How far a long job is: a bar on a terminal, a line now and then anywhere else."""
 
+import collections
 import contextlib
 import os
 import sys
@@ -59,6 +60,9 @@ class Progress(contextlib.AbstractContextManager):
         """
         self._what, self._unit, self._note = what, unit, ""
         self._total, self._done, self._before = total, done, done
+        # Times and what was done by then, of the later half of this run: programs are
+        # compiled in the first units, and an estimate from those is far too long.
+        self._history: collections.deque[tuple[float, int]] = collections.deque()
         self._bar = tqdm(
             total=total,
             initial=done,
@@ -97,6 +101,10 @@ class Progress(contextlib.AbstractContextManager):
         self._done += count
         self._bar.update(count)
         now = time.monotonic()
+        self._history.append((now, self._done))
+        half = (self._before + self._done) / 2
+        while len(self._history) > 2 and self._history[1][1] <= half:
+            self._history.popleft()
         if self._lines and now - self._last >= _SECONDS:
             self._last = now
             to_stderr(self._line(now - self._start))
@@ -108,10 +116,17 @@ class Progress(contextlib.AbstractContextManager):
             done, total = (
                 tqdm.format_sizeof(x, "B") for x in (self._done, self._total)
             )
-        rate = (self._done - self._before) / seconds
-        remaining = "unknown"
-        if rate > 0:
-            remaining = tqdm.format_interval((self._total - self._done) / rate)
         note = f" ({self._note})" if self._note else ""
         spent = tqdm.format_interval(seconds)
-        return f"{self._what}: {done} of {total}{note}, {spent} spent, {remaining} left"
+        line = f"{self._what}: {done} of {total}{note}, {spent} spent"
+        return f"{line}, {self._estimate()}"
+
+    def _estimate(self) -> str:
+        """How long the rest will take, by the units after the first of this run."""
+        (start, before), (now, done) = self._history[0], self._history[-1]
+        rate = (done - before) / (now - start) if now > start else 0.0
+        if self._done >= self._total:
+            return "00:00 left"
+        if rate <= 0:
+            return "estimating what is left"
+        return f"{tqdm.format_interval((self._total - self._done) / rate)} left"

@@ -5,8 +5,10 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 
+from experiments.datasets import Corpus
 from experiments.report import findings, sections, write_report
 from experiments.report import results as results_
 from tests.support.synthetic import synthetic
@@ -58,9 +60,42 @@ def test_a_gain_within_the_spread_of_the_seeds_is_called_so():
     clear = exact({0.3: [-0.01, -0.011], 0.5: [0.1, 0.1]})
     assert "under it for 2 of 2 seeds; a lowest" in findings.headline(clear)[-1]
     single = exact({0.3: [-0.01]}, seeds=1)
-    assert "1 of 1 seeds, with one seed and no spread" in findings.headline(single)[-1]
+    assert findings.headline(single)[-1].startswith("Whether pruning lowered a loss")
+    assert not any("lowest" in sentence for sentence in findings.headline(single))
     only = exact({0.0: [0.0]}, seeds=1)
     assert findings.headline(only)[-1] == "Nothing but the dense model was retrained."
+
+
+@pytest.mark.parametrize(
+    ("guessed", "smoke", "said"),
+    [
+        (2.5, False, "Not trained: after {} steps the dense loss is 2.00 nats, and"),
+        (2.7, False, ""),  # 2.0 is less than three quarters of it
+        (None, False, ""),
+        (None, True, "Not trained: a smoke run of {} steps; the numbers show that"),
+    ],
+)
+def test_of_a_model_that_is_not_trained_nothing_is_claimed(guessed, smoke, said):
+    results = exact({0.0: [0, 0], 0.5: [-0.1, -0.1]})
+    results["model"]["nats_by_frequency"] = guessed
+    results["config"]["smoke"] = smoke
+    steps = results["seeds"][0]["dense"]["steps"]
+    page = sections.document(results)
+    assert f"<dt>steps of training</dt><dd>{steps:,}</dd>" in page
+    if not said:
+        assert findings.untrained(results) == ""
+        assert len(findings.headline(results)) == 3
+        assert '<p class="banner">' not in page
+        return
+    (sentence,) = findings.headline(results)
+    assert sentence.startswith(said.format(steps))
+    assert sentence.endswith("and nothing about pruning.")
+    assert '<p class="banner">not trained</p>' in page
+
+
+def test_guessing_by_frequency_has_the_entropy_of_the_characters():
+    corpus = Corpus.of("a", "abcd", "aabb")
+    assert corpus.nats_by_frequency == pytest.approx(np.log(2))
 
 
 def test_reach_stops_at_the_first_sparsity_over_the_limit():

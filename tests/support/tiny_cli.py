@@ -65,8 +65,8 @@ def tensors(seed=0, layers=1):
     }
 
 
-def tokenizer(folder, **settings):
-    """Writes a tokenizer of 93 words, which begins texts with <s>."""
+def tokenizer(folder, *, template=True, **settings):
+    """Writes a tokenizer of 93 words, which begins texts with <s> by its template."""
     import tokenizers
 
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
@@ -74,8 +74,12 @@ def tokenizer(folder, **settings):
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.add_special_tokens(["<pad>", "<s>", "</s>"])
+    if template:
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
     made.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<s>", "add_bos_token": True, **settings}
+    settings = {"bos_token": "<s>", "add_bos_token": template, **settings}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

@@ -7,6 +7,7 @@ __all__ = [
     "compact_codecs",
     "compact_sizes",
     "directory_writer",
+    "finite",
     "levels",
     "new_weights",
     "prune_magnitude",

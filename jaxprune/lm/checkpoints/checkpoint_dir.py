@@ -139,7 +139,7 @@ class CheckpointDir:
         too, by their path in the directory with "/": config.json first, then the index,
         tokenizer, generation settings, licence and model code (copied, never run).
       uncopied: all else that lies in the directory, likewise: weights in other formats,
-        hidden files.
+        hidden files, and what is no regular file, such as a named pipe.
     """
 
     path: Path
@@ -241,7 +241,12 @@ def open_directory(directory: str | os.PathLike[str]) -> CheckpointDir:
     if weight_map is not None:
         _check_index(directory, weight_map, tensors)
     other_files = [name for name in files_below(directory) if name not in files]
-    others = [name for name in other_files if _belongs(name, other_files)]
+    others = [
+        name
+        for name in other_files
+        # Whoever opens a named pipe waits for a writer.
+        if _belongs(name, other_files) and not is_special(directory / name)
+    ]
     # As loaders look for them.
     first = [name for name in (CONFIG, INDEX) if name in others]
     for name in others:
@@ -266,6 +271,11 @@ def files_below(directory: Path) -> list[str]:
         links = [name for name in folders if (Path(root) / name).is_symlink()]
         paths += [(place / name).as_posix() for name in (*files, *links)]
     return sorted(paths)
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path is a named pipe, a socket or a device, or a link to one."""
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def _refuse(error: OSError) -> None:

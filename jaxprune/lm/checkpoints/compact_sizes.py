@@ -10,6 +10,7 @@ from jaxprune.files.safetensors_file import Damaged, Unknown
 from jaxprune.lm.checkpoints import levels, rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.checkpoints.compact_codecs import chunks
+from jaxprune.lm.checkpoints.finite import has_nonfinite
 from jaxprune.lm.checkpoints.levels import Grid
 
 
@@ -70,6 +71,7 @@ class Sizes(NamedTuple):
       zeros: number of elements that are zero.
       size: number of all elements.
       by_tensor: name to (zeros, size).
+      nonfinite: names of the tensors that hold NaN or infinity.
     """
 
     dense_bytes: int
@@ -77,12 +79,14 @@ class Sizes(NamedTuple):
     zeros: int
     size: int
     by_tensor: dict[str, tuple[int, int]]
+    nonfinite: tuple[str, ...] = ()
 
 
 def directory_sizes(source: CheckpointDir) -> Sizes:
-    """Counts a directory's zeros exactly, tensor by tensor."""
+    """Counts a directory's zeros exactly, and looks for NaN, in one reading."""
     by_tensor, blank = {}, dict.fromkeys(source.tensors, 0)
     grid, rounded = provenance_grid(source), {}
+    nonfinite: dict[str, None] = {}
     for name, info in source.tensors.items():
         size, filled = math.prod(info.shape), 0
         tensor = source.read(name)
@@ -91,6 +95,8 @@ def directory_sizes(source: CheckpointDir) -> Sizes:
         for bits in chunks(tensor):
             # Minus zero is a zero to who counts weights, and a value to the file.
             filled += int(np.count_nonzero(bits.view(info.dtype)))
+            if has_nonfinite(bits.view(info.dtype)):
+                nonfinite[name] = None
             blank[name] += bits.size - int(np.count_nonzero(bits))
         by_tensor[name] = (size - filled, size)
     return Sizes(
@@ -99,4 +105,5 @@ def directory_sizes(source: CheckpointDir) -> Sizes:
         zeros=sum(zeros for zeros, _ in by_tensor.values()),
         size=sum(size for _, size in by_tensor.values()),
         by_tensor=by_tensor,
+        nonfinite=tuple(nonfinite),
     )

@@ -142,6 +142,6 @@ def copy_file(origin: Path, target: Path) -> Written:
 def is_written(path: Path, sha256: str) -> bool:
     """Whether a file can be read and is what was written."""
     try:
-        return atomic.digest(path) == sha256
+        return path.is_file() and atomic.digest(path) == sha256
     except OSError:
         return False

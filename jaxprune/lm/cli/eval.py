@@ -1,11 +1,13 @@
 """`jaxprune eval`: the perplexity of a model on texts."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import tyro
 
+from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.cli.options import Options
 from jaxprune.lm.jobs.console import Console
@@ -13,11 +15,18 @@ from jaxprune.lm.jobs.opening import (
     needed_tokenizer,
     note_ignored,
     open_for_job,
+    read_dense,
     text_beginning,
 )
 from jaxprune.lm.jobs.option_rules import at_least, option_values
 from jaxprune.lm.jobs.option_types import Count, MaybeCount, ModelPath
-from jaxprune.lm.jobs.settings import Devices, Loading, LoadingGroup
+from jaxprune.lm.jobs.settings import (
+    CONTEXT,
+    WINDOWS,
+    Devices,
+    Loading,
+    LoadingGroup,
+)
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.measure.tables import (
     describe_windows,
@@ -27,9 +36,8 @@ from jaxprune.lm.measure.tables import (
 )
 from jaxprune.lm.texts import text_files
 
-_CONTEXT = 512
 _RULES = (
-    at_least("limit", 1),
+    at_least("limit", 0),
     at_least("batch", 1),
     at_least("context", 2, " tokens"),
     Rule(
@@ -56,8 +64,8 @@ class Evaluate(Options):
       context: tokens of a window, BOS included; the model's context where that is less.
       stride: how far a window moves on, at most --context. A window predicts
         --context - 1 tokens; it moves on as far as that if left out.
-      limit: how many windows of each text are evaluated, from its beginning; all if
-        left out.
+      limit: how many windows of each text are evaluated, from its beginning; 0 takes
+        all.
       batch: how many windows the model sees at once.
     """
 
@@ -65,9 +73,9 @@ class Evaluate(Options):
 
     model: ModelPath
     text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
-    context: Count = _CONTEXT
+    context: Count = CONTEXT
     stride: MaybeCount = None
-    limit: MaybeCount = None
+    limit: Count = WINDOWS
     batch: Count = 4
     loading: LoadingGroup = dataclasses.field(default_factory=Loading)
     devices: Devices = dataclasses.field(default_factory=Devices)
@@ -85,20 +93,20 @@ class Evaluate(Options):
         paths = tuple(dict.fromkeys(self.text))  # one given twice is read once
         files = [text_files.read_text(path, tokenizer, vocab_size) for path in paths]
         # A length that nobody asked for gives way to a short context.
-        context = longest if self.context == _CONTEXT > longest else self.context
+        context = longest if self.context == CONTEXT > longest else self.context
         windows = {
             name: perplexity.windows_of_text(
                 file,
                 context=context,
                 stride=self.stride,
                 bos=begins.token,
-                limit=self.limit,
+                limit=self.limit or None,
                 longest=longest,
             )
             for name, file in zip(name_texts(paths), files, strict=True)
         }
         # All has been checked: now the weights are read.
-        measured = measure_texts(model.read().decoder(), windows, self.batch)
+        measured = measure_texts(read_dense(model).decoder(), windows, self.batch)
         results = {
             name: describe_windows(windows[name])
             | {"sha256": file.sha256}
@@ -107,9 +115,19 @@ class Evaluate(Options):
         }
         console.say(perplexity_table(results))
         console.say(f"sequences begin with {begins.why}")
+        _note_limit(results, self.limit, console)
         return {
             "model": str(self.model),
             "bos": begins.why,
             "texts": results,
             "ignored_config": model.ignored,
         }
+
+
+def _note_limit(results: Mapping[str, Any], limit: int, console: Console) -> None:
+    """Says which texts may have more than the windows that were evaluated."""
+    if full := [name for name, text in results.items() if text["windows"] == limit]:
+        console.note(
+            f"at most {limit} windows of each text, as in prune and shrink: "
+            f"{listed(full)} may be longer; --limit 0 takes all"
+        )

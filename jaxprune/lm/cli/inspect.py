@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-from jaxprune.arrays.messages import columns
+from jaxprune.arrays.messages import columns, listed
 from jaxprune.arrays.rules import command_words
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
@@ -62,11 +62,17 @@ class Inspect(Options):
         console.say(_totals(totals, self.sparsity))
         if provenance is not None:
             console.say(_made_by(provenance))
+        if measured.nonfinite:
+            console.say(
+                f"NaN or infinity is in {listed(measured.nonfinite)}: such a model "
+                "is not run, and not pruned"
+            )
         console.say(_possible_words(possible))
         return {
             "model": str(self.model),
             "tensors": rows,
             "totals": totals,
+            "nonfinite": list(measured.nonfinite),
             **possible,
             "provenance": provenance,
         }

@@ -9,7 +9,12 @@ import tyro
 from jaxprune.arrays.rules import Rule, check, within
 from jaxprune.lm.cli.options import Options
 from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.opening import note_ignored, open_for_job, text_beginning
+from jaxprune.lm.jobs.opening import (
+    note_ignored,
+    open_for_job,
+    read_dense,
+    text_beginning,
+)
 from jaxprune.lm.jobs.option_rules import SEED, at_least, option_values
 from jaxprune.lm.jobs.option_types import Count, MaybeCount, ModelPath, Number
 from jaxprune.lm.jobs.samples import (
@@ -78,7 +83,7 @@ class Sample(Options):
         check([_FITS], context=context, length=length, steps=steps, total=total)
         note_ignored(model, console)
         sampling = Sampling(steps, self.temperature, self.top_k, self.seed)
-        decoder = model.read().decoder()  # only now are the weights read
+        decoder = read_dense(model).decoder()  # only now are the weights read
         tokens = draw_tokens(decoder, prompt, sampling)
         text = decode_sample(tokenizer, prompt, tokens)
         console.note(f"the prompt begins with {begins.why}")

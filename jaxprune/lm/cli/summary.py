@@ -9,6 +9,7 @@ from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.settings import Job
 from jaxprune.lm.measure.tables import stage_table
+from jaxprune.lm.report import speeds
 from jaxprune.lm.report.stages import measured
 
 
@@ -46,11 +47,13 @@ def say_done(
 def prune_lines(record: dict[str, Any]) -> list[str]:
     """The results of a pruning."""
     sizes = record["sizes"]
+    share = sizes["zeros"] / max(sizes["parameters"], 1)
     return [
-        f"{record['achieved']:.4%} of {sizes['size']:,} weights are zero "
-        f"({record['method']}, {record['pattern']}); {sizes['dense_bytes']:,} bytes, "
-        f"about {sizes['compact_bytes']:,} as a compact file; "
-        f"{record['seconds']:.1f} s"
+        f"{record['achieved']:.4%} of the {sizes['size']:,} weights of "
+        f"{len(record['tensors'])} matrices are zero, {share:.2%} of the model's "
+        f"{sizes['parameters']:,} parameters ({record['method']}, "
+        f"{record['pattern']}); {sizes['dense_bytes']:,} bytes, about "
+        f"{sizes['compact_bytes']:,} as a compact file; {record['seconds']:.1f} s"
     ]
 
 
@@ -58,12 +61,7 @@ def shrink_lines(record: dict[str, Any]) -> list[str]:
     """The results of a shrinking."""
     lines = []
     if speed := record.get("speed"):
-        rows = [
-            [phase, *(f"{speed[when][phase]:,.1f}" for when in ("before", "after"))]
-            for phase in ("prefill", "decode")
-        ]
-        header = ["tokens per second", "before", "after"]
-        lines.append(columns([header, *rows], right=True))
+        lines.append(columns([speeds.HEADER, *speeds.speed_rows(speed)], right=True))
     before, after = (record["sizes"][when] for when in ("before", "after"))
     lines.append(
         f"{after['parameters']:,} of {before['parameters']:,} parameters, "

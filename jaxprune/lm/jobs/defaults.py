@@ -16,6 +16,7 @@ from jaxprune.lm.models.hf.families import FAMILIES
 
 _VISION = "phi3_v"  # it is read, but the command runs language models
 
+_Evaluation = TypeVar("_Evaluation", bound=settings.Evaluation)
 _Calibration = TypeVar("_Calibration", bound=settings.Calibration)
 
 
@@ -73,7 +74,7 @@ def shorten(job: PruneJob) -> PruneJob:
     return dataclasses.replace(
         job,
         calibration=shorten_sequences(job.calibration, context),
-        evaluation=evaluation,
+        evaluation=shorten_windows(evaluation, context),
     )
 
 
@@ -84,3 +85,10 @@ def shorten_sequences(calibration: _Calibration, context: int | None) -> _Calibr
     if context < 8:  # no sequence may be so short
         return calibration
     return dataclasses.replace(calibration, length=context)
+
+
+def shorten_windows(evaluation: _Evaluation, context: int | None) -> _Evaluation:
+    """The evaluation with windows that fit a context, unless a size was given."""
+    if context is None or not evaluation.context == settings.CONTEXT > context:
+        return evaluation
+    return dataclasses.replace(evaluation, context=context)

@@ -110,7 +110,7 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
     _check_apart(files)
     ends: list[text_files.Text | None] = [None] * len(files)
     if files and not evaluation.evaluate:  # the end of each text is evaluated
-        most = evaluation.limit * calibration.length
+        most = evaluation.limit * evaluation.context
         parts = [
             text_files.hold_out_end(text, most) for text in files
         ]  # of rows no end
@@ -127,7 +127,7 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
         training = _draw_training(recovery, calibration, from_texts, begins.token)
         roles = _roles_of_trained(roles, evaluated, from_texts)
     windows = _windows(
-        calibration.length, evaluation.limit, config.context, begins, evaluated
+        evaluation.context, evaluation.limit, config.context, begins, evaluated
     )
     return JobTexts(
         *(tokenizer, begins, files, drawn, windows, roles, training),
@@ -136,17 +136,17 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
 
 
 def _windows(
-    length: int,
+    context: int,
     limit: int,
     longest: int,
     begins: Beginning,
     evaluated: Mapping[str, text_files.AnyText],
 ) -> dict[str, perplexity.Windows]:
-    """The windows of each text that is evaluated, as long as a sequence."""
+    """The windows of each text that is evaluated."""
     return {
         name: perplexity.windows_of_text(
             text,
-            context=length,
+            context=context,
             bos=begins.token,
             limit=limit,
             longest=longest,

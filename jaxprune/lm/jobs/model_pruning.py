@@ -21,7 +21,7 @@ from jaxprune.lm.jobs import (
 )
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.exclusions import check_globs, prunable_leaf
-from jaxprune.lm.jobs.opening import note_ignored, open_for_job
+from jaxprune.lm.jobs.opening import note_ignored, open_for_job, read_dense
 from jaxprune.lm.jobs.provenance import Page
 from jaxprune.lm.jobs.prune_record import (
     count_zeros,
@@ -102,7 +102,7 @@ class ModelPruning(Transformation[PruneJob]):
     def look_at_dense(self) -> None:
         """Measures the dense model and lets it write: a sample, a calibration."""
         with self.costs.phase("evaluate before"):
-            dense = self.model.read()  # freed when this is done
+            dense = read_dense(self.model)  # freed when this is done
             self.measurements.measure_dense(dense.decoder())
             self.samples.add("dense", dense.decoder())
         if self.job.calibration.self_sequences:

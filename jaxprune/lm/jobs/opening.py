@@ -1,11 +1,19 @@
 """A job's model and tokenizer, and what its texts begin with."""
 
 import dataclasses
+import functools
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from jaxprune.arrays import processes, tree
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.checkpoints.finite import check_names
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.settings import Devices, Loading
 from jaxprune.lm.models import hf
@@ -22,6 +30,44 @@ def open_for_job(path: Path, loading: Loading, devices: Devices) -> LoadedModel:
         mesh=device_mesh(devices.mesh),
         ignore_config=loading.ignore_config,
     )
+
+
+def read_dense(model: LoadedModel) -> LoadedModel:
+    """Reads a model's parameters, which must be finite.
+
+    Args:
+      model: model whose parameters are still in its files.
+
+    Returns:
+      The model with all parameters in memory.
+
+    Raises:
+      ValueError: a tensor holds NaN or infinity; the sentence names all such.
+    """
+    read = model.read()
+    # Where they are, also in parts on several devices: the files are not read again.
+    leaves = tree.named_leaves(read.params)
+    finite = processes.fetch(
+        {
+            name: _is_finite(leaf, len(model.names[name].names))
+            for name, leaf in leaves.items()
+        }
+    )
+    check_names(
+        itertools.chain.from_iterable(
+            itertools.compress(model.names[name].names, ~flags)
+            for name, flags in finite.items()
+        )
+    )
+    return read
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _is_finite(leaf: Array, tensors: int) -> Bool[Array, " tensors"]:
+    """Whether each of the tensors of a leaf is finite."""
+    # Experts are tensors of their own, one behind the other along the first axis.
+    axes = tuple(range(1, leaf.ndim)) if tensors > 1 else None
+    return jnp.atleast_1d(jnp.isfinite(leaf).all(axis=axes))
 
 
 def note_ignored(model: LoadedModel, console: Console) -> None:
@@ -99,9 +145,16 @@ def _beginning(tokenizer: Tokenizer, loading: Loading) -> Beginning:
         return Beginning(None, "no BOS, as asked for")
     if loading.bos:
         return Beginning(tokenizer.bos, f"BOS ({tokenizer.bos}), as asked for")
+    source = "as the directory says"
+    if tokenizer.overruled:  # its two files contradict each other
+        asked = "false" if tokenizer.begins else "true"
+        source = (
+            f"as tokenizer.json says, not as add_bos_token={asked} of "
+            "tokenizer_config.json"
+        )
     if tokenizer.begins:
-        return Beginning(tokenizer.bos, f"BOS ({tokenizer.bos}), as the directory says")
-    return Beginning(None, "no BOS, as the directory says")
+        return Beginning(tokenizer.bos, f"BOS ({tokenizer.bos}), {source}")
+    return Beginning(None, f"no BOS, {source}")
 
 
 def needed_tokenizer(model: Path, files: tuple[Path, ...]) -> Tokenizer | None:

@@ -85,14 +85,14 @@ def job_facts(
     configs = [n for n in source.others if n.endswith((".json", ".jinja"))]
     # By size and time: to hash the weights would take as long as to read them.
     files = {n: (source.path / n).stat() for n in (*source.metadata, *configs)}
-    recovery = job.recovery
+    recovery, evaluation = job.recovery, job.evaluation
     return {
         "model": str(source.path),
         "files": {n: [s.st_size, s.st_mtime_ns] for n, s in files.items()},
         "ignored_config": list(job.loading.ignore_config),
         "dtype": job.loading.dtype,
         "calibration": [text.sha256 for text in calibration],
-        "held_out": not job.evaluation.evaluate and job.evaluation.limit,
+        "held_out": 0 if evaluation.evaluate else evaluation.limit * evaluation.context,
         "sequences": job.calibration.sequences,
         "length": job.calibration.length,
         "batch": job.calibration.batch,

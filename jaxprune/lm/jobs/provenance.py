@@ -1,5 +1,6 @@
 """What is written down of a job, and read again by its page: jaxprune.json."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -42,6 +43,8 @@ def weight_sizes(
         "compact_bytes": packed_bytes(source, zeros, grids),
         "zeros": sum(zeros.values()),
         "size": sum(size for _, size in counts.values()),
+        # Of the whole model: embeddings, heads and norms are not pruned.
+        "parameters": sum(math.prod(info.shape) for info in source.tensors.values()),
     }
 
 

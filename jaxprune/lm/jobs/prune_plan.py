@@ -116,7 +116,7 @@ def _plan_streaming(job: PruneJob, pattern: Pattern) -> _Plan:
     work = estimates.count_work(calibration, model, texts)
     # Before and after.
     time = estimates.seconds(2 * work.forward(work.evaluated))
-    scores = calibration.batch * calibration.length * work.scores
+    scores = calibration.batch * job.evaluation.context * work.scores
     needs = needs._replace(
         seconds=needs.seconds + time,
         memory_bytes=needs.memory_bytes + work.weights + scores,
@@ -152,7 +152,7 @@ def _needs(pruning: ModelPruning) -> Needs:
     # The greatest of three moments: measuring, pruning a layer, training.
     activations = (5 if corrects else 3) * work.tokens * work.wide
     peak = estimates.base_memory() + max(
-        work.weights + 3 * calibration.batch * calibration.length * work.scores,
+        work.weights + 3 * calibration.batch * job.evaluation.context * work.scores,
         3 * layer + activations + hessian,
         work.weights + memory,
     )

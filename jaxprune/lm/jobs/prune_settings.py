@@ -13,6 +13,7 @@ from jaxprune.lm.jobs.option_types import (
     MaybeText,
     Names,
     Number,
+    choice_of,
 )
 from jaxprune.lm.jobs.settings import (
     Calibration,
@@ -26,6 +27,9 @@ from jaxprune.lm.jobs.settings import (
 
 MethodName: TypeAlias = Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"]
 """The methods by the names that the command gives them."""
+
+YesNo: TypeAlias = Literal["yes", "no"]
+Integers: TypeAlias = Literal["int4", "int8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ class Pruning:
       exclude: names of tensors to leave alone, also as globs: "*.down_proj.weight".
     """
 
-    method: Annotated[MethodName | None, UNSET] = None
+    method: Annotated[MethodName | None, choice_of(MethodName), UNSET] = None
     sparsity: MaybeNumber = None
     pattern: MaybeText = None
     allocation: Literal["layer", "global", "erk", "owl"] = "layer"
@@ -80,7 +84,7 @@ class Solver:
     damping: MaybeNumber = None
     inputs: Literal["left", "dense"] = "left"
     # Not a switch: left out is yes for methods that have it, and fits the others.
-    relative: Annotated[Literal["yes", "no"] | None, UNSET] = None
+    relative: Annotated[YesNo | None, choice_of(YesNo), UNSET] = None
     correction: MaybeNumber = None
     refine: Count = 0
     refine_learning_rate: Number = 1e-4
@@ -98,7 +102,7 @@ class Quantization:
       group: inputs that share a scale with --quantize, a multiple of 16.
     """
 
-    quantize: Annotated[Literal["int4", "int8"] | None, UNSET] = None
+    quantize: Annotated[Integers | None, choice_of(Integers), UNSET] = None
     group: Count = 128  # the usual one of GPTQ and AWQ
 
     @property

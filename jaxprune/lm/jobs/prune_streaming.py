@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
+from jaxprune.lm.checkpoints.finite import check_names, nonfinite_tensors
 from jaxprune.lm.checkpoints.prune_magnitude import prune_directory
 from jaxprune.lm.jobs import inputs, passes, progress_dir, provenance
 from jaxprune.lm.jobs.console import Console, byte_progress
@@ -42,9 +43,8 @@ def prune_by_magnitude(
       The record.
     """
     costs = Costs()
-    source = open_directory(job.model)
-    check_globs(job.pruning.exclude, source.tensors)
-    progress_dir.check_room(job, job.recovery, source, 1)  # there is no progress
+    with costs.phase("read"):
+        source = _open_source(job)
     look = _look_at_dense(job, source, console, costs) if job.runs_model else None
     pruning = contextlib.ExitStack()  # closed where the weights are written
 
@@ -91,6 +91,16 @@ class _Look(NamedTuple):
 
     measurements: Measurements
     samples: Samples
+
+
+def _open_source(job: PruneJob) -> CheckpointDir:
+    """The directory, after all has been refused that can be before it is pruned."""
+    source = open_directory(job.model)
+    check_globs(job.pruning.exclude, source.tensors)
+    progress_dir.check_room(job, job.recovery, source, 1)  # there is no progress
+    # All of it: what is not pruned is copied later, and never looked at.
+    check_names(nonfinite_tensors(source))
+    return source
 
 
 def _look_at_dense(

@@ -23,11 +23,17 @@ from jaxprune.lm.jobs.option_types import (
     Number,
     OutPath,
     Switch,
+    choice_of,
 )
 
 SELF = Path("self")
 """In the place of a calibration text: what the model writes itself."""
 
+CONTEXT, WINDOWS = 512, 16
+"""Of every subcommand that measures a perplexity: tokens of a window, windows of a
+text. So the same model has the same perplexity on the same text in all of them."""
+
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
 Trained: TypeAlias = Literal["all", "matrices", "norms", "lora"]
 
 
@@ -44,7 +50,7 @@ class Loading:
         unknown one that could change what the model computes is refused otherwise.
     """
 
-    dtype: Annotated[Literal["float32", "bfloat16"] | None, UNSET] = None
+    dtype: Annotated[Dtype | None, choice_of(Dtype), UNSET] = None
     bos: Switch = False
     no_bos: Switch = False
     ignore_config: Names = ()
@@ -79,8 +85,8 @@ class Calibration:
         for: that is worth more than the choice of a method (benchmarks/README.md). The
         word "self" stands for text that the model writes, with `prune` alone.
       sequences: how many sequences are calibrated on.
-      length: tokens of a sequence, BOS included, and of a window in evaluation; the
-        model's context where that is less.
+      length: tokens of a sequence, BOS included; the model's context where that is
+        less.
       seed: decides which sequences are drawn and what is sampled.
       batch: how many sequences the model sees at once.
     """
@@ -112,12 +118,14 @@ class Evaluation:
     Attributes:
       evaluate: texts to measure the perplexity on, before and after. If left out, the
         last tenth of each calibration text, which then is not calibrated on.
+      context: tokens of a window, BOS included; the model's context where that is less.
       limit: how many windows of each text are evaluated.
       any_perplexity: go on even with a model that is worse than guessing by frequency.
     """
 
     evaluate: Files = ()
-    limit: Count = 16
+    context: Count = CONTEXT
+    limit: Count = WINDOWS
     any_perplexity: Switch = False
 
 
@@ -146,7 +154,7 @@ class Recovery:
     recover_by: Literal["distillation", "retraining"] = "distillation"
     recover_text: Files = ()
     recover_learning_rate: Number = 3e-5
-    recover_train: Annotated[Trained | None, UNSET] = None
+    recover_train: Annotated[Trained | None, choice_of(Trained), UNSET] = None
     recover_hidden: Number = 0.0
 
     @property
@@ -190,6 +198,7 @@ _STEPS = "--recover-steps N"
 RULES = (
     *(at_least(option, 1) for option in ("sequences", "batch", "limit", "length")),
     at_least("length", 8, " tokens"),
+    at_least("context", 2, " tokens"),
     SEED,
     at_least("recover_steps", 0),
     Rule(

@@ -15,7 +15,12 @@ from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.jobs import defaults, inputs, progress_dir, provenance
 from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.opening import model_context, note_ignored, open_for_job
+from jaxprune.lm.jobs.opening import (
+    model_context,
+    note_ignored,
+    open_for_job,
+    read_dense,
+)
 from jaxprune.lm.jobs.provenance import Page
 from jaxprune.lm.jobs.recovery import as_stored
 from jaxprune.lm.jobs.shrink_plan import plan_shrink
@@ -56,8 +61,11 @@ def run_shrink(
     with costs.phase("read"):
         source = open_directory(job.model)
         context = model_context(source, job.loading.ignore_config)
-        calibration = defaults.shorten_sequences(job.calibration, context)
-        job = dataclasses.replace(job, calibration=calibration)
+        job = dataclasses.replace(
+            job,
+            calibration=defaults.shorten_sequences(job.calibration, context),
+            evaluation=defaults.shorten_windows(job.evaluation, context),
+        )
         model = open_for_job(job.model, job.loading, job.devices)
         check_fits(job.removal, source, model.config)
         texts = inputs.read_texts(job, source)
@@ -71,7 +79,7 @@ def run_shrink(
     facts["asked"] = job.removal.asked
     with progress_dir.hold_progress(job.work, facts):
         # In memory to the end: it teaches, and is timed beside the small one.
-        dense = model.read()
+        dense = read_dense(model)
         shrinking = ModelShrinking(job, source, dense, texts, console, costs)
         shrinking.transform(page, command)
     return rewrite.read_provenance(job.out)
@@ -254,14 +262,16 @@ def _sizes(model: LoadedModel) -> dict[str, int]:
 
 
 def _timed(dense: LoadedModel, small: LoadedModel, rounds: int) -> dict[str, Any]:
-    """Tokens per second of both, in turn."""
+    """Tokens per second of both, in turn, and of the dense model once more."""
     context = dense.config.context
     steps = min(_STEPS, context // 2)  # as many fit a short context
     prompt = min(_PROMPT, context - steps)
-    models = {"before": dense.decoder(), "after": small.decoder()}
-    with Progress(2 * rounds, "timing", unit="run", leave=False) as progress:
+    decoder = dense.decoder()
+    models = {"before": decoder, "again": decoder, "after": small.decoder()}
+    with Progress(len(models) * rounds, "timing", unit="run", leave=False) as progress:
         times = speed.measure_speed(
             models, prompt=prompt, steps=steps, rounds=rounds, progress=progress.update
         )
     facts = {"prompt": prompt, "steps": steps, "batch": 1, "rounds": rounds}
-    return {**facts, "dtype": dense.config.dtype, **times}
+    ratios = speed.compare_speed(*(times[name] for name in models))
+    return {**facts, "dtype": dense.config.dtype, **times, "ratios": ratios}

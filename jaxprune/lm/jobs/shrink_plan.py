@@ -107,11 +107,12 @@ def _needs(
         )
     if removal.search:  # three ways for heads, then one for each layer that may go
         flops += once * total
-    # Both models: a prompt, then steps one by one, which reach less of the rate.
-    timed = 2 * job.evaluation.speed_rounds * work.forward(256 + 8 * 32)
+    # The dense model twice and the small one: a prompt, then steps one by one, which
+    # reach less of the rate.
+    timed = 3 * job.evaluation.speed_rounds * work.forward(256 + 8 * 32)
     activations = 3 * work.tokens * work.wide if removal.narrowing.narrows else 0
     # The greatest of three moments: measuring, narrowing, training.
-    measured = 3 * calibration.batch * calibration.length * work.scores
+    measured = 3 * calibration.batch * job.evaluation.context * work.scores
     peak = estimates.base_memory() + max(
         2 * work.weights + measured,
         2 * work.weights + activations + 3 * estimates.largest_hessian(work),

@@ -261,12 +261,12 @@ def neurons_left(removal: Removal, width: int) -> int:
 def _check_family(removal: Removal, source: CheckpointDir) -> None:
     """Refuses to take what the directories of a family cannot have fewer of."""
     able = hf.shrinkable(source.config)
-    flags = {"neurons": "--ffn, ", "heads": "--heads, "}
+    flags = {"neurons": "--ffn, ", "heads": "--heads, ", "experts": "--experts, "}
     heads = removal.heads or removal.query_heads or removal.budget
     check(
         _FAMILY,
         experts=removal.experts,
-        **{f"without_{unit}": unit not in able for unit in (*flags, "experts")},
+        **{f"without_{unit}": unit not in able for unit in flags},
         removes_neurons=removal.ffn or removal.budget,
         removes_heads=heads,
         family=source.config["model_type"],

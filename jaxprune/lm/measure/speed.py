@@ -3,12 +3,15 @@
 Prefill is a pass over a prompt that fills the cache; decoding draws token after token
 with it. What else runs on a machine changes from minute to minute, so the models take
 turns, round by round, and the median of the rounds counts. Compilation does not.
+
+Two models differ only where they differ by more than one model does from itself, so a
+model that others are compared with is timed under two names.
 """
 
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +22,11 @@ from flax import nnx
 from jaxprune.arrays import rules
 from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.decoder.model import Decoder
+
+PHASES = ("prefill", "decode")
+
+# With fewer rounds a spread says nothing.
+_LEAST_ROUNDS = 3
 
 _RULES = (
     Rule(
@@ -43,7 +51,7 @@ def measure_speed(
     batch: int = 1,
     rounds: int = 5,
     progress: Callable[[int], Any] = lambda timings: None,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """The speed of each model.
 
     Args:
@@ -55,7 +63,8 @@ def measure_speed(
       progress: function that is called with 1 after each timing of a model.
 
     Returns:
-      By name "prefill" and "decode", tokens of all sequences per second.
+      By name "prefill" and "decode", tokens of all sequences per second, and "rounds",
+      which has those of each round likewise.
 
     Raises:
       ValueError: a number is under 1, or a model's context is too short.
@@ -70,7 +79,7 @@ def measure_speed(
       ...     {"tiny": Decoder(config, rngs=nnx.Rngs(0))}, prompt=5, steps=3, rounds=1
       ... )
       >>> sorted(speeds["tiny"])
-      ['decode', 'prefill']
+      ['decode', 'prefill', 'rounds']
     """
     shortest = min(models, key=lambda name: models[name].config.context)
     context = models[shortest].config.context
@@ -92,13 +101,68 @@ def measure_speed(
         for name in turn:
             seconds[name].append(_seconds(*split[name], tokens, steps))
             progress(1)
+    sizes = {"prefill": batch * prompt, "decode": batch * steps}  # tokens
     return {
-        name: {
-            "prefill": batch * prompt / statistics.median(time for time, _ in timings),
-            "decode": batch * steps / statistics.median(time for _, time in timings),
-        }
+        name: _rates(dict(zip(PHASES, zip(*timings, strict=True), strict=True)), sizes)
         for name, timings in seconds.items()
     }
+
+
+def _rates(
+    seconds: Mapping[str, Sequence[float]], sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    """Tokens a second of each phase: of the median, and of each round."""
+    medians = {
+        phase: sizes[phase] / statistics.median(seconds[phase]) for phase in PHASES
+    }
+    rounds = {
+        phase: [sizes[phase] / time for time in seconds[phase]] for phase in PHASES
+    }
+    return {**medians, "rounds": rounds}
+
+
+def compare_speed(
+    before: Mapping[str, Any], again: Mapping[str, Any], after: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """How many times as fast one model is as another, and whether that says anything.
+
+    Args:
+      before: speed of a model, of `measure_speed`.
+      again: speed of the same model under another name, in the same rounds.
+      after: speed of the other model, in the same rounds.
+
+    Returns:
+      For each phase "ratio", after over before; "low" and "high", the least and the
+      greatest ratio of a round; "noise", the greatest factor between the two timings of
+      the one model in a round; and "distinguishable": whether there are three rounds or
+      more and the ratio is not within that factor.
+
+    Example:
+      >>> rounds = {"prefill": [9.0, 10.0, 11.0], "decode": [1.0, 1.0, 1.0]}
+      >>> model = {"prefill": 10.0, "decode": 1.0, "rounds": rounds}
+      >>> fast = {**model, "decode": 2.0, "rounds": {**rounds, "decode": [2.0] * 3}}
+      >>> ratios = compare_speed(model, model, fast)
+      >>> ratios["decode"]["ratio"], ratios["decode"]["distinguishable"]
+      (2.0, True)
+      >>> ratios["prefill"]["distinguishable"]
+      False
+    """
+    ratios = {}
+    for phase in PHASES:
+        dense = before["rounds"][phase]  # (rounds,)
+        by_round = [x / y for x, y in zip(after["rounds"][phase], dense, strict=True)]
+        twins = [x / y for x, y in zip(again["rounds"][phase], dense, strict=True)]
+        noise = max(max(twin, 1 / twin) for twin in twins)
+        ratio = after[phase] / before[phase]
+        ratios[phase] = {
+            "ratio": ratio,
+            "low": min(by_round),
+            "high": max(by_round),
+            "noise": noise,
+            "distinguishable": len(dense) >= _LEAST_ROUNDS
+            and not 1 / noise <= ratio <= noise,
+        }
+    return ratios
 
 
 def _seconds(

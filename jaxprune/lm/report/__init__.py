@@ -5,5 +5,6 @@ __all__ = [
     "page",
     "pruned_model",
     "shrunk_model",
+    "speeds",
     "stages",
 ]

@@ -14,6 +14,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from jaxprune.lm.report import canvas
+from jaxprune.lm.report.stages import measured
 
 _OWN = Path(__file__).with_name("templates")
 
@@ -107,3 +108,34 @@ def perplexity(value: float | None) -> str:
     if value is None:
         return "not finite"
     return f"{value:.4g}" if value < 9999.5 else f"{value:,.0f}"
+
+
+def perplexity_change(record: Mapping[str, Any]) -> str:
+    """How the perplexity of the first text changed, as a clause; empty without any.
+
+    A model that is worse than guessing by frequency has nothing to lose, so that its
+    change says nothing: the clause says that it is such a one.
+
+    Args:
+      record: content of jaxprune.json.
+
+    Returns:
+      The clause.
+    """
+    for name, text in (record.get("perplexity") or {}).items():
+        stages = ("dense", measured(record)[-1])
+        before, after = (text[stage]["perplexity"] for stage in stages)
+        change = (
+            f"perplexity on {name} went from {perplexity(before)} to "
+            f"{perplexity(after)}"
+        )
+        guessed = text["by_frequency"]
+        worse = [value is None or value >= guessed for value in (before, after)]
+        if not any(worse):
+            return change
+        which = "both" if all(worse) else "the latter" if worse[1] else "the former"
+        return (
+            f"{change}, {which} worse than guessing by frequency "
+            f"({perplexity(guessed)})"
+        )
+    return ""

@@ -50,17 +50,13 @@ def document(record: Mapping[str, Any]) -> str:
 
 def headline(record: Mapping[str, Any]) -> str:
     """What happened, in a sentence of plain text."""
-    what = (
-        f"{record['achieved']:.1%} of the weights of {len(record['tensors'])} matrices "
-        f"were pruned by {record['method']}"
+    sizes = record["sizes"]
+    share = sizes["zeros"] / max(sizes["parameters"], 1)
+    pruned = (
+        f"{record['achieved']:.1%} of the weights of {len(record['tensors'])} "
+        f"matrices, {share:.1%} of the model, were pruned by {record['method']}"
     )
-    for name, of in (record.get("perplexity") or {}).items():
-        before, after = (
-            page.perplexity(of[stage]["perplexity"])
-            for stage in ("dense", measured(record)[-1])
-        )
-        return f"{what}: perplexity on {name} went from {before} to {after}."
-    return f"{what}."
+    return f"{': '.join(filter(None, [pruned, page.perplexity_change(record)]))}."
 
 
 def layers(tensors: Mapping[str, float], *, logarithmic: bool, title: str) -> Figure:
@@ -151,7 +147,9 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
         "calibrated on": page.calibration(record),
         "refined": _passes(record.get("refine")),
         "achieved": f"{record['achieved']:.4%}",
-        "weights pruned": f"{sizes['size']:,}",
+        "zero": f"{sizes['zeros']:,} of {sizes['size']:,} weights that may be pruned",
+        "of the model": f"{sizes['zeros'] / max(sizes['parameters'], 1):.2%} of "
+        f"{sizes['parameters']:,} parameters",
         "compact file": page.size(sizes["compact_bytes"]),
         "time": page.duration(record["seconds"]),
         "device": record["device"],

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 
-from jaxprune.lm.report import canvas, page
+from jaxprune.lm.report import canvas, page, speeds
 from jaxprune.lm.report.stages import measured
 
 _KINDS = {"ffn": "neurons", "heads": "heads", "query heads": "query heads"}
@@ -40,7 +40,8 @@ def document(record: Mapping[str, Any]) -> str:
         facts=_facts(record),
         stages=measured(record),
         sizes=_sizes(record["sizes"]),
-        speed=_speed(record.get("speed")),
+        speed=speeds.speed_rows(record["speed"]) if record.get("speed") else [],
+        speed_header=speeds.HEADER,
         search=_search(record.get("search", [])),
         left_out=_left_out(record["layers"]),
         kept=_kept(record),
@@ -50,15 +51,10 @@ def document(record: Mapping[str, Any]) -> str:
 def headline(record: Mapping[str, Any]) -> str:
     """What happened, in a sentence of plain text."""
     parts = [f"{record['achieved']:.1%} of the parameters were removed"]
-    for name, of in list((record.get("perplexity") or {}).items())[:1]:
-        shown = [
-            page.perplexity(of[stage]["perplexity"])
-            for stage in ("dense", measured(record)[-1])
-        ]
-        parts.append(f"perplexity on {name} went from {shown[0]} to {shown[1]}")
+    if change := page.perplexity_change(record):
+        parts.append(change)
     if timed := record.get("speed"):
-        factor = timed["after"]["decode"] / timed["before"]["decode"]
-        parts.append(f"decoding is {factor:.2f} times as fast")
+        parts.append(speeds.decoding(timed))
     first, *rest = parts
     return f"{first}: {', '.join(rest)}." if rest else f"{first}."
 
@@ -99,16 +95,6 @@ def _sizes(sizes: Mapping[str, Any]) -> list[list[str]]:
         if not before:  # no experts
             continue
         rows.append([name, f"{before:,}", f"{after:,}", f"{after / before:.1%}"])
-    return rows
-
-
-def _speed(timed: Mapping[str, Any] | None) -> list[list[str]]:
-    if not timed:
-        return []
-    rows = []
-    for phase in ("prefill", "decode"):
-        before, after = (timed[when][phase] for when in ("before", "after"))
-        rows.append([phase, f"{before:,.1f}", f"{after:,.1f}", f"{after / before:.2f}"])
     return rows
 
 

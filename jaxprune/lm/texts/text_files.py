@@ -33,6 +33,7 @@ _FILES = (
     Rule(
         lambda v: not v.missing,
         "texts must be files, but there is no {missing}",
+        "give paths of files on this machine, data sets are not downloaded",
         error=FileNotFoundError,
     ),
     Rule(

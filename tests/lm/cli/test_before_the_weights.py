@@ -54,8 +54,7 @@ def test_a_bos_outside_of_the_vocabulary_is_refused(
     place, tmp_path, capsys, no_weights, command, bos
 ):
     model = edited(place, tmp_path, bos_token_id=bos)
-    settings = {"add_bos_token": True}
-    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    tiny_cli.tokenizer(model, template=False, bos_token=None)
     words = {
         "eval": ["eval", model, "--text", place / "a.txt"],
         "prune": [
@@ -64,9 +63,9 @@ def test_a_bos_outside_of_the_vocabulary_is_refused(
         ],
         "sample": ["sample", model, "--prompt", "w4"],
     }[command]  # fmt: skip
-    code, _, err = run(capsys, *words)
+    code, _, err = run(capsys, *words, "--bos")
     assert code == 1
-    assert f"begin with BOS ({bos}), as the directory says, but the model's" in err
+    assert f"begin with BOS ({bos}), as asked for, but the model's" in err
     assert "tokens from 0 to 96" in err
     assert "--no-bos" in err
 

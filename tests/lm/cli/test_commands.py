@@ -234,9 +234,7 @@ def test_a_conversation_begins_as_the_options_say(place, tmp_path, capsys, bos):
     """Its template writes a BOS, whatever the directory says of other texts."""
     template = "{{ bos_token }}{% for m in messages %}w20 {{ m.content }} {% endfor %}"
     shutil.copytree(place / "model", tmp_path / "model")
-    tiny_cli.tokenizer(
-        tmp_path / "model", chat_template=template, add_bos_token=not bos
-    )
+    tiny_cli.tokenizer(tmp_path / "model", chat_template=template, template=not bos)
     said = [
         {"role": "user", "content": "w5 w6"},
         {"role": "assistant", "content": "w7"},

@@ -6,6 +6,7 @@ Those of several machines are left out; test_prune_mesh.py has several processes
 
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -93,3 +94,10 @@ def test_the_line_runs(place, monkeypatch, tmp_path, capsys, line):
         Path(words[2]).parent.mkdir(parents=True)
     plan = ["--plan"] if words[0] in made.keys() - {"compact"} else []
     assert cli.main([*words, *plan]) == 0, capsys.readouterr().err
+
+
+def test_the_example_prunes_a_model_that_all_methods_can_prune(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["prune_a_checkpoint.py"])
+    runpy.run_path(str(ROOT / "examples" / "prune_a_checkpoint.py"))
+    shown = capsys.readouterr().out
+    assert "can be pruned by magnitude, wanda, ria, sparsegpt, alps;" in shown

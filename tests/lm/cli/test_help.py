@@ -86,3 +86,27 @@ def test_help_does_not_wait_for_what_only_reports_need():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.endswith("set()\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "choices"),
+    [
+        (["prune", "--method"], ["magnitude", "wanda", "ria", "sparsegpt", "alps"]),
+        (["prune", "--quantize"], ["int4", "int8"]),
+        (["prune", "--relative"], ["yes", "no"]),
+        (["shrink", "--dtype"], ["float32", "bfloat16"]),
+        (["shrink", "--recover-train"], ["all", "matrices", "norms", "lora"]),
+    ],
+)
+def test_a_wrong_word_lists_the_choices_in_their_order(
+    capsys, monkeypatch, words, choices
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    for word in ("another", "None"):
+        assert cli.main([words[0], "MODEL", "OUT", words[1], word]) == 2
+        assert f"Expected one of {tuple(choices)!r}" in capsys.readouterr().err
+    for word in choices:
+        command = cli._parse([words[0], "MODEL", "OUT", words[1], word])
+        groups = [getattr(command, f.name) for f in dataclasses.fields(command)]
+        name = words[1][2:].replace("-", "_")
+        assert word in [getattr(group, name, None) for group in groups]

@@ -15,6 +15,7 @@ from jaxprune.posttraining.progress import ProgressLog
 __all__ = ["place"]
 
 SMALL = ["--length", "16", "--sequences", "8", "--limit", "4", "--prompt-steps", "6"]
+SMALL += ["--context", "16"]
 
 
 def prune(capsys, place, out, *options):

@@ -134,7 +134,7 @@ def test_with_a_calibration_the_weights_of_those_left_make_up_for_the_others(
 def test_it_is_measured_on_the_ends_of_the_texts(place, capsys):
     (place / "text.txt").write_text(tiny_cli.text(900))
     words = ("--ffn", 0.5, "--calibration", place / "text.txt", "--length", 16)
-    words = (*words, "--sequences", 8)
+    words = (*words, "--sequences", 8, "--context", 16)
     code, record, _ = shrink(capsys, place / "knowing", place / "h", *words)
     assert code == 0
     measured = record["perplexity"]["text.txt"]
@@ -155,6 +155,7 @@ def recovered(place):
     (place / "learned.txt").write_text(tiny_cli.text(900))
     words = ["--ffn", "0.5", "--calibration", place / "learned.txt", "--length", "16"]
     words += ["--sequences", "8", "--limit", "4", "--speed-rounds", "1"]
+    words += ["--context", "16"]
     words += ["--recover-steps", "30", "--recover-learning-rate", "3e-3"]
     words += ["--recover-hidden", "0.5"]
     words = map(str, ["shrink", place / "deep", place / "recovered", *words])
@@ -187,8 +188,15 @@ def test_both_models_are_timed(recovered):
     timed = recovered[1]["speed"]
     # The context is 64.
     assert (timed["prompt"], timed["steps"], timed["rounds"]) == (32, 32, 1)
-    for when in ("before", "after"):
+    for when in ("before", "again", "after"):
         assert min(timed[when]["prefill"], timed[when]["decode"]) > 0
+    ratio = timed["after"]["decode"] / timed["before"]["decode"]
+    assert timed["ratios"]["decode"]["ratio"] == ratio
+    # One round has no spread.
+    assert not any(of["distinguishable"] for of in timed["ratios"].values())
+    assert "the speed of decoding is not distinguishable" in (
+        (recovered[0] / "report.html").read_text()
+    )
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def begun(model, out, calibration, *, prompt=None, bos=False):
         calibration=settings.PruneCalibration(
             calibration=(calibration,), sequences=8, length=16, batch=4
         ),
-        evaluation=settings.PruneEvaluation(prompt=prompt, prompt_steps=8),
+        evaluation=settings.PruneEvaluation(prompt=prompt, prompt_steps=8, context=16),
         loading=settings.Loading(bos=bos),
     )
     return begin_pruning(job, check_prune(job), Console(quiet=True))

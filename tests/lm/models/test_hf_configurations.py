@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from jaxprune.arrays.rules import command_words
 from jaxprune.lm.checkpoints.checkpoint_dir import Damaged, Unknown
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.hf import decoder_config, loading
@@ -76,6 +77,23 @@ def test_bookkeeping_of_real_files_does_not_matter():
         transformers_version="4.0",
         new_attribute=None,
     ) == _read("gpt2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "way"),
+    [
+        ({"vocab_size": ...}, "write vocab_size into config.json"),
+        (
+            {"max_position_embeddings": ..., "gating": "fancy"},
+            "write max_position_embeddings into config.json, and give --ignore-config "
+            "ATTRIBUTE if the model computes the same without it",
+        ),
+    ],
+)
+def test_the_way_out_of_an_attribute_that_lacks_is_not_to_ignore_it(changes, way):
+    with pytest.raises(ValueError, match="got nothing") as caught:
+        _read("llama", **changes)
+    assert command_words(caught.value).endswith(f"; {way}")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,10 @@ RECORD = {
     "allocation": "owl",
     "achieved": 0.5,
     "tensors": {name: {"zeros": 8 + i, "size": 20} for i, name in enumerate(NAMES)},
-    "sizes": {"dense_bytes": 4000, "compact_bytes": 2300, "zeros": 60, "size": 120},
+    "sizes": {
+        **{"dense_bytes": 4000, "compact_bytes": 2300, "zeros": 60, "size": 120},
+        "parameters": 160,
+    },
     "weights": [
         {
             "name": name,
@@ -91,12 +94,40 @@ def without(*names):
 
 def test_the_headline_says_what_it_cost():
     assert pruned_model.headline(RECORD) == (
-        "50.0% of the weights of 6 matrices were pruned by wanda: perplexity on "
-        "a<b>.txt went from 30.9 to 48.8."
+        "50.0% of the weights of 6 matrices, 37.5% of the model, were pruned by "
+        "wanda: perplexity on a<b>.txt went from 30.9 to 48.8."
     )
     assert pruned_model.headline(without("perplexity")) == (
-        "50.0% of the weights of 6 matrices were pruned by wanda."
+        "50.0% of the weights of 6 matrices, 37.5% of the model, were pruned by wanda."
     )
+
+
+@pytest.mark.parametrize(
+    ("guessed", "words"),
+    [
+        (21.5, "to 48.8, both worse than guessing by frequency (21.5)."),
+        (40.0, "to 48.8, the latter worse than guessing by frequency (40)."),
+        (600.0, "to 48.8."),
+    ],
+)
+def test_the_headline_says_of_a_model_that_it_knows_less_than_the_frequencies(
+    guessed, words
+):
+    record = copy.deepcopy(RECORD)
+    record["perplexity"]["a<b>.txt"]["by_frequency"] = guessed
+    assert pruned_model.headline(record).endswith(words)
+
+
+def test_seconds_that_hold_compiling_say_so():
+    text = Page(pruned_model.document(RECORD)).text
+    assert "Times include compiling" in text.partition("Error by layer")[2]
+
+
+def test_tables_that_scroll_show_a_shade_at_their_ends():
+    page = pruned_model.document(RECORD)
+    rule = page.partition(".scroll,.wide{")[2].partition("}")[0]
+    assert rule.count("var(--shade)") == 2  # one for each side
+    assert rule.count("local") == 2  # what hides them at the ends
 
 
 def test_the_settings_stand_before_the_first_heading():

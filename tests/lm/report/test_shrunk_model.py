@@ -39,6 +39,16 @@ RECORD = {
         "prompt": 256, "steps": 32, "batch": 1, "rounds": 5, "dtype": "bfloat16",
         "before": {"prefill": 2000.0, "decode": 100.0},
         "after": {"prefill": 3000.0, "decode": 125.0},
+        "ratios": {
+            "prefill": {
+                **{"ratio": 1.5, "low": 1.4, "high": 1.6, "noise": 2.0},
+                "distinguishable": False,
+            },
+            "decode": {
+                **{"ratio": 1.25, "low": 1.15, "high": 1.35, "noise": 1.1},
+                "distinguishable": True,
+            },
+        },
     },
     "distillation": {
         "steps": 2, "batch": 4, "learning_rate": 1e-4, "trained": "all",
@@ -61,6 +71,12 @@ def test_the_headline_says_what_it_cost_and_what_it_gave():
         "40.0% of the parameters were removed: perplexity on a.txt went from 30.9 to "
         "41.2, decoding is 1.25 times as fast."
     )
+    noisy = {**RECORD["speed"]["ratios"]["decode"], "distinguishable": False}
+    ratios = {**RECORD["speed"]["ratios"], "decode": noisy}
+    noisy = {**RECORD, "speed": {**RECORD["speed"], "ratios": ratios}}
+    assert shrunk_model.headline(noisy).endswith(
+        "to 41.2, the speed of decoding is not distinguishable."
+    )
     assert shrunk_model.headline(without("speed", "perplexity")) == (
         "40.0% of the parameters were removed."
     )
@@ -71,7 +87,8 @@ def test_the_page_shows_everything_and_loads_nothing():
     assert page.loads == []
     shown = (
         *("30.9", "95.5", "41.2", "3.7184", "600 of 1,000", "drop_layers 1"),
-        *("2,000.0", "3,000.0", "1.50", "100.0", "125.0", "1.25", "bfloat16"),
+        *("2,000.0", "3,000.0", "1.50, not distinguishable", "1.40 to 1.60"),
+        *("100.0", "125.0", "1.25", "1.15 to 1.35", "0.91 to 1.10", "bfloat16"),
         *("neurons that are kept, of 8 in each layer", "medians of 5 rounds"),
         *("Distilled from the model before for 2 steps", "1.5000", "0.7500"),
         *("jaxprune shrink a b --ffn 0.5", "1 x cpu", "0.10.2", "90.0 s", "3 GB"),

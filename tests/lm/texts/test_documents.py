@@ -215,10 +215,23 @@ def test_conversations_keep_the_bos_that_only_their_template_writes(tmp_path):
     place = folder(tmp_path / "model", "{{ bos_token }} w5{{ messages[0].content }}")
     path = place / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"bos_token": "w9"}
+    written = json.loads((place / "tokenizer.json").read_text())
+    bos = {"SpecialToken": {"id": "w9", "type_id": 0}}
+    text_alone = {"Sequence": {"id": "A", "type_id": 0}}
+    known = {"w9": {"id": "w9", "ids": [9], "tokens": ["w9"]}}
     (tmp_path / "a.jsonl").write_text(
         2 * (json.dumps({"messages": [{"role": "user", "content": " w7 "}]}) + "\n")
     )
     for begins, expected in ((False, [9, 5, 7, 9, 5, 7]), (True, [5, 7, 9, 5, 7])):
-        path.write_text(json.dumps(settings | {"add_bos_token": begins}))
+        path.write_text(json.dumps(settings))
+        template = {
+            "type": "TemplateProcessing",
+            "single": [bos] * begins + [text_alone],
+            "pair": [text_alone],
+            "special_tokens": known,
+        }
+        (place / "tokenizer.json").write_text(
+            json.dumps(written | {"post_processor": template})
+        )
         text = text_files.read_text(tmp_path / "a.jsonl", hf.load_tokenizer(place), 97)
         assert text.tokens.tolist() == expected

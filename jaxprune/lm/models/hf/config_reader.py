@@ -72,6 +72,10 @@ _DROPOUT = re.compile(r"dropout|pdrop|layerdrop")  # none of it outside of train
 _MOST = 2**31 - 1
 
 
+MISSING = ", got nothing"
+"""How a problem ends that is the lack of an attribute."""
+
+
 class Attributes:
     """The attributes of one config.json, read one by one.
 
@@ -154,14 +158,19 @@ class Attributes:
             value = None
         return Attributes(value or {}, prefix=f"{self._prefix}{name}.")
 
+    def updated(self, newer: "Attributes") -> "Attributes":
+        """The attributes of an object, of which those of another take the place."""
+        prefix = newer._prefix if newer.present() else self._prefix
+        return Attributes({**self._config, **newer._config}, prefix=prefix)
+
     def present(self) -> bool:
         """Whether there is any attribute at all."""
         return bool(self._config)
 
     def wrong(self, name: str, rule: str, value: Any) -> None:
         """Notes that an attribute is not what it must be."""
-        got = "nothing" if value is None else _shown(value)
-        problem = f"{self._prefix}{name} must be {rule}, got {got}"
+        got = MISSING if value is None else f", got {_shown(value)}"
+        problem = f"{self._prefix}{name} must be {rule}{got}"
         if problem not in self.problems:  # an attribute may be read twice
             self.problems.append(problem)
 

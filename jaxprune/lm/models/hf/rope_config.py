@@ -2,7 +2,10 @@
 
 The newer form is an object `rope_parameters`, or one for each kind of layer. The older
 form is `rope_theta` and, where a context was stretched, an object `rope_scaling`; where
-both are given, `rope_scaling` counts. A scheme that is not known is refused by name.
+both are given, `rope_scaling` counts, but for models with a scheme for each kind of
+layer, where it changes that of the layers that see all. A scheme that is not known is
+refused by name.
+
 Phi's and GPT-NeoX's heads may turn in part: transformers' other classes do not look at
 `partial_rotary_factor`, so it is refused there.
 """
@@ -93,13 +96,17 @@ def full_and_sliding(
         nested.within(name) for name in ("full_attention", "sliding_attention")
     )
     nested.rest()
-    # The older form stretches these layers only.
-    full = older if older.present() else full
+    # The older form stretches these layers only. transformers puts its attributes into
+    # those of the newer form, whose base and type stay where it has none.
+    has_type = full.raw("rope_type") is not None or not nested.present()
+    if has_type and older.raw("type") is not None and older.raw("rope_type") is None:
+        older.wrong("rope_type", "given, since type is not read here", None)
+    full = full.updated(older)
     ropes = [
         _rope(scheme, _Outer(fields["context"], fields["head_dim"], theta), _TYPES)
         for scheme, theta in zip((full, sliding), thetas, strict=True)
     ]
-    for part in (nested, full, sliding):
+    for part in (nested, older, full, sliding):
         a.problems += part.problems
     return ropes[0], ropes[1]
 

@@ -3,13 +3,15 @@
 tokenizer.json is read by the `tokenizers` package. Its template of special tokens is
 not applied, since the template may add other tokens than BOS, the token that a text
 begins with. `Tokenizer.encode` adds BOS itself, where the caller says so or, if the
-caller says nothing, where the directory does.
+caller says nothing, where the template does. tokenizer_config.json does not decide:
+transformers 5 does not look at `add_bos_token` where there is a tokenizer.json.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from jaxprune.lm.models.hf.chat_template import ChatTemplate
 
 _FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _GENERATION = "generation_config.json"
+# transformers 5 makes this class anew, without the template of tokenizer.json.
+_WITHOUT_TEMPLATE = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Tokenizer:
       bos: the token that texts begin with; None if there is none.
       eos: the tokens that end a text.
       begins: whether texts begin with `bos` unless the caller says otherwise.
+      overruled: whether tokenizer_config.json says otherwise too.
       chat: template of conversations; None where the directory does not say.
     """
 
@@ -42,6 +47,7 @@ class Tokenizer:
     bos: int | None
     eos: tuple[int, ...]
     begins: bool
+    overruled: bool = False
     chat: ChatTemplate | None = None
 
     @property
@@ -73,8 +79,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:  # half a pair, from JSON or a command line
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        # Without the template.
-        ids = list(self.tokens.encode(text, add_special_tokens=False).ids)
+        with _panics_refused("the text cannot be tokenized"):  # without the template
+            ids = list(self.tokens.encode(text, add_special_tokens=False).ids)
         if not (self.begins if bos is None else bos):
             return ids
         if self.bos is None:
@@ -93,8 +99,8 @@ class Tokenizer:
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a model's directory.
 
-    A text begins with BOS where tokenizer_config.json says so (`add_bos_token`), or,
-    where that says nothing, where tokenizer.json puts it.
+    A text begins with BOS where the template of tokenizer.json puts one token before
+    it, whatever `add_bos_token` of tokenizer_config.json says, as in transformers 5.
 
     Args:
       directory: path of a local directory with config.json, safetensors and
@@ -117,9 +123,13 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     if bos is None:
         ids = _ids(opened.path, opened.config, "bos_token_id")
         bos = ids[0] if ids else None
-    begins = settings.get("add_bos_token")
-    if not isinstance(begins, bool):
-        begins = bos is not None and tokens.encode("").ids[:1] == [bos]
+    prefix = []
+    if _tokenizer_class(settings, opened.config) not in _WITHOUT_TEMPLATE:
+        prefix = _template_prefix(tokens, opened.path / _FILE)
+    # The template may write another token than the one that is named.
+    bos = prefix[0] if len(prefix) == 1 else bos
+    begins = bool(prefix) and prefix[0] == bos
+    asked = settings.get("add_bos_token")
     ends = set(_ids(opened.path, opened.config, "eos_token_id"))
     # Generation goes by these.
     ends |= set(_ids(opened.path, generating, "eos_token_id", _GENERATION))
@@ -129,7 +139,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         tokens=tokens,
         bos=bos,
         eos=tuple(sorted(ends)),
-        begins=begins and bos is not None,
+        begins=begins,
+        overruled=isinstance(asked, bool) and asked != begins,
         chat=chat_template.find_chat_template(opened.path, settings),
     )
 
@@ -149,14 +160,57 @@ def _read_tokenizer(directory: Path) -> Any:
         raise ModuleNotFoundError(
             f"reading '{path}' needs the package tokenizers; pip install tokenizers"
         ) from None
-    try:
-        tokens = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises nothing narrower
-        raise Damaged(f"'{path}' is no tokenizer: {error}") from None
+    with _panics_refused(f"'{path}' is no tokenizer"):
+        try:
+            tokens = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises nothing narrower
+            raise Damaged(f"'{path}' is no tokenizer: {error}") from None
     # As its last user had them; transformers does not go by them either.
     tokens.no_truncation()
     tokens.no_padding()
     return tokens
+
+
+@contextlib.contextmanager
+def _panics_refused(sentence: str) -> Iterator[None]:
+    """Makes a panic of the package, written in Rust, a `Damaged` of a sentence."""
+    try:
+        yield
+    except BaseException as error:
+        # No Exception, and of a class that no module exports.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise Damaged(
+            f"{sentence}: the package tokenizers ended with {error}; save the "
+            f"tokenizer again, or bring {_FILE} back from a copy"
+        ) from None
+
+
+def _tokenizer_class(settings: dict[str, Any], config: dict[str, Any]) -> Any:
+    """The name of transformers' class, as far as a directory says it."""
+    named = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    of_family = "GPTNeoXTokenizer" if config.get("model_type") == "gpt_neox" else None
+    return named or of_family
+
+
+def _template_prefix(tokens: Any, path: Path) -> list[int]:
+    """The special tokens that tokenizer.json puts before a text."""
+    with _panics_refused(f"'{path}' is no tokenizer"):
+        # A text of some tokens shows what stands before it and what behind.
+        for text in _short_texts(tokens):
+            encoding = tokens.encode(text)
+            if body := tokens.encode(text, add_special_tokens=False).ids:
+                marks = encoding.special_tokens_mask  # 1 for what the template added
+                count = marks.index(0) if 0 in marks else len(marks) - len(body)
+                return list(encoding.ids[:count])
+    return []
+
+
+def _short_texts(tokens: Any) -> Iterator[str]:
+    """Texts of which a tokenizer that knows any makes a token of one."""
+    yield "a"
+    # Rarely needed: a real vocabulary takes a while to list.
+    yield from sorted(tokens.get_vocab(with_added_tokens=True))[:64]
 
 
 def _settings(directory: Path, name: str) -> dict[str, Any]:

@@ -8,14 +8,14 @@ those of the Hugging Face classes, whose files may leave them out.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxprune.arrays.rules import refusal
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf import rope_config
-from jaxprune.lm.models.hf.config_reader import IGNORED, ONLY, Attributes
+from jaxprune.lm.models.hf.config_reader import IGNORED, MISSING, ONLY, Attributes
 
 Fields = dict[str, Any]
 
@@ -98,6 +98,15 @@ DIVIDING_HEADS = HeadsRule(
 )
 
 
+def _way_out(problems: Sequence[str], ignoring: str) -> str:
+    """What to do about attributes: one that is absent cannot be ignored."""
+    absent = [p.partition(" must be ")[0] for p in problems if p.endswith(MISSING)]
+    ways = [f"write {', '.join(absent)} into config.json"] if absent else []
+    if len(absent) < len(problems):
+        ways.append(f"{ignoring} if the model computes the same without it")
+    return ", and ".join(ways)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One family of checkpoints.
@@ -153,12 +162,11 @@ class Family:
         fields = self.fields(attributes)
         attributes.rest(ignored=IGNORED, only={**ONLY, **self.only})
         if attributes.problems:
-            way = "{} if the model computes the same without it".format
             raise refusal(
                 f"a {config['model_type']} configuration is refused unless all of it "
                 f"is understood: {'; '.join(attributes.problems)}",
-                way("name an attribute in ignore_config"),
-                way("give --ignore-config ATTRIBUTE"),
+                _way_out(attributes.problems, "name an attribute in ignore_config"),
+                _way_out(attributes.problems, "give --ignore-config ATTRIBUTE"),
             )
         return self.shape(**fields), tuple(attributes.ignored)
 

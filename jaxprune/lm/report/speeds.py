@@ -1,0 +1,45 @@
+"""How fast a smaller model is beside the one before, in words that claim no noise."""
+
+from collections.abc import Mapping
+from typing import Any
+
+HEADER = [
+    *("tokens per second", "before", "after", "times as fast"),
+    *("by round", "the dense model itself"),
+]
+
+UNCLEAR = "not distinguishable"
+
+
+def speed_rows(timed: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each phase, under `HEADER`.
+
+    Args:
+      timed: "before", "after" and "ratios" of `jaxprune.json`'s "speed".
+
+    Returns:
+      Cells.
+    """
+    rows = []
+    for phase, of in timed["ratios"].items():
+        before, after = (timed[when][phase] for when in ("before", "after"))
+        factor = f"{of['ratio']:.2f}"
+        rows.append(
+            [
+                phase,
+                f"{before:,.1f}",
+                f"{after:,.1f}",
+                factor if of["distinguishable"] else f"{factor}, {UNCLEAR}",
+                f"{of['low']:.2f} to {of['high']:.2f}",
+                f"{1 / of['noise']:.2f} to {of['noise']:.2f}",
+            ]
+        )
+    return rows
+
+
+def decoding(timed: Mapping[str, Any]) -> str:
+    """What may be said of the speed of decoding, as a clause."""
+    of = timed["ratios"]["decode"]
+    if of["distinguishable"]:
+        return f"decoding is {of['ratio']:.2f} times as fast"
+    return f"the speed of decoding is {UNCLEAR}"
