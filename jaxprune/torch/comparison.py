@@ -105,6 +105,7 @@ def relative_difference(results: Any, reference: Any) -> float:
       The largest over the leaves; infinite where shapes or structures differ.
     """
     structures: list[Any] = [jax.tree.structure(x) for x in (results, reference)]
+    # A model that returns fewer values for another size would be compared in part.
     if structures[0] != structures[1]:
         return float("inf")
     pairs = zip(jax.tree.leaves(results), jax.tree.leaves(reference), strict=True)
@@ -121,6 +122,7 @@ def _leaf_difference(result: Any, reference: Any) -> float:
         return float("inf")
     if not finite.any():
         return 0.0
+    # Relative to the leaf: logits and pooled states differ in size.
     scale = max(float(np.abs(second[finite]).max()), 1e-30)
     return float(np.abs(first - second)[finite].max()) / scale
 
@@ -148,6 +150,7 @@ def _differing_part(
     module: Any, small: Any, zeroed: Mapping[str, Any], example: Any
 ) -> str:
     """The first part whose output differs, of those whose outputs have one shape."""
+    # In the order in which parts end, so the first that differs is the innermost.
     small_outputs = _outputs_by_part(small, example, None)
     for name, reference in _outputs_by_part(module, example, zeroed).items():
         difference = relative_difference(small_outputs.get(name), reference)

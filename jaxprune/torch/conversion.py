@@ -47,6 +47,7 @@ def as_arrays(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         items = {name: as_arrays(value) for name, value in tree.items()}
         return {name: value for name, value in items.items() if _holds_arrays(value)}
+    # Containers stay, so that positions and names are those of the call.
     if isinstance(tree, list | tuple):
         return type(tree)(map(as_arrays, tree))
     return jnp.asarray(tree) if isinstance(tree, np.ndarray) else tree
@@ -80,6 +81,7 @@ def as_numpy(tensor: Any) -> np.ndarray:
     """
     tensor = tensor.detach().cpu()
     if tensor.dtype in _BITS:
+        # The bits themselves: by way of float32 NaNs would lose their payload.
         integer, dtype = _BITS[tensor.dtype]
         bits: np.ndarray = tensor.contiguous().view(integer).numpy()
         return bits.view(dtype)
@@ -130,6 +132,7 @@ def as_result(value: Any) -> Any:
     """
     if isinstance(value, torch.Tensor):
         return value.jax() if hasattr(value, "jax") else as_array(value)
+    # transformers' outputs are both a dataclass and a mapping without its Nones.
     if dataclasses.is_dataclass(value) and not isinstance(value, Mapping):
         value = {
             field.name: getattr(value, field.name)

@@ -68,6 +68,7 @@ def hold(module: Any, masks: Mapping[str, Any]) -> "HeldMasks":
         not_masks=sorted(n for n, a in arrays.items() if a.dtype != np.bool_),
         misshapen=misshapen(arrays, parameters),
     )
+    # Tensors of their own: the caller may change the masks afterwards.
     return HeldMasks(
         [(parameters[name], torch.tensor(mask)) for name, mask in arrays.items()]
     )
@@ -83,16 +84,20 @@ class HeldMasks:
           pairs: parameters, each with a boolean tensor of its shape.
         """
         self._pairs = pairs
+        # After accumulation, so that several backward passes into one gradient and
+        # whatever a trainer does to it before the step see zeros.
         self._handles = [
             parameter.register_post_accumulate_grad_hook(_GradientMask(mask))
             for parameter, mask in pairs
-            if parameter.requires_grad
+            if parameter.requires_grad  # a frozen one has no gradient to mask
         ]
+        # Of every optimizer, since a trainer makes its own after this call.
         self._handles.append(register_optimizer_step_post_hook(self._after_step))
         self.apply()
 
     def apply(self) -> None:
         """Zeros the pruned weights now, as after `load_state_dict` with others."""
+        # `.data`: a graph that is waiting for its backward pass must not notice.
         for parameter, mask in self._pairs:
             _zero_pruned(parameter.data, mask)
 
@@ -108,7 +113,7 @@ class HeldMasks:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        exception_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
@@ -137,6 +142,7 @@ class _GradientMask:
 def _zero_pruned(tensor: Any, mask: Any) -> None:
     # Not a product: 0 times an infinite or undefined gradient would be NaN.
     with torch.no_grad():
+        # The module may have moved to another device since.
         tensor.masked_fill_(~mask.to(tensor.device), 0)
 
 

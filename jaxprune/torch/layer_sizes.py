@@ -57,7 +57,7 @@ WIDTHS = (
     *("all_head_size", "attn_dim", "inner_dim", "split_size", "total_attn_dim"),
     *("intermediate_size", "ffn_dim", "d_ff", "hidden_features", "mlp_dim"),
     *("dim_attn", "dim_inner", "d_inner", "key_dim", "value_dim", "qkv_dim"),
-    *("val_attn_dim", "expand_chs", "num_channels", "conv_dim"),
+    *("val_attn_dim", "in_features"),
 )
 """Attributes that may hold the width of an axis of the layers inside."""
 
@@ -109,6 +109,7 @@ def smaller_sizes(
             values = _shared_sizes(parts[name], change)
             # A layer's own tensors say more than a name does.
             sizes[name] = {**values, **sizes.get(name, {})}
+    # Only what differs: the report lists it, and `resize` sets it.
     changing = {
         name: {
             attribute: value
@@ -146,11 +147,13 @@ def _layer_sizes(owner: str, part: Any, cuts: Mapping[str, LeafCut]) -> dict[str
     if isinstance(part, torch.nn.LayerNorm | torch.nn.RMSNorm):
         return {"normalized_shape": list(tensors["weight"].after)}
     values: dict[str, Any] = {}
+    # Subclasses, as timm has of every norm and convolution, keep these attributes.
     for layer, table in LAYERS.items():
         if isinstance(part, layer):
             values = _by_table(tensors, table)
     values = values or _by_table(tensors, NAMED_LAYERS.get(type(part).__name__, {}))
     if isinstance(part, torch.nn.GroupNorm):
+        # Whole groups may go, each with its own mean; not channels inside of one.
         channels, groups = tensors["weight"], part.num_groups
         values["num_groups"] = _groups_left(owner, channels, 0, groups)
     return values
@@ -162,6 +165,7 @@ def _by_table(
     values = {}
     for attribute, (names, axis) in table.items():
         shown = [tensors[name] for name in names if name in tensors]
+        # A batch norm without scale has no weight, but statistics.
         if shown and shown[0].before != shown[0].after:
             values[attribute] = shown[0].after[axis]
     return values
@@ -178,6 +182,7 @@ def _convolution_sizes(owner: str, part: Any, weight: LeafCut) -> dict[str, Any]
             "in_channels",
         )
     )
+    # A depthwise convolution loses groups, a grouped one may lose channels of each.
     groups = 1 if part.groups == 1 else _groups_left(owner, weight, 0, part.groups)
     return {
         names[0]: weight.after[0],
@@ -201,6 +206,7 @@ def _axis_changes(
     changed: Mapping[str, LeafCut], units: Mapping[str, Sequence[tuple[int, int]]]
 ) -> Iterator[AxisChange]:
     for name, cut in changed.items():
+        # One change an axis: a square matrix may lose rows, columns or both.
         for before, after in zip(cut.before, cut.after, strict=True):
             if before != after:
                 pairs = tuple(units.get(name, ()))
@@ -223,8 +229,10 @@ def _shared_sizes(part: Any, change: AxisChange) -> dict[str, int]:
     numbers = {name: value for name, value in vars(part).items() if type(value) is int}
     for name, value in numbers.items():
         if name in COUNTS:
-            left = [after for before, after in change.units if before == value]
-            values |= {name: left[0]} if left else {}
+            # The axis may be heads times features; what is counted are its units.
+            counts = [after for before, after in change.units if before == value]
+            values |= {name: counts[0]} if counts else {}
+        # (heads x features,): the whole axis, as a reshape of the class has it.
         elif name in WIDTHS and value == change.before:
             values[name] = change.after
     return values

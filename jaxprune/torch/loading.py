@@ -47,6 +47,7 @@ def load(module: Any, params: Mapping[str, Any]) -> None:
         unknown=sorted(params.keys() - tensors.keys()),
         misshapen=misshapen(params, tensors),
     )
+    # Tied parameters share their memory, so one write serves all their names.
     with torch.no_grad():
         for name, array in params.items():
             tensors[name].copy_(conversion.as_tensor(array))

@@ -70,6 +70,7 @@ def function(
     module_function = ModuleFunction(module, example)
     params = {
         name: conversion.as_array(parameter)
+        # Of tied parameters it names the first alone.
         for name, parameter in module.named_parameters()
     }
     module_function.check_traceable(params, example)
@@ -94,6 +95,7 @@ class ModuleFunction:
         )
         environment()  # made outside of any trace
         self.module = module
+        # Copies: a training that goes on changes the module's statistics.
         self.buffers: Arrays = {
             name: conversion.as_array(buffer) for name, buffer in module.named_buffers()
         }
@@ -134,6 +136,7 @@ class ModuleFunction:
         try:
             jax.eval_shape(self, params, batch)
         except Exception as failure:
+            # Hooks cost time, so they are set only where there is something to find.
             place = _failing_module(self, params, batch)
             raise _explained(failure, place) from failure
 
@@ -184,6 +187,7 @@ def _settings(example: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def evaluating(module: Any) -> Iterator[None]:
     """The module in eval mode, and afterwards each part in the mode that it was in."""
+    # Part by part: a frozen batch norm may be in eval mode inside a training module.
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -216,6 +220,7 @@ def _failing_module(fn: ModuleFunction, params: Mapping[str, Any], batch: Any) -
             part.register_forward_hook(leave),
         ]
     try:
+        # What is left of the stack when it fails are the parts that did not end.
         with contextlib.suppress(Exception):
             jax.eval_shape(fn, params, batch)
     finally:
@@ -230,6 +235,7 @@ def _explained(failure: Exception, place: str) -> Exception:
     by_values = isinstance(
         failure, jax.errors.ConcretizationTypeError | jax.errors.JAXIndexError
     )
+    # JAX names its own reasons, and torchax an operation that it has not.
     rule = _LACKING if missing else _BY_VALUES if by_values else _UNTRACEABLE
     reason = str(failure).strip().splitlines() or [""]
     return error(

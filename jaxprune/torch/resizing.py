@@ -52,6 +52,7 @@ def resize(module: Any, state_dict: Mapping[str, Any], attributes: Attributes) -
             if not hasattr(parts.get(name), attribute)
         ],
     )
+    # Buffers outside the state dictionary have no units: tables of positions.
     changed = {
         name: state_dict[name]
         for name, tensor in tensors.items()
@@ -84,6 +85,7 @@ def replace_tensors(module: Any, tensors: Mapping[str, Any]) -> None:
     successors: dict[int, Any] = {}
     for name, tensor in tensors.items():
         original = originals[name]
+        # The device and dtype of the one before, and whether it trains.
         tensor = tensor.detach().to(original.device, original.dtype)
         if isinstance(original, torch.nn.Parameter):
             tensor = torch.nn.Parameter(tensor, original.requires_grad)
@@ -108,6 +110,7 @@ def set_attributes(module: Any, attributes: Attributes) -> None:
     for name, values in attributes.items():
         for attribute, value in values.items():
             before = getattr(parts[name], attribute)
+            # JSON has no tuples, and torch compares shapes with them.
             after = tuple(value) if isinstance(before, tuple) else value
             setattr(parts[name], attribute, after)
 

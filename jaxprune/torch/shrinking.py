@@ -89,6 +89,7 @@ def shrink(
     fn, params = function(module, example)
     batch = conversion.as_arrays(example)
     buffers = _cuttable_buffers(module)
+    # Buffers are leaves here, so that it is known how they are cut.
     leaves = {**params, **buffers}
     fn = _traced_once(fn, leaves, batch)
     result = shrink_function.shrink(
@@ -101,6 +102,7 @@ def shrink(
         batches=None if batches is None else map(conversion.as_arrays, batches),
         **arguments,
     )
+    # Again, for the members of the groups; the program is at hand by now.
     groups = [
         group
         for group in axis_groups(fn, leaves, batch)
@@ -133,6 +135,7 @@ def _cuttable_buffers(module: Any) -> Arrays:
     return {
         name: conversion.as_array(buffer)
         for name, buffer in module.named_buffers()
+        # Integers are positions and counters, which no unit has.
         if buffer.is_floating_point() and buffer.ndim
     }
 
@@ -181,6 +184,7 @@ def _zeroed(module: Any, result: ShrinkResult) -> dict[str, Any]:
         **dict(module.named_parameters()),
         **dict(module.named_buffers()),
     }
+    # `functional_call` takes tensors that are on the module's devices.
     return {
         name: tensor.to(tensors[name].device)
         for name, tensor in as_tensors(arrays).items()
@@ -189,7 +193,7 @@ def _zeroed(module: Any, result: ShrinkResult) -> dict[str, Any]:
 
 def _with_zeros(small: np.ndarray, cut: LeafCut) -> np.ndarray:
     """What is left of a leaf at its place in the whole one, zero elsewhere."""
-    whole = np.zeros(cut.before, small.dtype)
+    whole = np.zeros(cut.before, small.dtype)  # the shape before it was cut
     for i, layer_kept in enumerate(cut.kept):
         positions = [
             np.arange(size) if axis_kept is None else axis_kept
