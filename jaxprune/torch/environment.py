@@ -8,6 +8,7 @@ Differences of `Environment` from torchax's own:
 1. A tensor that the module keeps or makes on the CPU, and that meets a traced one, is a
    constant of the program; torchax refuses to mix them.
 2. An operation that fails says its name, so that an error can name it.
+3. The grouped product of mixtures of experts is there, as JAX's ragged product.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxprune.arrays.rules import Rule, error
 
@@ -78,6 +80,7 @@ def _imported() -> Any:
         with _missing_overloads_answered(), _settings_kept():
             import torchax
             import torchax.decompositions  # lists the overloads
+            import torchax.ops.ops_registry
             import torchax.tensor
             import torchax.view
     except ModuleNotFoundError as missing:
@@ -96,6 +99,20 @@ TracedView: Any = torchax.view.View
 
 class Environment(_Environment):
     """torchax's environment with the differences that the module lists."""
+
+    def load_ops(self) -> None:
+        """Loads torchax's operations, and those that it lacks."""
+        super().load_ops()
+        if hasattr(torch.ops.aten, "_grouped_mm"):
+            operation = torch.ops.aten._grouped_mm.default
+            self._ops[operation] = torchax.ops.ops_registry.Operator(
+                operation,
+                _grouped_product,
+                is_jax_function=True,
+                is_user_defined=True,
+                needs_env=False,
+                is_view_op=False,
+            )
 
     def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Runs one operation on JAX arrays.
@@ -141,6 +158,27 @@ class Environment(_Environment):
         # Inside the environment's modes every operation would come back here.
         with torch._C.DisableTorchFunction(), torch.utils._mode_utils.no_dispatch():
             return TracedTensor(self.t2j_copy(tensor), self)
+
+
+def _grouped_product(
+    rows: jax.Array,
+    weights: jax.Array,
+    ends: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    out_dtype: Any = None,
+) -> jax.Array:
+    """Rows times the weights of their expert: (rows, in), (experts, in, out).
+
+    Only what mixtures of experts call: rows that lie expert by expert, each expert's up
+    to its entry of `ends`.
+    """
+    if ends is None or rows.ndim != 2 or weights.ndim != 3 or bias is not None:
+        raise NotImplementedError(
+            "a grouped product is understood of rows (rows, in), weights (experts, in, "
+            f"out) and the ends of groups, got {rows.shape} and {weights.shape}"
+        )
+    counts = jnp.diff(ends, prepend=0).astype(jnp.int32)  # (experts,)
+    return jax.lax.ragged_dot(rows, weights, counts)  # (rows, out)
 
 
 def operation_name(func: Any) -> str:

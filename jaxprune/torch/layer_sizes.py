@@ -6,6 +6,7 @@ of a few names: `COUNTS` and `WIDTHS`. They are set where the value is that of t
 that its layers lost, and the forward pass decides whether that was right.
 """
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -50,8 +51,12 @@ NAMED_LAYERS = {"Conv1D": {"nx": (("weight",), 0), "nf": (("weight",), 1)}}
 COUNTS = (
     *("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead"),
     *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_local_heads"),
+    *("ssm_state_size", "time_step_rank"),
 )
 """Attributes that may hold how many units, heads say, the layers inside have."""
+
+QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+"""Those of `COUNTS` that may be a multiple of the units."""
 
 WIDTHS = (
     *("all_head_size", "attn_dim", "inner_dim", "split_size", "total_attn_dim"),
@@ -114,11 +119,27 @@ def smaller_sizes(
         name: {
             attribute: value
             for attribute, value in values.items()
-            if _as_list(getattr(parts[name], attribute)) != value
+            if _as_list(operator.attrgetter(attribute)(parts[name])) != value
         }
         for name, values in sizes.items()
     }
     return {name: values for name, values in changing.items() if values}
+
+
+def without_configuration(attributes: Attributes) -> Attributes:
+    """The attributes that are no fields of a module's configuration.
+
+    Args:
+      attributes: {module name: {attribute: value}}.
+
+    Returns:
+      The same without "config.num_attention_heads" and the like.
+    """
+    chosen = {
+        name: {k: v for k, v in values.items() if not k.startswith("config.")}
+        for name, values in attributes.items()
+    }
+    return {name: values for name, values in chosen.items() if values}
 
 
 def _by_every_name(module: Any, values: Mapping[str, V]) -> dict[str, V]:
@@ -226,16 +247,31 @@ def _ancestors(name: str) -> Iterator[str]:
 def _shared_sizes(part: Any, change: AxisChange) -> dict[str, int]:
     """The attributes by name that hold what an axis of a layer inside has lost."""
     values: dict[str, int] = {}
-    numbers = {name: value for name, value in vars(part).items() if type(value) is int}
-    for name, value in numbers.items():
+    for path, value in _integers(part).items():
+        name = path.rpartition(".")[2]
         if name in COUNTS:
-            # The axis may be heads times features; what is counted are its units.
-            counts = [after for before, after in change.units if before == value]
-            values |= {name: counts[0]} if counts else {}
+            # The axis may be heads times features; what is counted are its units. A
+            # unit is a key head where several query heads share one.
+            counts = [
+                value // before * after
+                for before, after in sorted(change.units, reverse=True)
+                if before == value or (value % before == 0 and name in QUERY_COUNTS)
+            ]
+            values |= {path: counts[0]} if counts else {}
         # (heads x features,): the whole axis, as a reshape of the class has it.
-        elif name in WIDTHS and value == change.before:
-            values[name] = change.after
+        elif path in WIDTHS and value == change.before:
+            values[path] = change.after
     return values
+
+
+def _integers(part: Any) -> dict[str, int]:
+    """The attributes of a module that are integers, and those of its `config`."""
+    config = getattr(part, "config", None)
+    shared = vars(config) if hasattr(config, "__dict__") else {}
+    # Some classes of transformers read their heads from the configuration that all
+    # layers share: then each layer must lose as many, or the forward pass differs.
+    values = {**vars(part), **{f"config.{name}": n for name, n in shared.items()}}
+    return {path: value for path, value in values.items() if type(value) is int}
 
 
 _EVEN_GROUPS = Rule(

@@ -4,6 +4,7 @@ The module keeps its classes: tensors are replaced wherever they are used, tied 
 one, and the attributes that hold sizes are set.
 """
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +50,7 @@ def resize(module: Any, state_dict: Mapping[str, Any], attributes: Attributes) -
             f"{name}.{attribute}"
             for name, values in attributes.items()
             for attribute in values
-            if not hasattr(parts.get(name), attribute)
+            if not _has_attribute(parts.get(name), attribute)
         ],
     )
     # Buffers outside the state dictionary have no units: tables of positions.
@@ -61,6 +62,14 @@ def resize(module: Any, state_dict: Mapping[str, Any], attributes: Attributes) -
     replace_tensors(module, changed)
     set_attributes(module, attributes)
     module.load_state_dict(state_dict)
+
+
+def _has_attribute(part: Any, attribute: str) -> bool:
+    try:
+        operator.attrgetter(attribute)(part)
+    except AttributeError:
+        return False
+    return True
 
 
 def _state_tensors(module: Any) -> dict[str, Any]:
@@ -109,10 +118,13 @@ def set_attributes(module: Any, attributes: Attributes) -> None:
     parts = dict(module.named_modules(remove_duplicate=False))
     for name, values in attributes.items():
         for attribute, value in values.items():
-            before = getattr(parts[name], attribute)
+            path, _, field = attribute.rpartition(".")
+            # "config.num_attention_heads" is a field of an attribute.
+            owner = getattr(parts[name], path) if path else parts[name]
+            before = getattr(owner, field)
             # JSON has no tuples, and torch compares shapes with them.
             after = tuple(value) if isinstance(before, tuple) else value
-            setattr(parts[name], attribute, after)
+            setattr(owner, field, after)
 
 
 def as_tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,11 @@ from jaxprune.structured.cut import LeafCut
 from jaxprune.structured.shrink import ShrinkResult
 from jaxprune.torch import conversion
 from jaxprune.torch.comparison import check_equal_outputs
-from jaxprune.torch.layer_sizes import Attributes, smaller_sizes
+from jaxprune.torch.layer_sizes import (
+    Attributes,
+    smaller_sizes,
+    without_configuration,
+)
 from jaxprune.torch.module_function import Arrays, function
 from jaxprune.torch.resizing import as_tensors, replace_tensors, set_attributes
 from jaxprune.typing import Params, Scores
@@ -110,9 +114,20 @@ def shrink(
     ]
     units = _units_by_leaf(groups, result.report["groups"])
     attributes = smaller_sizes(module, result.fn.cuts, units)
-    small = _smaller_copy(module, result, attributes)
-    error = check_equal_outputs(module, small, _zeroed(module, result), example, groups)
-    report = {**result.report, "attributes": attributes, "error": error}
+    zeroed = _zeroed(module, result)
+    # A configuration is left alone where the forward pass does not read it: it says
+    # how a module is made, and none is made with heads of other sizes.
+    choices = [without_configuration(attributes), attributes]
+    for chosen in choices[choices[0] == choices[1] :]:
+        small = _smaller_copy(module, result, chosen)
+        try:
+            error = check_equal_outputs(module, small, zeroed, example, groups)
+        except ValueError:
+            if chosen is attributes:
+                raise
+        else:
+            break
+    report = {**result.report, "attributes": chosen, "error": error}
     return ShrunkModule(small, report)
 
 

@@ -261,3 +261,22 @@ def test_a_package_that_is_missing_is_said_with_what_to_install():
 def test_importing_torchax_leaves_the_settings_of_the_process():
     importlib.import_module("jaxprune.torch.environment")
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_experts_whose_rows_lie_side_by_side_are_seen_as_matmuls():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(3, 4, 6))
+
+        def forward(self, x):
+            ends = torch.tensor([2, 2, 5], dtype=torch.int32, device=x.device)
+            return torch._grouped_mm(x, self.up, offs=ends)
+
+    module, x = Experts(), torch.randn(5, 4)
+    fn, params = jp.torch.function(module, x)
+    batch = jp.torch.as_arrays(x)
+    up = module.up.detach().numpy()
+    expected = np.concatenate([x[:2].numpy() @ up[0], x[2:].numpy() @ up[2]])
+    np.testing.assert_allclose(fn(params, batch), expected, atol=1e-5)
+    assert [op.name for op in jp.trace(fn, params, batch).linear_ops] == ["up"]

@@ -1,6 +1,7 @@
 """A smaller module gives what the whole one gives with the removed units zeroed."""
 
 import copy
+import types
 
 import jax
 import numpy as np
@@ -238,3 +239,42 @@ def test_models_of_transformers_become_smaller(name):
     assert len(report["groups"]) >= 4
     fresh = model_type(config)
     jp.torch.resize(fresh, small.state_dict(), report["attributes"])
+
+
+class ConfiguredAttention(Attention):
+    """As some classes of transformers, which read heads from what layers share."""
+
+    def __init__(self, config):
+        super().__init__(heads=config.num_heads)
+        del self.num_heads
+        self.config = config
+
+    @property
+    def num_heads(self):
+        return self.config.num_heads
+
+    @num_heads.setter
+    def num_heads(self, heads):
+        pass
+
+    @num_heads.deleter
+    def num_heads(self):
+        pass
+
+
+def test_heads_are_set_in_a_shared_configuration_only_where_it_is_read():
+    config = types.SimpleNamespace(num_heads=4)
+    layers = nn.Sequential(ConfiguredAttention(config), ConfiguredAttention(config))
+    x = torch.randn(2, 5, 16)
+    small, report = jp.torch.shrink(layers, x, jp.scores.magnitude, 0.5)
+    assert small[0].config is small[1].config
+    assert (small[0].config.num_heads, config.num_heads) == (2, 4)
+    fresh = nn.Sequential(ConfiguredAttention(config), ConfiguredAttention(config))
+    jp.torch.resize(fresh, small.state_dict(), report["attributes"])
+    assert config.num_heads == 2
+
+    unread = Attention()
+    unread.config = types.SimpleNamespace(num_heads=4)
+    small, report = jp.torch.shrink(unread, x, jp.scores.magnitude, 0.5)
+    assert small.config.num_heads == 4
+    assert report["attributes"][""] == {"num_heads": 2, "attn_dim": 8}
