@@ -17,6 +17,7 @@ from jaxprune.graph.linear_ops import trace as trace
 from jaxprune.masking import allocation as allocation
 from jaxprune.masking import masks as masks
 from jaxprune.masking import patterns as patterns
+from jaxprune.masking.metrics import metrics as metrics
 from jaxprune.masking.prune import prune as prune
 from jaxprune.masking.sparsity import sparsity as sparsity
 from jaxprune.posttraining import passes as passes
@@ -55,6 +56,7 @@ __all__ = [
     "keep_masks",
     "low_bit",
     "masks",
+    "metrics",
     "passes",
     "patterns",
     "prune",

@@ -37,6 +37,7 @@ FUNCTIONS = [
     "masks.pack",
     "masks.replace",
     "masks.unpack",
+    "metrics",
     "prune",
     "prune_trained",
     "schedules.constant",
