@@ -144,6 +144,7 @@ def test_a_tensor_that_the_module_makes_on_the_cpu_is_a_constant():
     np.testing.assert_allclose(result, in_torch(module, x).numpy(), atol=1e-6)
 
 
+@pytest.mark.full
 def test_it_works_with_trace_and_pruning_and_shrinking():
     module = normed_mlp()
     x = torch.randn(64, 6)
@@ -242,6 +243,7 @@ def test_the_namespace_shows_what_is_meant_and_all_of_it_is_documented():
         jp.torch.nothing  # noqa: B018
 
 
+@pytest.mark.full
 def test_a_package_that_is_missing_is_said_with_what_to_install():
     program = (
         "import sys; sys.modules['torchax'] = None\n"

@@ -130,6 +130,7 @@ def test_a_fresh_module_becomes_as_small_from_state_dictionary_and_report(tmp_pa
         assert torch.equal(fresh.eval()(x), small.eval()(x))
 
 
+@pytest.mark.full
 def test_the_solver_makes_up_for_what_is_gone():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
