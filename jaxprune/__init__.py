@@ -7,6 +7,7 @@ Chain `track_importance()` into an optax optimizer, turn what it saw into `score
 from jaxprune import contrib as contrib
 from jaxprune import leaves as tree
 from jaxprune import scores as scores
+from jaxprune import torch as torch
 from jaxprune.arrays import low_bit as low_bit
 from jaxprune.arrays.axes import Axes as Axes
 from jaxprune.arrays.lazy import LazyArray as LazyArray
@@ -65,6 +66,7 @@ __all__ = [
     "shrink",
     "sparsity",
     "straight_through",
+    "torch",
     "trace",
     "track_gradients",
     "track_importance",

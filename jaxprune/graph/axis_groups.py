@@ -216,7 +216,8 @@ def _group_kinds(
     forms: dict[str, dict[Any, None]] = collections.defaultdict(dict)
     keys = {}
     for atom, name in names.items():
-        pattern = re.sub(r"(?<=/)\d+(?=[/:])|^\d+(?=[/:])", "*", name)
+        leaf_name, _, axis_name = name.rpartition(":")
+        pattern = f"{_starred(leaf_name)}:{axis_name}"
         signature = (
             atom.size,
             atom.why,
@@ -232,7 +233,8 @@ def _group_kinds(
 
 
 def _starred(name: str) -> str:
-    return re.sub(r"(?<![^/])\d+(?![^/])", "*", name)
+    # Parts of a path end at "/", those of a torch module's name at ".".
+    return re.sub(r"(?<![^/.])\d+(?![^/.])", "*", name)
 
 
 def _axis_group(

@@ -1,0 +1,213 @@
+"""Whether a smaller module gives what the whole one gives with zeros.
+
+Where it does not, an attribute that holds a size was not set, or cannot be: the error
+names the first part of the module whose output differs or that fails.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule, error
+from jaxprune.graph.axis_groups import AxisGroup
+from jaxprune.torch import conversion
+from jaxprune.torch.environment import torch
+from jaxprune.torch.module_function import arguments, evaluating
+
+TOLERANCE = 1e-5
+"""Largest difference, relative to the largest entry, of outputs in 32 bits."""
+
+
+class _Trouble(NamedTuple):
+    """Where a smaller module goes wrong.
+
+    Attributes:
+      part: name of the first part that fails or differs.
+      reason: what is wrong with it.
+    """
+
+    part: str
+    reason: str
+
+
+def check_equal_outputs(
+    module: Any,
+    small: Any,
+    zeroed: Mapping[str, Any],
+    example: Any,
+    groups: Iterable[AxisGroup],
+) -> float:
+    """Runs a smaller module beside the whole one with zeros.
+
+    Args:
+      module: the whole module.
+      small: the smaller one.
+      zeroed: {name: tensor} of the whole module, zero where units were removed.
+      example: what both are called with.
+      groups: groups that lost units, for the error.
+
+    Returns:
+      The largest difference of their outputs, relative to the largest entry.
+
+    Raises:
+      ValueError: the smaller module fails, or its outputs differ.
+    """
+    reference = outputs(module, example, zeroed)
+    try:
+        results = outputs(small, example)
+    except Exception as failure:
+        reason = (str(failure).strip().splitlines() or [""])[0]
+        trouble = _Trouble(_failing_part(small, example), reason)
+        raise _refusal(trouble, groups) from failure
+    difference = relative_difference(results, reference)
+    # Half precision rounds the two, whose sums are of other lengths, apart.
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(reference)]
+    epsilons = [
+        float(jax.numpy.finfo(dtype).eps)
+        for dtype in dtypes
+        if jax.numpy.issubdtype(dtype, np.inexact)
+    ]
+    if not difference <= max([TOLERANCE, *(8 * epsilon for epsilon in epsilons)]):
+        part = _differing_part(module, small, zeroed, example)
+        reason = f"its outputs differ by {difference:.1e}"
+        raise _refusal(_Trouble(part, reason), groups)
+    return difference
+
+
+def outputs(module: Any, example: Any, tensors: Mapping[str, Any] | None = None) -> Any:
+    """What a module gives in eval mode.
+
+    Args:
+      module: torch module.
+      example: what it is called with; see `jp.torch.function`.
+      tensors: {name: tensor} in the place of its own, or None.
+
+    Returns:
+      Arrays in the containers that `jp.torch.function` gives.
+    """
+    args, kwargs = arguments(example)
+    with torch.no_grad(), evaluating(module):
+        result = torch.func.functional_call(module, dict(tensors or {}), args, kwargs)
+    return conversion.as_result(result)
+
+
+def relative_difference(results: Any, reference: Any) -> float:
+    """The largest difference of two trees of arrays, relative to the largest entry.
+
+    Args:
+      results: pytree of arrays.
+      reference: pytree of arrays, of the same structure.
+
+    Returns:
+      The largest over the leaves; infinite where shapes or structures differ.
+    """
+    structures: list[Any] = [jax.tree.structure(x) for x in (results, reference)]
+    # A model that returns fewer values for another size would be compared in part.
+    if structures[0] != structures[1]:
+        return float("inf")
+    pairs = zip(jax.tree.leaves(results), jax.tree.leaves(reference), strict=True)
+    return max((_leaf_difference(*pair) for pair in pairs), default=0.0)
+
+
+def _leaf_difference(result: Any, reference: Any) -> float:
+    first, second = (np.asarray(x, np.float64) for x in (result, reference))
+    if first.shape != second.shape:
+        return float("inf")
+    # Masked logits are minus infinity in both.
+    finite = np.isfinite(second)
+    if (finite != np.isfinite(first)).any():
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    # Relative to the leaf: logits and pooled states differ in size.
+    scale = max(float(np.abs(second[finite]).max()), 1e-30)
+    return float(np.abs(first - second)[finite].max()) / scale
+
+
+def _failing_part(module: Any, example: Any) -> str:
+    """The innermost part of a module that fails, where it is known."""
+    running: list[str] = []
+    handles = []
+    for name, part in module.named_modules():
+        handles += [
+            part.register_forward_pre_hook(lambda *_, name=name: running.append(name)),
+            part.register_forward_hook(lambda *_: running.pop() and None),
+        ]
+    try:
+        outputs(module, example)
+    except Exception:
+        return running[-1] if running else ""
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ""
+
+
+def _differing_part(
+    module: Any, small: Any, zeroed: Mapping[str, Any], example: Any
+) -> str:
+    """The first part whose output differs, of those whose outputs have one shape."""
+    # In the order in which parts end, so the first that differs is the innermost.
+    small_outputs = _outputs_by_part(small, example, None)
+    for name, reference in _outputs_by_part(module, example, zeroed).items():
+        difference = relative_difference(small_outputs.get(name), reference)
+        if TOLERANCE < difference < float("inf"):
+            return name
+    return ""
+
+
+def _outputs_by_part(
+    module: Any, example: Any, tensors: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What each part gives, by its name, in the order in which they end."""
+    by_part: dict[str, Any] = {}
+    handles = [
+        part.register_forward_hook(
+            lambda _, __, output, name=name: by_part.update(
+                {name: conversion.as_result(output)}
+            )
+        )
+        for name, part in module.named_modules()
+    ]
+    try:
+        outputs(module, example, tensors)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return by_part
+
+
+def _refusal(trouble: _Trouble, groups: Iterable[AxisGroup]) -> Exception:
+    # What fails is a part, or what calls it: the groups in the nearest that has any.
+    part, near = trouble.part, _kinds_inside(trouble.part, groups)
+    while part and not near:
+        part = part.rpartition(".")[0]
+        near = _kinds_inside(part, groups)
+    return error(
+        _SETTABLE,
+        part=trouble.part or "the module itself",
+        reason=trouble.reason,
+        near=listed(near),
+    )
+
+
+def _kinds_inside(part: str, groups: Iterable[AxisGroup]) -> list[str]:
+    prefix = f"{part}." if part else ""
+    kinds = [
+        group.kind
+        for group in groups
+        if any(member.leaf.startswith(prefix) for member in group.members)
+    ]
+    return list(dict.fromkeys(kinds))
+
+
+_SETTABLE = Rule(
+    lambda v: False,
+    "a smaller module needs its sizes in attributes that can be set, but {part!r} "
+    "cannot have them ({reason})",
+    "give the share 0 to {near}, before other rules of sparsity=, or shrink the "
+    "function with jp.shrink, which needs no class",
+)

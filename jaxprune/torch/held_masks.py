@@ -1,0 +1,171 @@
+"""Pruned weights of a torch module that stay zero while it trains.
+
+A parameter keeps its name and its place: its gradient is masked when it is accumulated,
+so that the moments of an optimizer stay zero too, and the weight is masked after each
+step of any `torch.optim` optimizer, whatever its moments held before. State
+dictionaries, tied weights and `save_pretrained` see plain parameters with zeros;
+`torch.nn.utils.prune` would rename them to `weight_orig` and break all three.
+"""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from jaxprune.arrays.rules import check, finds_none
+from jaxprune.torch import conversion
+from jaxprune.torch.environment import torch
+from jaxprune.torch.loading import misshapen
+
+
+def hold(module: Any, masks: Mapping[str, Any]) -> "HeldMasks":
+    """Zeros the weights that masks prune, and keeps them zero while torch trains.
+
+    It may be called before or after the optimizer is made, and works inside trainers
+    that make their own, as `transformers.Trainer`. The zeros are in the parameters
+    themselves, so nothing has to be made permanent: save the module as ever.
+
+    Args:
+      module: the module, whose parameters are not frozen later than this call.
+      masks: {torch name: booleans of the parameter's shape}, False where it is pruned;
+        a parameter that is not there, or has `optax.MaskedNode()`, is left alone.
+
+    Returns:
+      A handle: `remove()` ends it, and so does leaving it as a context.
+
+    Raises:
+      ValueError: a name is none of a parameter, or a mask is not boolean or has another
+        shape; all of them are named.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> import torch
+      >>> module = torch.nn.Linear(4, 2)
+      >>> fn, params = jp.torch.function(module, torch.ones(3, 4))
+      >>> masks = jp.masks.make(jp.scores.magnitude(params), 0.5)
+      >>> optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+      >>> with jp.torch.hold(module, masks):
+      ...     for _ in range(3):
+      ...         optimizer.zero_grad()
+      ...         module(torch.ones(3, 4)).square().mean().backward()
+      ...         optimizer.step()
+      >>> int((module.weight == 0).sum())
+      4
+    """
+    parameters = dict(module.named_parameters())
+    arrays = {
+        name: _as_boolean(mask)
+        for name, mask in masks.items()
+        if not isinstance(mask, optax.MaskedNode)
+    }
+    check(
+        HOLDABLE,
+        unknown=sorted(arrays.keys() - parameters.keys()),
+        not_masks=sorted(n for n, a in arrays.items() if a.dtype != np.bool_),
+        misshapen=misshapen(arrays, parameters),
+    )
+    # Tensors of their own: the caller may change the masks afterwards.
+    return HeldMasks(
+        [(parameters[name], torch.tensor(mask)) for name, mask in arrays.items()]
+    )
+
+
+class HeldMasks:
+    """Masks of parameters that torch trains, from `jp.torch.hold`."""
+
+    def __init__(self, pairs: list[tuple[Any, Any]]) -> None:
+        """Masks the weights, and hooks gradients and optimizer steps.
+
+        Args:
+          pairs: parameters, each with a boolean tensor of its shape.
+        """
+        self._pairs = pairs
+        # After accumulation, so that several backward passes into one gradient and
+        # whatever a trainer does to it before the step see zeros.
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(_GradientMask(mask))
+            for parameter, mask in pairs
+            if parameter.requires_grad  # a frozen one has no gradient to mask
+        ]
+        # Of every optimizer, since a trainer makes its own after this call.
+        self._handles.append(register_optimizer_step_post_hook(self._after_step))
+        self.apply()
+
+    def apply(self) -> None:
+        """Zeros the pruned weights now, as after `load_state_dict` with others."""
+        # `.data`: a graph that is waiting for its backward pass must not notice.
+        for parameter, mask in self._pairs:
+            _zero_pruned(parameter.data, mask)
+
+    def remove(self) -> None:
+        """Lets go: zeros stay as they are, and may train from here on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> "HeldMasks":
+        """The handle itself."""
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Lets go."""
+        self.remove()
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        # The hook sees every optimizer of the process; those of others are not touched.
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for parameter, mask in self._pairs:
+            if id(parameter) in stepped:
+                _zero_pruned(parameter.data, mask)
+
+
+class _GradientMask:
+    """Zeros the accumulated gradient of pruned weights."""
+
+    def __init__(self, mask: Any) -> None:
+        self._mask = mask
+
+    def __call__(self, parameter: Any) -> None:
+        if parameter.grad is not None:
+            _zero_pruned(parameter.grad, self._mask)
+
+
+def _zero_pruned(tensor: Any, mask: Any) -> None:
+    # Not a product: 0 times an infinite or undefined gradient would be NaN.
+    with torch.no_grad():
+        # The module may have moved to another device since.
+        tensor.masked_fill_(~mask.to(tensor.device), 0)
+
+
+def _as_boolean(mask: Any) -> np.ndarray:
+    if isinstance(mask, torch.Tensor):
+        return conversion.as_numpy(mask)
+    return np.asarray(jax.device_get(mask))
+
+
+def _problems(values: Any) -> list[str]:
+    return [
+        *(f"{name} is no parameter" for name in values.unknown),
+        *(f"{name} is not boolean" for name in values.not_masks),
+        *values.misshapen,
+    ]
+
+
+HOLDABLE = [
+    finds_none(
+        _problems,
+        "hold takes boolean masks by the names and shapes of the parameters, but "
+        "{names}",
+        "make them of the parameters of jp.torch.function(module, example)",
+    )
+]
+"""What must hold of masks for training."""

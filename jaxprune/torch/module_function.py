@@ -1,0 +1,292 @@
+"""A torch module as a function of its parameters, which JAX can trace.
+
+The parameters are a dictionary of JAX arrays by their torch names, tied ones once under
+the first name. Buffers are constants as they are when the function is made. The module
+runs as in eval mode, and is left as it was.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule, check, error, finds_none
+from jaxprune.torch import conversion
+from jaxprune.torch.environment import (
+    TracedTensor,
+    environment,
+    slow_attention,
+    torch,
+    torchax,
+)
+
+Arrays = dict[str, jax.Array]
+
+
+def function(
+    module: Any, example: Any
+) -> tuple[Callable[[Mapping[str, Any], Any], Any], Arrays]:
+    """A torch module as a JAX function of its parameters and a batch.
+
+    The function can be jitted and differentiated, and is what `jp.trace`,
+    `jp.axis_groups`, `jp.prune_trained` and `jp.shrink` take. It is traced once here,
+    without computing anything, so that what JAX cannot run is refused at once.
+
+    Args:
+      module: any `torch.nn.Module`. It is used as it is whenever the function is
+        called, so its structure must stay; its parameters may change, the function
+        reads none of them.
+      example: what the module is called with: a tensor; a tuple of positional
+        arguments; or a dictionary of arguments by name. Entries of a dictionary that
+        are no tensors (`use_cache=False`) are settings, with which every call is made.
+
+    Returns:
+      (fn, params): `fn(params, batch)` with a batch in the form of the example, of any
+      size that the module takes (see `jp.torch.as_arrays`); it returns arrays in
+      dictionaries (for a ModelOutput or dictionary) and tuples. And the parameters,
+      {torch name: array}, in the dtypes of the module.
+
+    Raises:
+      ValueError: a parameter has a dtype that JAX, as it is set, has not.
+      TypeError: the module's Python code depends on values, it writes into a tensor
+        that is no part of the program, or torchax lacks an operation; the sentence
+        names the operation and the submodule.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> import torch
+      >>> module = torch.nn.Sequential(
+      ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+      >>> fn, params = jp.torch.function(module, torch.ones(3, 4))
+      >>> sorted(params)
+      ['0.bias', '0.weight', '2.bias', '2.weight']
+      >>> fn(params, jp.torch.as_arrays(torch.ones(5, 4))).shape
+      (5, 2)
+    """
+    module_function = ModuleFunction(module, example)
+    params = {
+        name: conversion.as_array(parameter)
+        # Of tied parameters it names the first alone.
+        for name, parameter in module.named_parameters()
+    }
+    module_function.check_traceable(params, example)
+    return module_function, params
+
+
+class ModuleFunction:
+    """The function that `jp.torch.function` returns."""
+
+    def __init__(self, module: Any, example: Any) -> None:
+        """Keeps the module, its buffers and the settings among the arguments."""
+        check(
+            _MODULE,
+            module=module,
+            is_module=isinstance(module, torch.nn.Module),
+        )
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        check(
+            _DTYPES,
+            wide=[n for n, t in tensors.items() if conversion.is_too_wide(t)],
+            abstract=[n for n, t in tensors.items() if t.device.type == "meta"],
+        )
+        environment()  # made outside of any trace
+        self.module = module
+        # Copies: a training that goes on changes the module's statistics.
+        self.buffers: Arrays = {
+            name: conversion.as_array(buffer) for name, buffer in module.named_buffers()
+        }
+        self.settings = _settings(example)
+
+    def __call__(self, params: Mapping[str, Any], batch: Any) -> Any:
+        """What the module gives, in eval mode.
+
+        Args:
+          params: {torch name: array}; buffers among them are used for the module's.
+          batch: arguments in the form of the example.
+
+        Returns:
+          A pytree of arrays.
+        """
+        with traced_call():
+            tensors = _wrapped({**self.buffers, **params})
+            args, kwargs = arguments(_wrapped(conversion.as_arrays(batch)))
+            kwargs = {**self.settings, **kwargs}
+            with evaluating(self.module):
+                # strict=False: a batch norm without statistics has None for buffers.
+                result = torch.func.functional_call(
+                    self.module, tensors, args, kwargs, tie_weights=True
+                )
+            return conversion.as_result(result)
+
+    def check_traceable(self, params: Mapping[str, Any], example: Any) -> None:
+        """Traces the function once, abstractly.
+
+        Args:
+          params: {torch name: array}.
+          example: arguments of the module.
+
+        Raises:
+          TypeError: JAX cannot trace it; see `function`.
+        """
+        batch = conversion.as_arrays(example)
+        try:
+            jax.eval_shape(self, params, batch)
+        except Exception as failure:
+            # Hooks cost time, so they are set only where there is something to find.
+            place = _failing_module(self, params, batch)
+            raise _explained(failure, place) from failure
+
+
+@contextlib.contextmanager
+def traced_call() -> Iterator[None]:
+    """What holds while a module runs on JAX arrays."""
+    # Shapes broadcast as torch's do, whatever is set for JAX. The gradient is JAX's:
+    # torch's graph would only hold on to tracers.
+    with (
+        warnings.catch_warnings(),
+        jax.numpy_rank_promotion("allow"),
+        slow_attention(),
+        torch.no_grad(),
+        environment(),
+    ):
+        # Torch's default integers have 64 bits, and JAX's as many as it is set to.
+        warnings.filterwarnings("ignore", "Explicitly requested dtype")
+        yield
+
+
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named arguments of a module.
+
+    Args:
+      batch: a tensor, a tuple or list of arguments, or a dictionary of them.
+
+    Returns:
+      The tuple and the dictionary.
+    """
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch), {}) if isinstance(batch, list | tuple) else ((batch,), {})
+
+
+def _settings(example: Any) -> dict[str, Any]:
+    """The arguments of an example that are no tensors."""
+    if isinstance(example, Mapping):
+        arrays = conversion.as_arrays(example)
+        return {name: value for name, value in example.items() if name not in arrays}
+    leaves = jax.tree.leaves(example)
+    strange = [x for x in leaves if not isinstance(x, torch.Tensor | jax.Array)]
+    strange = [x for x in strange if not isinstance(x, np.ndarray)]
+    check(_EXAMPLE, strange=listed(map(repr, strange)))
+    return {}
+
+
+@contextlib.contextmanager
+def evaluating(module: Any) -> Iterator[None]:
+    """The module in eval mode, and afterwards each part in the mode that it was in."""
+    # Part by part: a frozen batch norm may be in eval mode inside a training module.
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _wrapped(arrays: Any) -> Any:
+    """Arrays as torchax's tensors, in their containers."""
+    env = environment()
+    return jax.tree.map(lambda x: TracedTensor(jax.numpy.asarray(x), env), arrays)
+
+
+def _failing_module(fn: ModuleFunction, params: Mapping[str, Any], batch: Any) -> str:
+    """The innermost submodule in which a trace fails, by name; empty for the root."""
+    running: list[str] = []
+    handles = []
+    for name, part in fn.module.named_modules():
+
+        def enter(_: Any, __: Any, name: str = name) -> None:
+            running.append(name)
+
+        def leave(_: Any, __: Any, ___: Any) -> None:
+            running.pop()  # not reached by the ones that fail
+
+        handles += [
+            part.register_forward_pre_hook(enter),
+            part.register_forward_hook(leave),
+        ]
+    try:
+        # What is left of the stack when it fails are the parts that did not end.
+        with contextlib.suppress(Exception):
+            jax.eval_shape(fn, params, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return running[-1] if running else ""
+
+
+def _explained(failure: Exception, place: str) -> Exception:
+    """The sentence for a failed trace: operation, submodule, reason, way out."""
+    missing = isinstance(failure, torchax.tensor.OperatorNotFound)
+    by_values = isinstance(
+        failure, jax.errors.ConcretizationTypeError | jax.errors.JAXIndexError
+    )
+    # JAX names its own reasons, and torchax an operation that it has not.
+    rule = _LACKING if missing else _BY_VALUES if by_values else _UNTRACEABLE
+    reason = str(failure).strip().splitlines() or [""]
+    return error(
+        rule,
+        operation=getattr(failure, "operation", "its Python code"),
+        place=place or "the module itself",
+        reason=f"{type(failure).__name__}: {reason[0]}",
+    )
+
+
+_MODULE = Rule(
+    lambda v: v.is_module,
+    "jp.torch takes a torch.nn.Module, got {module!r}",
+    error=TypeError,
+)
+_DTYPES = [
+    finds_none(
+        lambda v: v.wide,
+        "JAX rounds 64-bit floats to 32 bits unless jax_enable_x64 is set, and {names} "
+        "have 64",
+        "call module.float(), or set jax_enable_x64",
+    ),
+    finds_none(
+        lambda v: v.abstract,
+        "parameters and buffers must have values, but {names} are on the device 'meta'",
+        "load the weights first",
+    ),
+]
+_EXAMPLE = Rule(
+    lambda v: not v.strange,
+    "an example by position must hold tensors alone, got {strange}",
+    "give the arguments by name, in a dictionary",
+    error=TypeError,
+)
+_LACKING = Rule(
+    lambda v: False,
+    "every operation of a module must be one that torchax has, but {operation} in "
+    "{place!r} is not",
+    "write that part with other operations",
+    error=TypeError,
+)
+_BY_VALUES = Rule(
+    lambda v: False,
+    "a traced module's Python code must not depend on values, but {operation} in "
+    "{place!r} reads one",
+    "give what decides as a setting, or write that part without the question",
+    error=TypeError,
+)
+_UNTRACEABLE = Rule(
+    lambda v: False,
+    "JAX cannot trace {operation} in {place!r} ({reason})",
+    "write that part with other operations",
+    error=TypeError,
+)

@@ -1,0 +1,281 @@
+"""A smaller module gives what the whole one gives with the removed units zeroed."""
+
+import copy
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import jaxprune as jp
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("jaxprune.torch.environment")  # torchax
+nn = torch.nn
+pytestmark = pytest.mark.parity
+
+
+def convolutional():
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 6, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(6, 4),
+    )  # fmt: skip
+    module(torch.randn(16, 3, 8, 8))  # statistics of the batch norms
+    return module
+
+
+class Attention(nn.Module):
+    """A pre-norm attention whose class holds its heads and its width."""
+
+    def __init__(self, width=16, heads=4):
+        super().__init__()
+        self.num_heads, self.attn_dim = heads, width
+        self.norm = nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        batch, time, _ = x.shape
+        q, k, v = (
+            part.reshape(batch, time, self.num_heads, -1).transpose(1, 2)
+            for part in self.qkv(self.norm(x)).split(self.attn_dim, -1)
+        )
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(y.transpose(1, 2).reshape(batch, time, self.attn_dim))
+
+
+def zeroed_outputs(module, report, groups, x):
+    """The outputs with the removed units' weights zero, position by position."""
+    whole = copy.deepcopy(module).eval()
+    tensors = dict(whole.named_parameters()) | dict(whole.named_buffers())
+    for name, kept in report["kept"].items():
+        (group,) = (group for group in groups if group.name == name)
+        for member in group.members:
+            tensor = tensors[member.leaf].data
+            # One unit after the other along the axis, in every layout of these tests.
+            units = np.arange(tensor.shape[member.axis])
+            if "qkv" in member.leaf:
+                units = np.tile(np.repeat(np.arange(group.units), 4), 3)
+            elif "proj" in member.leaf:
+                units = np.repeat(np.arange(group.units), 4)
+            gone = torch.tensor(~np.isin(units, kept))
+            tensor.index_fill_(member.axis, gone.nonzero().flatten(), 0)
+    with torch.no_grad():
+        return whole(x).numpy()
+
+
+@pytest.mark.parametrize("make", [convolutional, Attention])
+def test_the_smaller_module_gives_what_the_zeroed_one_gives(make):
+    module = make()
+    x = torch.randn(2, 3, 8, 8) if make is convolutional else torch.randn(2, 5, 16)
+    before = copy.deepcopy(module.state_dict())
+    small, report = jp.torch.shrink(module, x, jp.scores.magnitude, 0.5)
+    fn, params = jp.torch.function(module, x)
+    groups = jp.axis_groups(fn, params, jp.torch.as_arrays(x))
+    expected = zeroed_outputs(module, report, groups, x)
+    with torch.no_grad():
+        np.testing.assert_allclose(small.eval()(x).numpy(), expected, atol=1e-5)
+    assert report["error"] < 1e-5
+    assert report["after"]["parameters"] < 0.7 * report["before"]["parameters"]
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_the_attributes_are_those_of_the_smaller_layers():
+    small, report = jp.torch.shrink(
+        convolutional(), torch.randn(2, 3, 8, 8), jp.scores.magnitude, 0.5
+    )
+    first, depthwise, last = small[0], small[3], small[6]
+    assert (first.in_channels, first.out_channels, first.groups) == (3, 4, 1)
+    assert (depthwise.in_channels, depthwise.out_channels) == (4, 4)
+    assert depthwise.groups == 4
+    assert small[1].num_features == 4
+    assert (last.in_channels, small[10].in_features) == (4, 3)
+    assert small[10].out_features == 4
+    assert "out_features" not in report["attributes"]["10"]
+    attention, _ = jp.torch.shrink(
+        Attention(), torch.randn(2, 5, 16), jp.scores.magnitude, 0.5
+    )
+    assert (attention.num_heads, attention.attn_dim) == (2, 8)
+    assert attention.norm.normalized_shape == (16,)
+
+
+def test_half_precision_is_compared_at_its_own_accuracy():
+    x = torch.randn(2, 5, 16, dtype=torch.bfloat16)
+    small, report = jp.torch.shrink(
+        Attention().to(torch.bfloat16), x, jp.scores.magnitude, 0.5
+    )
+    assert small.qkv.weight.dtype is torch.bfloat16
+    assert report["error"] < 0.05
+
+
+def test_a_smaller_module_trains_on():
+    small, _ = jp.torch.shrink(
+        convolutional(), torch.randn(2, 3, 8, 8), jp.scores.magnitude, 0.5
+    )
+    small.train()(torch.randn(8, 3, 8, 8)).square().mean().backward()
+    assert small[1].running_mean.shape == (4,)
+    assert all(p.grad.shape == p.shape for p in small.parameters())
+
+
+def test_a_fresh_module_becomes_as_small_from_state_dictionary_and_report(tmp_path):
+    x = torch.randn(2, 5, 16)
+    small, report = jp.torch.shrink(Attention(), x, jp.scores.magnitude, 0.25)
+    torch.save(small.state_dict(), tmp_path / "small.pt")
+    fresh = Attention()
+    jp.torch.resize(fresh, torch.load(tmp_path / "small.pt"), report["attributes"])
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(x), small.eval()(x))
+
+
+@pytest.mark.full
+def test_the_solver_makes_up_for_what_is_gone():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    mixing = torch.randn(8, 8)
+    batches = [torch.randn(128, 8) @ mixing for _ in range(2)]  # correlated inputs
+    with torch.no_grad():
+        reference = module(batches[0])
+
+        def error(small):
+            return float((small(batches[0]) - reference).square().mean())
+
+        by_scores, _ = jp.torch.shrink(module, batches[0], jp.scores.magnitude, 0.5)
+        by_solver, report = jp.torch.shrink(
+            module, batches[0], sparsity=0.5, batches=batches, progress=False
+        )
+        assert error(by_solver) < 0.5 * error(by_scores)
+    assert by_solver[2].in_features == 16
+    assert [row["name"] for row in report["weights"]] == ["2.weight"]
+
+
+def test_masks_of_whole_units_say_which_go():
+    module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    _, params = jp.torch.function(module, torch.ones(2, 4))
+    masks = jax.tree.map(lambda x: np.ones(x.shape, bool), params)
+    masks["0.weight"][[1, 4]], masks["0.bias"][[1, 4]] = False, False
+    masks["2.weight"][:, [1, 4]] = False
+    small, report = jp.torch.shrink(module, torch.ones(2, 4), masks=masks)
+    assert report["kept"] == {"0.bias:0": [0, 2, 3, 5]}
+    assert torch.equal(small[0].weight, module[0].weight[[0, 2, 3, 5]])
+
+
+def test_tied_weights_stay_tied():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(4, 8, bias=False)
+            self.again = nn.Linear(4, 8, bias=False)
+            self.again.weight = self.up.weight
+            self.down = nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.down(self.up(x).relu() * self.again(x))
+
+    small, _ = jp.torch.shrink(Tied(), torch.ones(2, 4), jp.scores.magnitude, 0.5)
+    assert small.again.weight is small.up.weight
+    assert small.again.out_features == small.up.out_features == 4
+
+
+class FixedWidth(nn.Module):
+    """A class that writes its width into its code."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last(self.first(x).reshape(-1, 8).relu())
+
+
+def test_a_class_that_cannot_be_smaller_is_named_with_the_groups_to_leave_out():
+    module = nn.ModuleDict({"good": nn.Linear(4, 4), "bad": FixedWidth()})
+    forward = nn.Sequential(module["good"], nn.ReLU(), module["bad"])
+    with pytest.raises(ValueError, match=r"but '2.last' cannot have them") as caught:
+        jp.torch.shrink(forward, torch.ones(4, 4), jp.scores.magnitude, 0.5)
+    assert "give the share 0 to '*.first.bias:0'" in str(caught.value)
+    small, _ = jp.torch.shrink(
+        forward,
+        torch.ones(4, 4),
+        jp.scores.magnitude,
+        {"*.first.bias:0": 0.0, "0.bias:0": 0.5},
+    )
+    assert small[0].out_features == 2
+
+
+@pytest.mark.full
+def test_the_multi_head_attention_of_torch_is_refused_by_name():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    with pytest.raises(ValueError, match="but 'self_attn' cannot have them"):
+        jp.torch.shrink(layer, torch.randn(2, 5, 16), jp.scores.magnitude, 0.5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["BertModel", "GPT2Model", "T5Model"])
+def test_models_of_transformers_become_smaller(name):
+    transformers = pytest.importorskip("transformers")
+    configs = {
+        "BertModel": dict(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=24, max_position_embeddings=16,
+        ),
+        "GPT2Model": dict(n_embd=16, n_layer=2, n_head=4, n_positions=16),
+        "T5Model": dict(d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4),
+    }  # fmt: skip
+    model_type = getattr(transformers, name)
+    config = model_type.config_class(vocab_size=40, **configs[name])
+    tokens = torch.randint(0, 40, (2, 7))
+    example = {"input_ids": tokens, "use_cache": False}
+    if name == "T5Model":
+        example["decoder_input_ids"] = tokens
+    if name == "BertModel":
+        del example["use_cache"]
+    small, report = jp.torch.shrink(
+        model_type(config), example, jp.scores.magnitude, 0.5
+    )
+    assert report["error"] < 1e-5
+    assert report["after"]["parameters"] < 0.8 * report["before"]["parameters"]
+    assert len(report["groups"]) >= 4
+    fresh = model_type(config)
+    jp.torch.resize(fresh, small.state_dict(), report["attributes"])
+
+
+class ConfiguredAttention(Attention):
+    """As some classes of transformers, which read heads from what layers share."""
+
+    def __init__(self, config):
+        super().__init__(heads=config.num_heads)
+        del self.num_heads
+        self.config = config
+
+    @property
+    def num_heads(self):
+        return self.config.num_heads
+
+    @num_heads.setter
+    def num_heads(self, heads):
+        pass
+
+    @num_heads.deleter
+    def num_heads(self):
+        pass
+
+
+def test_heads_are_set_in_a_shared_configuration_only_where_it_is_read():
+    config = types.SimpleNamespace(num_heads=4)
+    layers = nn.Sequential(ConfiguredAttention(config), ConfiguredAttention(config))
+    x = torch.randn(2, 5, 16)
+    small, report = jp.torch.shrink(layers, x, jp.scores.magnitude, 0.5)
+    assert small[0].config is small[1].config
+    assert (small[0].config.num_heads, config.num_heads) == (2, 4)
+    fresh = nn.Sequential(ConfiguredAttention(config), ConfiguredAttention(config))
+    jp.torch.resize(fresh, small.state_dict(), report["attributes"])
+    assert config.num_heads == 2
+
+    unread = Attention()
+    unread.config = types.SimpleNamespace(num_heads=4)
+    small, report = jp.torch.shrink(unread, x, jp.scores.magnitude, 0.5)
+    assert small.config.num_heads == 4
+    assert report["attributes"][""] == {"num_heads": 2, "attn_dim": 8}
