@@ -31,6 +31,7 @@ FLOORS: dict[str, set[str]] = {
     "files": {"ml_dtypes"},
     "posttraining": set(),
     "contrib": set(),
+    "sparse": {"ml_dtypes"},
     "__init__": set(),
     "lm.checkpoints": {"ml_dtypes"},
     "lm.models": {"flax", "PIL", "jinja2", "tokenizers"},
