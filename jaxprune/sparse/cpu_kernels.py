@@ -110,13 +110,10 @@ def _call(name: str, result: Any, packed: Any, first: int, *vectors: Any) -> jax
     words = jnp.zeros(0, jnp.uint32) if packed.words is None else packed.words
     starts = jnp.zeros(0, jnp.int32) if packed.starts is None else packed.starts
     scales = jnp.zeros(0, jnp.float32) if packed.scales is None else packed.scales
-    values = packed.values
-    if packed.encoding == "bfloat16":
-        values = jax.lax.bitcast_convert_type(values, jnp.uint16)
     call = jax.ffi.ffi_call(name, result, vmap_method="sequential")
     return call(
         words,
-        values,
+        packed.values,
         starts,
         scales,
         *vectors,
