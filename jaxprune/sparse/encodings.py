@@ -57,13 +57,14 @@ def to_levels(rows: np.ndarray, name: str, group: int) -> Levels:
     grid = Quantization(BITS[name], group or max(16, -(-inputs // 16) * 16))
     width = max(1, min(grid.group, inputs))
     wide = np.pad(rows.astype(np.float32), ((0, 0), (0, -inputs % width)))
-    groups = wide.reshape(len(rows), -1, width)  # (rows, groups, group)
+    # (rows, groups, group)
+    groups = wide.reshape(len(rows), wide.shape[1] // width, width)
     if not groups.size:
         empty = np.zeros((len(rows), groups.shape[1]), np.float32)
         return Levels(np.zeros(rows.shape, np.int8), empty, width)
     scales = np.asarray(_scales(jnp.asarray(groups), grid))  # (rows, groups)
     levels = np.clip(np.rint(groups / scales[..., None]), -grid.most, grid.most)
-    levels = levels.reshape(len(rows), -1)[:, :inputs].astype(np.int8)
+    levels = levels.reshape(wide.shape)[:, :inputs].astype(np.int8)
     return Levels(levels, scales, width)
 
 

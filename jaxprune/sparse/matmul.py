@@ -55,7 +55,9 @@ def matmul(x: jax.Array, packed: PackedMatrix, *, precision: Any = None) -> jax.
 def _product(x: jax.Array, packed: PackedMatrix, precision: Any) -> jax.Array:
     """The products of each matrix, (batch, samples, out)."""
     x = x.astype(jnp.float32)
-    if not cpu_kernels.runs(packed) or not x.size:
+    if not x.size or not packed.size:
+        return jnp.zeros((*x.shape[:2], packed.shape[-2]), jnp.float32)
+    if not cpu_kernels.runs(packed):
         return _dense(x, packed, precision)
     return jax.lax.platform_dependent(
         x,

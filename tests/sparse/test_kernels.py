@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jaxprune as jp
@@ -58,7 +58,9 @@ def test_a_product_is_that_of_the_dense_matrix(name, samples, density):
 
 
 @pytest.mark.full
-@settings(max_examples=200)
+@settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     st.tuples(st.integers(0, 70), st.integers(1, 300)),
     st.integers(1, 20),

@@ -48,6 +48,12 @@ def test_axes_before_the_inputs_are_kept():
     assert matmul(X[:0], PACKED).shape == (0, 6)
 
 
+@pytest.mark.parametrize("name", ["float32", "int8"])
+def test_a_matrix_may_have_no_rows(name):
+    packed = pack_matrix(np.zeros((0, 40), np.float32), values=name, group=0)
+    assert matmul(X, packed).shape == (3, 0)
+
+
 def test_tiles_change_nothing(monkeypatch):
     monkeypatch.setattr(matmul_, "_TILE", 90)  # two rows of forty
     close(matmul(X, PACKED), X, DENSE)
