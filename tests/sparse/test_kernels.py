@@ -58,9 +58,7 @@ def test_a_product_is_that_of_the_dense_matrix(name, samples, density):
 
 
 @pytest.mark.full
-@settings(
-    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.tuples(st.integers(0, 70), st.integers(1, 300)),
     st.integers(1, 20),
