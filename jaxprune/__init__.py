@@ -26,6 +26,8 @@ from jaxprune.posttraining.prune_trained import PruneResult as PruneResult
 from jaxprune.posttraining.prune_trained import prune_trained as prune_trained
 from jaxprune.posttraining.shrink import shrink as shrink
 from jaxprune.scores.importance import get_importance as get_importance
+from jaxprune.sparse.pack import PackResult as PackResult
+from jaxprune.sparse.pack import pack as pack
 from jaxprune.structured.shrink import ShrinkResult as ShrinkResult
 from jaxprune.training import grow as grow
 from jaxprune.training import schedules as schedules
@@ -44,6 +46,7 @@ __all__ = [
     "AxisGroups",
     "Importance",
     "LazyArray",
+    "PackResult",
     "PruneResult",
     "ShrinkResult",
     "allocation",
@@ -57,6 +60,7 @@ __all__ = [
     "low_bit",
     "masks",
     "metrics",
+    "pack",
     "passes",
     "patterns",
     "prune",

@@ -1,0 +1,226 @@
+"""Zeros make decoding faster: packed matrices and whole decode, candidates in turn.
+
+    python -m benchmarks.packed matrices --vectors 1
+    python -m benchmarks.packed decode --batch 1
+
+Matrices of 4096 x 11008 beyond the last-level cache, and decoding with the shapes of
+SmolLM2 135M (random weights, masks at random, the head stored whole), in one process:
+XLA in float32 and bfloat16, the dense kernel of the same encoding, which is the
+control, and packed weights. torch's products where it is installed. One JSON line:
+medians with their spread, ratios of medians, the path of the kernels and the load.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+import jaxprune as jp
+from benchmarks import measure
+from jaxprune.lm.models.decoder import rope
+from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.models.decoder.model import Decoder
+from jaxprune.sparse import cpu_kernels
+from jaxprune.sparse.matmul import matmul
+from jaxprune.sparse.packed_matrix import pack_matrix
+
+ZEROS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+SMOLLM2 = DecoderConfig(
+    vocab_size=49152,
+    context=2048,
+    layers=30,
+    width=576,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    mlp_width=1536,
+    norm="rms",
+    ropes=(rope.linear(100000.0, 64),),
+    tie_weights=True,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Times packed matrices or whole decode.
+
+    Attributes:
+      what: what is timed.
+      encodings: how values are stored.
+      zeros: shares of zeros.
+      vectors: number of vectors of a product.
+      shape: (out, in) of a matrix; of each candidate there are `copies`.
+      copies: matrices of a candidate that are multiplied in turn.
+      batch: sequences that are decoded together.
+      steps: tokens that are decoded in a measured call.
+      layers: number of layers of the decoder.
+      repeats: measured rounds.
+    """
+
+    what: Annotated[Literal["matrices", "decode"], tyro.conf.Positional]
+    encodings: tuple[str, ...] = ("bfloat16", "int8", "int4")
+    zeros: tuple[float, ...] = ZEROS
+    vectors: int = 1
+    shape: tuple[int, int] = (4096, 11008)
+    copies: int = 3
+    batch: int = 1
+    steps: int = 8
+    layers: int = 30
+    repeats: int = 7
+
+
+def main(config: Config) -> None:
+    """Times the candidates in turn and reports."""
+    before = os.getloadavg()
+    make = _matrices if config.what == "matrices" else _decoders
+    candidates, sizes = make(config)
+    timings = measure.interleaved(candidates, config.repeats)
+    times = {name: measure.median_and_spread(t) for name, t in timings.items()}
+    measure.report(
+        f"packed_{config.what}",
+        config=dataclasses.asdict(config),
+        path=str(cpu_kernels.path()),
+        milliseconds={
+            name: {key: 1e3 * t[key] for key in ("median", "min", "q1", "q3")}
+            for name, t in times.items()
+        },
+        bytes=sizes,
+        # Of the dense kernel of the same encoding, and of XLA in float32.
+        ratios={
+            name: {
+                reference: times[reference]["median"] / t["median"]
+                for reference in (f"{name.split()[0]} dense", "XLA float32")
+            }
+            for name, t in times.items()
+            if name.split()[0] in config.encodings
+        },
+        load={"before": before, "after": os.getloadavg()},
+    )
+
+
+Candidates = tuple[dict[str, Callable[[], Any]], dict[str, int]]
+"""Name to what is timed, and to the bytes that it reads."""
+
+
+def _matrices(config: Config) -> Candidates:
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=config.shape).astype(np.float32)  # (out, in)
+    uniform = rng.random(config.shape, np.float32)
+    x = rng.normal(size=(config.vectors, config.shape[1])).astype(np.float32)
+    candidates: dict[str, Callable[[], Any]] = {}
+    sizes: dict[str, int] = {}
+
+    def add(name: str, product: Any, matrix: Any, vectors: Any) -> None:
+        # Copies, so that each is read from memory.
+        copies = [jax.tree.map(lambda a: a + 0, matrix) for _ in range(config.copies)]
+        candidates[name] = lambda: [product(vectors, copy) for copy in copies]
+        sizes[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(matrix))
+
+    # The order of operands in which XLA is the faster one.
+    dense = jax.jit(lambda x, w: (w @ x.T).T)
+    for dtype in ("float32", "bfloat16"):
+        add(f"XLA {dtype}", dense, jnp.asarray(weights, dtype), jnp.asarray(x, dtype))
+    packed = jax.jit(matmul)
+    for name in config.encodings:
+        for zeros in (0.0, *config.zeros):
+            pruned = np.where(uniform < zeros, np.float32(0), weights)
+            label = f"{name} {zeros:.0%} zeros" if zeros else f"{name} dense"
+            add(label, packed, pack_matrix(pruned, values=name), jnp.asarray(x))
+    _add_torch(config, candidates, weights, x)
+    return candidates, sizes
+
+
+def _add_torch(
+    config: Config, candidates: dict[str, Callable[[], Any]], weights: Any, x: Any
+) -> None:
+    """Products of torch, where it is installed."""
+    try:
+        import torch
+    except ImportError:
+        return
+    for dtype in (torch.float32, torch.bfloat16):
+        copies = [torch.tensor(weights).to(dtype) for _ in range(config.copies)]
+        vectors = torch.tensor(x).to(dtype)
+        products = functools.partial(_torch_products, copies, vectors)
+        candidates[f"torch {str(dtype).removeprefix('torch.')}"] = products
+
+
+def _torch_products(copies: Any, vectors: Any) -> None:
+    for copy in copies:
+        vectors @ copy.T
+
+
+def _decoders(config: Config) -> Candidates:
+    shape = dataclasses.replace(SMOLLM2, layers=config.layers)
+    candidates: dict[str, Callable[[], Any]] = {}
+    sizes: dict[str, int] = {}
+    for dtype in ("float32", "bfloat16"):
+        model = Decoder(shape.with_dtype(dtype), rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(model, nnx.Param)
+        params = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype), params)
+        cache = model.init_cache(config.batch, 64)
+        _add_decoder(
+            f"XLA {dtype}", _step(graphdef), params, cache, config, candidates, sizes
+        )
+    model = Decoder(shape, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model, nnx.Param)
+    cache = model.init_cache(config.batch, 64)
+    step = _step(graphdef)
+    first = (jnp.zeros(config.batch, jnp.int32), cache)
+    for name in config.encodings:
+        for zeros in (0.0, *config.zeros):
+            scores = jp.scores.random(params)
+            pruned = jp.prune(params, scores, zeros) if zeros else params
+            packed = jp.pack(step, pruned, first, values=name, dense=True)
+            label = f"{name} {zeros:.0%} zeros" if zeros else f"{name} dense"
+            _add_decoder(
+                label, packed.fn, packed.params, cache, config, candidates, sizes
+            )
+    return candidates, sizes
+
+
+def _step(graphdef: Any) -> Callable[[Any, Any], Any]:
+    """A token and a cache to the next ones."""
+
+    def step(params: Any, state: Any) -> Any:
+        token, cache = state
+        model = nnx.merge(graphdef, params)
+        logits, cache = model.next_logits(model.embed(token[:, None]), cache)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+    return step
+
+
+def _add_decoder(
+    name: str,
+    step: Any,
+    params: Any,
+    cache: Any,
+    config: Config,
+    candidates: dict[str, Callable[[], Any]],
+    sizes: dict[str, int],
+) -> None:
+    """Adds the decoding of so many tokens, from an empty cache."""
+
+    @jax.jit
+    def decode(params: Any, token: jax.Array, cache: Any) -> Any:
+        def body(state: Any, _: None) -> Any:
+            state = step(params, state)
+            return state, state[0]
+
+        return jax.lax.scan(body, (token, cache), length=config.steps)[1]
+
+    token = jnp.zeros(config.batch, jnp.int32)
+    candidates[name] = lambda: decode(params, token, cache)
+    sizes[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

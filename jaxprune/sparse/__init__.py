@@ -1,0 +1,12 @@
+"""Zeros that run: matrices of which only the kept weights are read."""
+
+__all__ = [
+    "cpu_kernels",
+    "encodings",
+    "expansion",
+    "matmul",
+    "pack",
+    "packed_function",
+    "packed_matrix",
+    "products",
+]

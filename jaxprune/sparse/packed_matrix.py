@@ -1,0 +1,205 @@
+"""A matrix of which only the kept weights are stored: the leaf that `jp.pack` makes.
+
+The layout is that of `jaxprune compact`: one bit a weight of [out, in] in C order, the
+lowest bit first, and the kept values in that order. Beside it stands where each row's
+first value lies. Rows are filled up to whole words of 32 weights, which changes nothing
+where the number of inputs is a multiple of 32.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.arrays.rules import Rule, check
+from jaxprune.sparse import encodings, expansion
+from jaxprune.sparse.encodings import DTYPES, WORD
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix (out, in), or several of one shape (batch, out, in), packed.
+
+    Attributes:
+      values: kept values in C order and spare elements: floating (kept + 64,), or int8
+        levels, or uint8 with two levels of four bits.
+      scales: float32 (rows, groups) of levels, rows being batch x out; else None.
+      words: uint32 (rows, words), a bit a weight; None where all weights are stored.
+      starts: int32 (rows + 1,), the position of each row's first value, the number of
+        values last; None where all weights are stored.
+      shape: shape of the matrix or matrices (static).
+      dtype: dtype of the matrix (static).
+      encoding: name of how values are stored (static): "float32", "bfloat16",
+        "float16", "int8" or "int4".
+      group: number of inputs that share a scale; 0 without scales (static).
+    """
+
+    values: jax.Array
+    scales: jax.Array | None
+    words: jax.Array | None
+    starts: jax.Array | None
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    encoding: str = dataclasses.field(metadata={"static": True})
+    group: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the matrix."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of weights, kept or not."""
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows, of all matrices together."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def kept(self) -> int:
+        """The number of weights that are stored; of int4 it may be one more."""
+        if self.words is None:
+            return self.size
+        stored = self.values.shape[-1] * (2 if self.encoding == "int4" else 1)
+        return stored - encodings.SPARE
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that a product with it reads of memory, spare elements included."""
+        arrays = (self.values, self.scales, self.words, self.starts)
+        return sum(array.nbytes for array in arrays if array is not None)
+
+    def unpack(self) -> jax.Array:
+        """The matrix as it was packed, of its shape and dtype."""
+        return unpack(self)
+
+
+def pack_matrix(
+    matrix: Any, *, mask: Any = None, values: str | None = None, group: int = 128
+) -> PackedMatrix:
+    """A matrix with only its kept weights stored.
+
+    Weights whose bits are not all zero are kept, minus zero and NaN included, as they
+    are. A matrix with so few zeros that a bit a weight costs more than they do is
+    stored whole.
+
+    Args:
+      matrix: floating (out, in), or (batch, out, in).
+      mask: booleans of the matrix's shape, which weights are kept; a kept weight may be
+        zero. None for those that are not zero.
+      values: encoding of the kept values: "float32", "bfloat16", "float16", "int8" or
+        "int4"; None for the matrix's own dtype.
+      group: number of inputs that share a scale, of "int8" and "int4": a multiple of
+        16, or 0 for whole rows.
+
+    Returns:
+      The packed matrix, on the default device.
+
+    Raises:
+      ValueError: the matrix has no such dtype or axes, or no such encoding.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxprune.sparse.packed_matrix import pack_matrix
+      >>> packed = pack_matrix(np.array([[0, 2.0], [0, 0]], np.float32))
+      >>> packed.starts.tolist(), packed.unpack().tolist()
+      ([0, 1, 1], [[0.0, 2.0], [0.0, 0.0]])
+    """
+    matrix = np.asarray(matrix)
+    name = values or matrix.dtype.name
+    check(_MATRIX, dtype=matrix.dtype.name, shape=matrix.shape, encoding=name)
+    rows = matrix.reshape(math.prod(matrix.shape[:-1]), matrix.shape[-1])
+    if mask is not None:
+        kept = np.asarray(mask, bool).reshape(rows.shape)
+    else:
+        kept = rows.view(f"u{rows.dtype.itemsize}") != 0  # (rows, in)
+    scales, width = None, 0
+    if name in DTYPES:
+        stored = rows.astype(DTYPES[name])
+    else:
+        stored, scales, width = encodings.to_levels(rows * kept, name, group)
+    words, starts, flat = _with_bits(kept, stored)
+    # What is smaller: a bit for each weight, or the zeros among the values.
+    with_bits = words.nbytes + starts.nbytes + encodings.stored_bytes(flat.size, name)
+    whole = encodings.stored_bytes(words.size * WORD, name) <= with_bits
+    if whole:
+        filled = np.where(kept, stored, np.zeros_like(stored))
+        flat = np.pad(filled, ((0, 0), (0, -rows.shape[1] % WORD))).reshape(-1)
+    return PackedMatrix(
+        values=jnp.asarray(encodings.store(flat, name)),
+        scales=None if scales is None else jnp.asarray(scales),
+        words=None if whole else jnp.asarray(words),
+        starts=None if whole else jnp.asarray(starts),
+        shape=tuple(matrix.shape),
+        dtype=matrix.dtype,
+        encoding=name,
+        group=width,
+    )
+
+
+def _with_bits(
+    kept: np.ndarray, stored: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The words of the mask, the rows' starts, and the kept values in C order."""
+    wide = np.pad(kept, ((0, 0), (0, -kept.shape[1] % WORD)))  # (rows, words x 32)
+    packed = np.packbits(wide, axis=1, bitorder="little")  # (rows, words x 4)
+    # Words of the file's byte order: the lowest bit of the lowest byte comes first.
+    words = packed.view("<u4").reshape(len(kept), wide.shape[1] // WORD)
+    starts = np.zeros(len(kept) + 1, np.int32)
+    np.cumsum(kept.sum(axis=1), out=starts[1:])
+    return words, starts, stored[kept]
+
+
+def unpack(packed: PackedMatrix) -> jax.Array:
+    """The matrix that was packed, of its shape and dtype.
+
+    Args:
+      packed: packed matrix.
+
+    Returns:
+      Floating (out, in), or (batch, out, in); bit for bit what was packed where the
+      values are stored in its dtype.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxprune.sparse.packed_matrix import pack_matrix, unpack
+      >>> unpack(pack_matrix(np.array([[0, -0.0]], np.float32))).tolist()
+      [[0.0, -0.0]]
+    """
+    rows = expansion.expand(packed, jnp.arange(packed.rows))
+    return rows.astype(packed.dtype).reshape(packed.shape)
+
+
+def is_packed_matrix(node: Any) -> bool:
+    """Whether a node of a tree is a packed matrix."""
+    return isinstance(node, PackedMatrix)
+
+
+_MATRIX = (
+    Rule(
+        lambda v: v.dtype in DTYPES,
+        "a packed matrix needs weights of float32, bfloat16 or float16, got {dtype}",
+        "cast them",
+    ),
+    Rule(
+        lambda v: len(v.shape) in (2, 3),
+        "a packed matrix needs the axes (out, in) or (batch, out, in), got {shape}",
+        "reshape it",
+    ),
+    Rule(
+        lambda v: math.prod(v.shape) < 2**31,
+        "a packed matrix needs under 2**31 weights, got {shape}",
+        "pack its parts",
+    ),
+    Rule(
+        lambda v: v.encoding in (*DTYPES, *encodings.BITS),
+        "values must be float32, bfloat16, float16, int8 or int4, got {encoding!r}",
+    ),
+)
