@@ -40,7 +40,7 @@ class PackedFunction:
           params: its parameters, abstract.
           batch: the batch that it was traced with.
           first: trace with that batch.
-          places: for each packed leaf, the place of each use's matrix.
+          places: place of each use's matrix, by packed leaf.
         """
         self._fn = fn
         self._params = params
