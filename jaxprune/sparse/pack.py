@@ -191,7 +191,7 @@ class _Job:
             if weight.dtype.name not in DTYPES:
                 return f"is {weight.dtype.name} where it is multiplied"
             matrix = np.ascontiguousarray(use.matrix(_narrowed(weight, leaf.dtype)))
-            content = hashlib.blake2b(matrix.view(np.uint8)).digest()
+            content = hashlib.blake2b(matrix.view(np.uint8).data).digest()
             key = (matrix.shape, matrix.dtype.name, content)
             if key not in digests:
                 digests[key] = len(packed)

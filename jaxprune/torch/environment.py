@@ -51,11 +51,11 @@ def _missing_overloads_answered() -> Iterator[None]:
                 raise
             return _MissingOverload()
 
-    packet_type.__getattr__ = answer
+    packet_type.__getattr__ = answer  # type: ignore[method-assign]
     try:
         yield
     finally:
-        packet_type.__getattr__ = getter
+        packet_type.__getattr__ = getter  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
