@@ -40,7 +40,7 @@ class PackedFunction:
           params: its parameters, abstract.
           batch: the batch that it was traced with.
           first: trace with that batch.
-          places: for each packed leaf, the place of each use's matrix.
+          places: name of each packed leaf to the place of each use's matrix.
         """
         self._fn = fn
         self._params = params
