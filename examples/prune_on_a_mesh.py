@@ -40,14 +40,17 @@ def train(tx, params, steps):
     return params, state
 
 
-tx = optax.chain(optax.adamw(1e-2), jp.track_importance(storage="int8"))
+tx = optax.chain(jp.track_gradients(storage="int8"), optax.adamw(1e-2))
 params, state = train(tx, params, 50)
-scores = jp.scores.preconditioned_magnitude(params, jp.get_importance(state))
+print(f"dense      loss {loss(params):.4f}")
+
+scores = jp.scores.preconditioned_magnitude(params, state)
 masks = jp.masks.make(scores, sparsity=0.5, allocation="global")
-params, _ = train(
-    jp.keep_masks(optax.adamw(1e-3), masks), jp.masks.apply(params, masks), 20
-)
-print(f"loss {loss(params):.4f}, sparsity {jp.sparsity(params).total:.1%}")
+params = jp.masks.apply(params, masks)
+print(f"pruned     loss {loss(params):.4f}")
+
+params, _ = train(jp.keep_masks(optax.adamw(1e-3), masks), params, 50)
+print(f"retrained  loss {loss(params):.4f}, {jp.sparsity(params).total:.0%} zero")
 print(
-    "up lies as", params["up"].sharding.spec, "its mask as", masks["up"].sharding.spec
+    "up lies as", params["up"].sharding.spec, "- its mask as", masks["up"].sharding.spec
 )

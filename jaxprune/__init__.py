@@ -16,6 +16,7 @@ from jaxprune.graph.linear_ops import trace as trace
 from jaxprune.masking import allocation as allocation
 from jaxprune.masking import masks as masks
 from jaxprune.masking import patterns as patterns
+from jaxprune.masking.metrics import metrics as metrics
 from jaxprune.masking.prune import prune as prune
 from jaxprune.masking.sparsity import sparsity as sparsity
 from jaxprune.posttraining import passes as passes
@@ -57,6 +58,7 @@ __all__ = [
     "keep_masks",
     "low_bit",
     "masks",
+    "metrics",
     "pack",
     "passes",
     "patterns",

@@ -69,7 +69,7 @@ class Dim:
 
     def _hand_on(self, heir: "Dim") -> None:
         for atom in atoms(heir):
-            if atom.size > 1:  # `ONE` is shared by all axes of length one
+            if atom.size not in (0, 1):  # `ONE` is shared by all axes of length one
                 atom.why = atom.why or self.why
                 atom.residual = atom.residual or self.residual
 
@@ -90,6 +90,26 @@ def new_dim(size: int, why: str | None = None) -> Dim:
     return ONE if size == 1 else Dim(size, why)
 
 
+def is_larger(first: int, second: int) -> bool:
+    """Whether a size is larger than another, symbolic ones too.
+
+    JAX cannot order b x s and b, which are the same where s is 1; of symbolic sizes a
+    proper multiple counts as the larger one.
+
+    Args:
+      first: number of positions of an axis, or of several.
+      second: another one.
+
+    Returns:
+      Whether the first is the larger one.
+    """
+    if isinstance(first, int) and isinstance(second, int):
+        return first > second
+    if first % second == 0 or second % first == 0:
+        return first != second and first % second == 0
+    return first >= second
+
+
 def atoms(dim: Dim) -> Iterator[Dim]:
     """The atoms of a dimension, in order, those that come again included."""
     dim = root(dim)
@@ -108,12 +128,12 @@ def freeze(dim: Dim, why: str) -> None:
 
 def product_of(parts: Sequence[Dim]) -> Dim:
     """The product of dimensions, the slowest first."""
-    return _compose("product", [part for part in parts if part.size > 1])
+    return _compose("product", [part for part in parts if part.size not in (0, 1)])
 
 
 def sum_of(parts: Sequence[Dim]) -> Dim:
     """The sum of dimensions, one behind the other."""
-    return _compose("sum", [part for part in parts if part.size > 0])
+    return _compose("sum", [part for part in parts if part.size != 0])
 
 
 def _compose(form: Literal["product", "sum"], parts: Sequence[Dim]) -> Dim:
@@ -129,7 +149,7 @@ def _compose(form: Literal["product", "sum"], parts: Sequence[Dim]) -> Dim:
 def unify(first: Dim, second: Dim) -> None:
     """Makes two dimensions of one size the same; freezes what cannot be matched."""
     first, second = root(first), root(second)
-    if first is second or first.size <= 1:
+    if first is second or first.size in (0, 1):
         return
     if not first.is_atom and second.is_atom:
         first, second = second, first
@@ -172,13 +192,13 @@ def _common_factors(first: Dim, second: Dim) -> list[list[Dim] | None]:
     )
     while pending_first and pending_second:
         a, b = pending_first.pop(0), pending_second.pop(0)
-        if a < b:
+        if is_larger(b, a):
             a, b = b, a
             pending_first, pending_second = pending_second, pending_first
         if a % b:
             return [None, None]
         sizes.append(b)
-        if a > b:  # what the larger factor still has to give
+        if a != b:  # what the larger factor still has to give
             pending_first.insert(0, a // b)
     return [as_product(first, sizes), as_product(second, sizes)]
 
@@ -187,7 +207,7 @@ def as_product(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
     """A dimension as a product of these sizes, ones included; None if it is not."""
     # An atom becomes such a product.
     dim = root(dim)
-    proper = [size for size in sizes if size > 1]
+    proper = [size for size in sizes if size not in (0, 1)]
     if len(proper) < 2:
         factors: list[Dim] | None = [dim] if proper else []
     elif dim.is_atom:
@@ -201,7 +221,7 @@ def as_product(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
     if factors is None:
         return None
     pending = iter(factors)
-    return [next(pending) if size > 1 else ONE for size in sizes]
+    return [next(pending) if size not in (0, 1) else ONE for size in sizes]
 
 
 def _regroup_factors(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
@@ -210,9 +230,9 @@ def _regroup_factors(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
     for size in sizes:
         factors: list[Dim] = []
         missing = size  # what is still to be multiplied
-        while missing > 1:
+        while missing != 1:
             part = pending.pop(0)
-            if part.size > missing:
+            if is_larger(part.size, missing):
                 halves = None
                 if part.size % missing == 0:
                     halves = as_product(part, [missing, part.size // missing])

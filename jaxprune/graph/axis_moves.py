@@ -15,6 +15,7 @@ from jaxprune.graph.axis_dims import (
     as_product,
     as_sum,
     freeze,
+    is_larger,
     new_dim,
     product_of,
     sum_of,
@@ -80,16 +81,16 @@ def reshape_axes(equation: AxesEquation) -> list[ValueAxes]:
         for dim in operand.axes.dims:
             freeze(dim, "is reshaped in another order")
         return [new_axes(after, "is reshaped in another order")]
-    pending_old = [i for i, size in enumerate(operand.shape) if size > 1]
-    pending_new = [i for i, size in enumerate(after) if size > 1]
-    dims, zeros = [new_dim(min(size, 1)) for size in after], [False] * len(after)
+    pending_old = [i for i, size in enumerate(operand.shape) if size not in (0, 1)]
+    pending_new = [i for i, size in enumerate(after) if size not in (0, 1)]
+    dims, zeros = [new_dim(int(size != 0)) for size in after], [False] * len(after)
     while pending_new:
         # The side with the smaller size so far takes its next axis, until they agree.
         old, new = [pending_old.pop(0)], [pending_new.pop(0)]
         while (size_old := math.prod(operand.shape[i] for i in old)) != (
             size_new := math.prod(after[i] for i in new)
         ):
-            if size_old < size_new:
+            if is_larger(size_new, size_old):
                 old.append(pending_old.pop(0))
             else:
                 new.append(pending_new.pop(0))

@@ -76,6 +76,7 @@ from jaxprune.graph.view_rules import (
     concatenate_views,
     divide_view,
     dynamic_slice_view,
+    gather_view,
     no_view,
     reshape_view,
     reverse_view,
@@ -139,22 +140,23 @@ PRIMITIVES: Mapping[str, Primitive] = {
         dynamic_slice_axes, dynamic_slice_view, result_shape("slice_sizes")
     ),
     "dynamic_update_slice": Primitive(dynamic_update_slice_axes),
-    "gather": Primitive(gather_axes, resize=resize_gather),
+    "gather": Primitive(gather_axes, gather_view, resize_gather),
     "split": Primitive(split_axes, split_view, resize_split),
     "unstack": Primitive(unstack_axes, unstack_view),
     "concatenate": Primitive(concatenate_axes, concatenate_views),
     "stack": Primitive(stack_axes, stack_views),
-    # One operand: the same values, a cast, then functions f by what f(0) is.
+    # One operand: the same values (`name` is `checkpoint_name`, as Haliax has it around
+    # each layer's slice), a cast, then functions f by what f(0) is.
     **_same_rows(
         "copy copy_p stop_gradient optimization_barrier sharding_constraint reshard "
-        "device_put",
+        "device_put name",
         Primitive(unary(), same_views),
     ),
     "convert_element_type": Primitive(unary(), cast_view),
     "neg": Primitive(unary(), scale_view),
     **_same_rows(
         "sign floor ceil round abs sqrt cbrt square sin tan asin atan sinh asinh tanh "
-        "atanh expm1 log1p erf real imag conj reduce_precision name",
+        "atanh expm1 log1p erf real imag conj reduce_precision",
         Primitive(unary()),
     ),
     **_same_rows(

@@ -5,6 +5,7 @@ size change: of reshapes, broadcasts, slices and groups of convolutions. A rule 
 the parameters that change.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -36,8 +37,12 @@ class KeptPositions:
         return self._cache[dim]
 
     def size(self, dim: Dim) -> int:
-        """How many positions of a dimension are kept."""
-        return int(self.mask(dim).sum())
+        """How many positions of a dimension are kept; symbolic where the size is."""
+        dim = root(dim)
+        if dim.is_atom:
+            return int(self._atoms[dim].sum()) if dim in self._atoms else dim.size
+        sizes = map(self.size, dim.parts)
+        return sum(sizes) if dim.is_sum else math.prod(sizes)
 
     def shape(self, dims: Sequence[Dim]) -> tuple[int, ...]:
         """How many positions of each dimension are kept."""
@@ -79,7 +84,9 @@ def resize_tile(
 ) -> dict[str, Any]:
     """The number of copies, which need not all stay."""
     pairs = zip(results[0], equation.operands[0], strict=True)
-    copies = (kept.size(made) // max(1, kept.size(dim)) for made, dim in pairs)
+    # Nothing is as many copies of nothing as one likes.
+    sizes = ((kept.size(made), kept.size(dim)) for made, dim in pairs)
+    copies = (made if size == 0 else made // size for made, size in sizes)
     return {"reps": tuple(copies)}
 
 
@@ -96,7 +103,9 @@ def resize_slice(
     if dims:
         # What is kept in front of a range moves to its beginning.
         pairs = zip(dims, starts, strict=True)
-        starts = tuple(int(kept.mask(dim)[:start].sum()) for dim, start in pairs)
+        starts = tuple(
+            int(kept.mask(dim)[:start].sum()) if start else 0 for dim, start in pairs
+        )
     limits = (start + length for start, length in zip(starts, lengths, strict=True))
     return {"start_indices": tuple(starts), "limit_indices": tuple(limits)}
 

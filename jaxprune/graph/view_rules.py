@@ -177,6 +177,26 @@ def dynamic_slice_view(equation: ViewEquation) -> list[WeightView] | None:
     return None if part is None else [part]
 
 
+def gather_view(equation: ViewEquation) -> list[WeightView] | None:
+    """One box of a leaf, as `jnp.take` of one constant index; no lookup of several."""
+    array, index = equation.operands
+    if array.view is None or len(index.shape) != 1:
+        return None
+    if (starts := index.constant()) is None:
+        return None
+    sizes, shape = equation.params["slice_sizes"], array.view.shape
+    place = [0] * len(shape)
+    for axis, start in zip(
+        equation.params["dimension_numbers"].start_index_map, starts, strict=True
+    ):
+        place[axis] = int(start)
+    # What is outside depends on the mode: NaN, or the nearest box.
+    if place != _clamp(place, sizes, shape):
+        return None
+    part = array.view.slice(place, sizes)
+    return None if part is None else [part.reshape(equation.shapes[0])]
+
+
 def _clamp(
     starts: Sequence[Any], sizes: Sequence[int], shape: Sequence[int]
 ) -> list[int]:

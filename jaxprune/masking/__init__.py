@@ -8,6 +8,7 @@ __all__ = [
     "find_masks",
     "masks",
     "matrix_mask",
+    "metrics",
     "packed_mask",
     "packing",
     "patterns",

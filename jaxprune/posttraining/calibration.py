@@ -73,8 +73,7 @@ def calibrate(
                 fn, params, group[0], prunable, devices=devices
             )
         program = programs[signature]
-        counted = preparation.counted_positions(program, group, positions)
-        pipeline = SequentialPipeline(program, list(group), counted, sums)
+        pipeline = SequentialPipeline(program, list(group), positions, sums)
         SegmentJob(pipeline).run("calibrating", progress=False)
     if not programs:
         raise ValueError("calibrate needs at least one batch, got none")

@@ -6,7 +6,7 @@ Here the arguments are checked and the result is reported; what is in between is
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -27,7 +27,8 @@ from jaxprune.posttraining.passes.chaining import as_chain
 from jaxprune.posttraining.passes.pruning import Name, Settings
 from jaxprune.posttraining.pipeline import preparation
 from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
-from jaxprune.posttraining.plan import Plan
+from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
+from jaxprune.posttraining.pipeline.sums import Sums
 from jaxprune.posttraining.progress import ProgressLog
 from jaxprune.posttraining.pruner import Pruner
 from jaxprune.typing import Params, PrunableLike
@@ -139,18 +140,11 @@ def prune_trained(
         chain.refinement.split(len(batches))
     if devices is not None:
         check(_MESH, explicit=listed(_on_explicit_axes(params)))
+    outputs = "outputs" in chain.observes
     program = preparation.prepare(
-        fn,
-        params,
-        batches[0],
-        prunable,
-        outputs="outputs" in chain.observes,
-        devices=devices,
+        fn, params, batches[0], prunable, outputs=outputs, devices=devices
     )
     prints = _checked_leaves(program, donate=donate)
-    counted = preparation.counted_positions(program, batches, positions)
-    if chain.refinement is not None:
-        refined_values.check_refinable(chain.refinement, program, counted)
     plan = plans.make_plan(
         program,
         chain,
@@ -158,12 +152,22 @@ def prune_trained(
             fn, params, batches, positions=positions, prunable=prunable, mesh=mesh
         ),
     )
-    facts = _job_facts(plan, program, batches, counted)
+    calibration = fingerprint.of_arrays(batches)
+    sums = Sums(
+        hessian="hessian" in chain.observes,
+        relative=chain.pruning.relative,
+        drift="drift" in chain.observes,
+        devices=devices,
+    )
+    pipeline = SequentialPipeline(program, batches, positions, sums)
+    if chain.refinement is not None:
+        refined_values.check_refinable(chain.refinement, program, pipeline.counted)
+    facts = plan.facts() | _calibration_facts(pipeline) | {"calibration": calibration}
     log = None
     if directory is not None:
-        job = fingerprint.of_job(program, counted, prints)
+        job = fingerprint.of_job(program, pipeline.counted, prints)
         log = ProgressLog(Path(directory), {**facts, **job})
-    pruner = Pruner(program, plan, batches, counted, log, donate=donate)
+    pruner = Pruner(plan, pipeline, log, donate=donate)
     pruner.run("pruning", progress=progress)
     pruned = jax.tree.unflatten(jax.tree.structure(params), program.leaves.all)
     return PruneResult(pruned, {**facts, **_results(program, pruner, started)})
@@ -219,20 +223,14 @@ _MESH = [
 ]
 
 
-def _job_facts(
-    plan: Plan,
-    program: SegmentedProgram,
-    batches: Sequence[Any],
-    counted: Sequence[jax.Array | None],
-) -> dict[str, Any]:
-    """What the report says of a job before it has begun."""
+def _calibration_facts(pipeline: SequentialPipeline) -> dict[str, Any]:
+    """What the report says of the batches, before the job has begun."""
     # At the first input; each other one has as many samples.
-    size = math.prod(program.segments[0].source.leading)
+    size = math.prod(pipeline.program.segments[0].source.leading)
+    counted = pipeline.counted
     samples = [size if mask is None else int(mask.sum()) for mask in counted]
     return {
-        **plan.facts(),
         "positions": "all" if counted[0] is None else "chosen",
         "samples": sum(samples),
-        "batches": len(batches),
-        "calibration": fingerprint.of_arrays(batches),
+        "batches": len(counted),
     }

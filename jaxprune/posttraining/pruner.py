@@ -19,9 +19,7 @@ from jaxprune.graph.weight_view import WeightView
 from jaxprune.posttraining import relative_error, solve_weight
 from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
 from jaxprune.posttraining.pipeline.segment_job import Observed, SegmentJob
-from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
 from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
-from jaxprune.posttraining.pipeline.sums import Sums
 from jaxprune.posttraining.pipeline.weight_store import WeightStore
 from jaxprune.posttraining.plan import Plan
 from jaxprune.posttraining.progress import ProgressLog
@@ -38,10 +36,8 @@ class Pruner(SegmentJob):
 
     def __init__(
         self,
-        program: SegmentedProgram,
         plan: Plan,
-        batches: list[Any],
-        positions: Sequence[jax.Array | None],
+        pipeline: SequentialPipeline,
         log: ProgressLog | None,
         *,
         donate: bool,
@@ -49,26 +45,14 @@ class Pruner(SegmentJob):
         """Begins before the first segment, and reads what the log holds already.
 
         Args:
-          program: the program; its leaves are replaced.
           plan: what is done to which weight.
-          batches: the batches; the list is emptied.
-          positions: booleans for each batch, which samples count, or None for all.
+          pipeline: all batches, with the sums that the chain needs; the leaves of its
+            program are replaced.
           log: log of what is done, or None.
           donate: whether the caller's leaves are given up once they are replaced.
         """
-        chain = plan.chain
-        observes = chain.observes
-        sums = Sums(
-            hessian="hessian" in observes,
-            relative=chain.pruning.relative,
-            drift="drift" in observes,
-            devices=program.devices,
-        )
-        super().__init__(
-            SequentialPipeline(
-                program, batches, positions, sums, with_dense="drift" in observes
-            )
-        )
+        super().__init__(pipeline)
+        chain, program = plan.chain, pipeline.program
         self.dense_layers = chain.pruning.inputs == "dense"
         self.rows: list[dict[str, Any]] = []
         self.refined: list[dict[str, Any]] = []
@@ -76,7 +60,7 @@ class Pruner(SegmentJob):
         self._store = WeightStore(program, log, donate=donate)
         self._refiner: Refiner | None = None
         if chain.refinement is not None:
-            self._refiner = Refiner(program, chain.refinement, positions)
+            self._refiner = Refiner(program, chain.refinement, pipeline.counted)
             self.by_block, self.passes = True, chain.refinement.passes
         # Weights and rows of the segments that were pruned before.
         count = len(program.segments)
@@ -85,7 +69,7 @@ class Pruner(SegmentJob):
         # By weight, what a block that is refined is quantized by: a layer's at once.
         self._moments: dict[str, InputStatistics] = {}
         self._settles = self.by_block and chain.quantization is not None
-        self._settles = self._settles and "hessian" in observes
+        self._settles = self._settles and "hessian" in chain.observes
         if self._settles and log:
             # Of a block that is not done the statistics are needed once more.
             done -= {

@@ -220,23 +220,16 @@ def _solved(
     consumers = unit_rows.consumers(units, list(lost), traced)
     ops = {consumer.op.name: consumer.op for consumer in consumers.values()}
     program = SegmentedProgram(traced, leaves, list(ops.values()))
-    counted = preparation.counted_positions(program, batches, settings.get("positions"))
+    sums = Sums(hessian=True, relative=relative)
+    calibration = directory and fingerprint.of_arrays(batches)  # before it is emptied
+    pipeline = SequentialPipeline(program, batches, settings.get("positions"), sums)
     log = None
     if directory is not None:
         facts = {"lost": lost, "damping": float(damping), "relative": relative}
-        facts["calibration"] = fingerprint.of_arrays(batches)
-        job = fingerprint.of_job(program, counted, {})
+        facts["calibration"] = calibration
+        job = fingerprint.of_job(program, pipeline.counted, {})
         log = ProgressLog(Path(directory), {**facts, **job})
-    remover = UnitRemover(
-        program,
-        consumers,
-        lost,
-        SequentialPipeline(
-            program, batches, counted, Sums(hessian=True, relative=relative)
-        ),
-        log,
-        damping=damping,
-    )
+    remover = UnitRemover(consumers, lost, pipeline, log, damping=damping)
     remover.run("shrinking", progress=settings.get("progress", True))
     updated = jax.tree.unflatten(jax.tree.structure(params), leaves.all)
     return _Solved(updated, remover.kept, remover.rows)

@@ -20,7 +20,6 @@ from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.posttraining import relative_error
 from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
 from jaxprune.posttraining.pipeline.segment_job import Observed, SegmentJob
-from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
 from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
 from jaxprune.posttraining.pipeline.weight_store import WeightStore
 from jaxprune.posttraining.progress import ProgressLog
@@ -39,7 +38,6 @@ class UnitRemover(SegmentJob):
 
     def __init__(
         self,
-        program: SegmentedProgram,
         consumers: Mapping[str, Consumer],
         lost: Mapping[str, int],
         pipeline: SequentialPipeline,
@@ -50,10 +48,10 @@ class UnitRemover(SegmentJob):
         """Begins before the first segment, and reads what the log holds already.
 
         Args:
-          program: the program, cut at the inputs of the consumers.
           consumers: group name to the matrix that its units go out by.
           lost: group name to the number of units that it loses.
-          pipeline: all batches, whose sums have Hessians.
+          pipeline: all batches, whose sums have Hessians, before a program that is cut
+            at the inputs of the consumers.
           log: log of what is done, or None.
           damping: share of the Hessian's mean diagonal that is added to its diagonal.
         """
@@ -64,6 +62,7 @@ class UnitRemover(SegmentJob):
         for name, consumer in consumers.items():
             groups = self._groups.setdefault(consumer.op.name, [])
             groups.append((name, consumer.rows))
+        program = pipeline.program
         self._store = WeightStore(program, log)
         self.kept: dict[str, np.ndarray] = {}
         self.rows: list[dict[str, Any]] = []

@@ -83,9 +83,9 @@ class Resized:
     def _take(self, value: Any, dims: Sequence[Dim]) -> Any:
         """A constant at the positions that are kept."""
         for axis, dim in enumerate(dims):
-            mask = self._kept.mask(dim)
-            if not mask.all():
-                value = jnp.take(value, np.flatnonzero(mask), axis)
+            if self._kept.size(dim) != dim.size:
+                positions = np.flatnonzero(self._kept.mask(dim))
+                value = jnp.take(value, positions, axis)
         return value
 
     def _resized(self, position: int, step: Step) -> Step:

@@ -83,9 +83,9 @@ class ShrunkFunction:
 
     def _check_shapes(self, leaves: Sequence[Any]) -> None:
         misshapen = [
-            f"{name!r} ({jnp.shape(leaf)} for {self._cuts[name].after})"
+            f"{name!r} ({np.shape(leaf)} for {self._cuts[name].after})"
             for name, leaf in zip(self._names, leaves, strict=True)
-            if jnp.shape(leaf) != self._cuts[name].after
+            if np.shape(leaf) != self._cuts[name].after
         ]
         check([_SMALLER], misshapen=", ".join(misshapen[:6]))
 
@@ -104,7 +104,15 @@ class ShrunkFunction:
             ),
             batch,
         )
-        trace = trace_axes(self._fn, jax.tree.unflatten(self._structure, dense), shapes)
+        params = jax.tree.unflatten(self._structure, dense)
+        try:
+            trace = trace_axes(self._fn, params, shapes)
+        except jax.errors.InconclusiveDimensionOperation as error:
+            raise ValueError(
+                "the symbolic sizes of a batch must be told apart where the function "
+                f"reshapes it, but {str(error).splitlines()[0]} Give constraints to "
+                "jax.export.symbolic_shape, or sizes as numbers"
+            ) from error
         return Resized(trace, atom_masks(trace, self._cuts))
 
 

@@ -38,6 +38,7 @@ FUNCTIONS = [
     "masks.replace",
     "masks.unpack",
     "pack",
+    "metrics",
     "prune",
     "prune_trained",
     "schedules.constant",

@@ -1,11 +1,17 @@
-"""The programs in examples/ run as they stand, and each fits on a page."""
+"""The programs in examples/ run as they stand, and each fits on a page.
+
+They print what the tutorial that shows them says.
+"""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.printed import assert_prints
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -18,13 +24,23 @@ def name(path):
 
 ALONE = [path for path in EXAMPLES if "XLA_FLAGS" in path.read_text()]
 RUN = """
-import contextlib, io, runpy, sys
+import contextlib, io, pathlib, runpy, sys
 for path in sys.argv[1:]:
     sys.argv = [path]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         runpy.run_path(path, run_name="__main__")
-    assert said.getvalue().strip(), path
+    assert output.getvalue().strip(), path
+    pathlib.Path(pathlib.Path(path).stem).write_text(output.getvalue())
 """
+PRINTED = {
+    match[1]: match[2]
+    for page in (ROOT / "docs" / "tutorials").glob("*.md")
+    for match in re.finditer(
+        r"^--8<-- \"examples/(\w+)\.py\"$.*?^```text\n(.*?)^```$",
+        page.read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+}
 
 
 @pytest.mark.full
@@ -50,6 +66,14 @@ def test_examples_run_as_they_stand(paths, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    for path in paths:
+        if path.stem in PRINTED:
+            assert_prints((tmp_path / path.stem).read_text(), PRINTED[path.stem])
+
+
+def test_three_tutorials_say_what_their_program_prints():
+    programs = {path.stem for path in EXAMPLES} - {"prune_a_checkpoint"}
+    assert set(PRINTED) == programs
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=name)

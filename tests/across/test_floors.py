@@ -39,6 +39,7 @@ FLOORS: dict[str, set[str]] = {
     "lm.measure": {"flax"},
     "lm.recovery": {"flax"},
     "lm.shrinking": {"flax"},
+    "lm.vocabulary": {"tokenizers"},
     "lm.jobs": {"flax", "tyro"},
     "lm.report": {"jinja2", "matplotlib"},
     "lm.cli": {"tyro"},

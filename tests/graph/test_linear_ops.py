@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 import jaxprune as jp
 from tests.support.small_models import draw, hessian
@@ -60,8 +61,26 @@ def walked(x, stack=STACK):
         lambda p, x: jax.lax.scan(
             lambda x, i: (jnp.tanh(x @ p["w"][i]), None), x, jnp.arange(3)
         )[0],
+        lambda p, x: jax.lax.scan(
+            lambda x, i: (jnp.tanh(x @ jnp.take(p["w"], i, 0)), None), x, jnp.arange(3)
+        )[0],
+        # As Haliax has it around what each layer of its `fold` reads.
+        functools.partial(
+            scanned, wrap=lambda f: lambda w, x: f(checkpoint_name(w, "layer"), x)
+        ),
     ],
-    ids=["scan", "remat", "jit in", "unroll", "jit", "fori", "python", "indices"],
+    ids=[
+        "scan",
+        "remat",
+        "jit-in",
+        "unroll",
+        "jit",
+        "fori",
+        "python",
+        "indices",
+        "take",
+        "named",
+    ],
 )
 def test_a_stacked_leaf_has_one_linear_op_a_layer(fn):
     params = {"w": jnp.asarray(STACK)}
@@ -274,6 +293,8 @@ HIDDEN = {
         SQUARE,
         "gather",
     ),
+    # Beyond the end a take gives NaN, which is no part of the leaf.
+    "beyond": (lambda p, x: x @ jnp.take(p["w"], 3, 0), STACK, "gather"),
     "elementwise": (lambda p, x: x * p["w"][:1], SQUARE, "mul"),
 }
 

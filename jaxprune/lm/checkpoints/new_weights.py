@@ -52,6 +52,7 @@ def write_new_weights(
     tensors: Mapping[str, NewTensor],
     *,
     provenance: Mapping[str, Any],
+    settings: Mapping[str, Mapping[str, Any] | None] | None = None,
     overwrite: bool = False,
     finish: Finish | None = None,
 ) -> list[Path]:
@@ -63,6 +64,8 @@ def write_new_weights(
       config: content of the new config.json, JSON-able.
       tensors: name to tensor; one of them is in memory at a time.
       provenance: facts of how it was made, JSON-able, for jaxprune.json.
+      settings: name of another JSON file to its new content, or to None where it is
+        left out; those that are not named are copied.
       overwrite: whether an earlier result may be replaced. It is, once the new one is
         complete.
       finish: function that is called at the end; see `rewrite.write_directory`.
@@ -101,8 +104,12 @@ def write_new_weights(
         files[file] = functools.partial(_write_weights, in_file, metadata)
     if source.indexed:
         files[INDEX] = _text(_index(tensors))
+    settings = settings or {}
     for name in source.others:
-        if name not in (rewrite.NAME, CONFIG, INDEX):
+        if name in settings:
+            if (content := settings[name]) is not None:
+                files[name] = _text(content)
+        elif name not in (rewrite.NAME, CONFIG, INDEX):
             files[name] = functools.partial(copy_file, source.path / name)
 
     def record(_: Any, digests: Mapping[str, str]) -> Mapping[str, Any]:

@@ -45,9 +45,10 @@ _FLOATS = tuple(map(np.dtype, ("f2", "f4", "f8", "bfloat16")))
 
 _PATTERN = Rule(
     lambda v: isinstance(
-        v.pattern, patterns.Unstructured | patterns.PerOutput | patterns.NM
+        v.pattern,
+        patterns.Unstructured | patterns.PerOutput | patterns.NM | patterns.Block,
     ),
-    "directories are pruned by Unstructured, PerOutput or NM, got {pattern}",
+    "directories are pruned by Unstructured, PerOutput, NM or Block, got {pattern}",
     "load the model and use prune for other patterns",
     error=TypeError,
 )
@@ -111,7 +112,7 @@ def prune_directory(
       directory: path of the new one, apart from the source.
       sparsity: share to remove from each matrix, in [0, 1), or {glob on the name with
         "/" for ".": share}. None where the pattern fixes it.
-      pattern: `Unstructured`, `PerOutput` or `NM`, or its name, such as "2:4".
+      pattern: `Unstructured`, `PerOutput`, `NM` or `Block`, or its name, such as "2:4".
       prunable: function of a name (with "/" for ".") and a `TensorInfo` to whether a
         tensor may be pruned. Of the tensors that it chooses, floating ones of two axes
         are pruned, and those of three axes unless their name contains "conv".
@@ -126,7 +127,7 @@ def prune_directory(
     Raises:
       ValueError: no tensor may be pruned, the sparsity or the pattern does not fit,
         weights are not finite, or as for `rewrite.write_directory`.
-      TypeError: the pattern is none of the three.
+      TypeError: the pattern is none of the four.
       OSError: the directory could not be written.
 
     Example:
@@ -149,10 +150,10 @@ def prune_directory(
     pattern = patterns.parse(pattern)
     rules.check([_PATTERN], pattern=pattern)
     chosen, first = to_prune(source, pattern, prunable)
-    counts = _lost_counts(pattern, sparsity, chosen)
+    kept = _kept_counts(pattern, sparsity, chosen, first)
     replaced = {
         name: functools.partial(
-            _pruned_tensor, source, name, counts[name], pattern, input_first=first[name]
+            _pruned_tensor, source, name, kept[name], pattern, input_first=first[name]
         )
         for name in chosen
     }
@@ -247,22 +248,38 @@ def _check_pattern(
     rules.check([_FITS], problems="; ".join(problems[:6]))
 
 
-def _lost_counts(
+def _kept_counts(
     pattern: Pattern,
     sparsity: float | Mapping[str, float] | None,
     chosen: Mapping[str, TensorInfo],
+    first: Mapping[str, bool],
 ) -> dict[str, int]:
-    """How many weights each matrix of a tensor loses."""
+    """How many units each matrix of a tensor keeps: blocks, or single weights."""
     sparsity, _ = counts.agreed(sparsity, pattern)
     names = [name.replace(".", "/") for name in chosen]  # rules are globs on path names
-    sizes = [math.prod(info.shape[-2:]) for info in chosen.values()]
-    return dict(zip(chosen, counts.by_leaf(sparsity, names, sizes), strict=True))
+    sizes = [
+        _unit_count(pattern, info.shape[-2:], first[name])
+        for name, info in chosen.items()
+    ]
+    lost = counts.by_leaf(sparsity, names, sizes)
+    return {
+        name: size - number
+        for name, size, number in zip(chosen, sizes, lost, strict=True)
+    }
+
+
+def _unit_count(pattern: Pattern, shape: tuple[int, ...], input_first: bool) -> int:
+    if not isinstance(pattern, patterns.Block):
+        return math.prod(shape)
+    scores = jax.ShapeDtypeStruct(shape if input_first else shape[::-1], np.float32)
+    units = jax.eval_shape(functools.partial(pattern.units, axes=Axes()), scores)
+    return math.prod(units.shape)
 
 
 def _pruned_tensor(
     source: CheckpointDir,
     name: str,
-    lost: int,
+    kept_units: int,
     pattern: Pattern,
     *,
     input_first: bool,
@@ -273,7 +290,7 @@ def _pruned_tensor(
     stack = array.reshape(math.prod(array.shape[:-2]), *array.shape[-2:])
     with jax.enable_x64(array.itemsize == 8):  # float64 is ranked as it is
         for matrix in stack:  # (out, in), or (in, out) if input_first
-            number = np.uint32(matrix.size - lost)  # may be over 2^31
+            number = np.uint32(kept_units)  # may be over 2^31
             kept = _keep_mask(matrix, number, pattern, input_first=input_first)
             # In place: two copies of a large tensor would not fit.
             np.copyto(matrix, matrix.dtype.type(0), where=~np.asarray(kept))

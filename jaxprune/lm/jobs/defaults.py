@@ -45,7 +45,7 @@ def _method(job: PruneJob, console: Console) -> MethodName:
     # What these do takes the model's code; without it the reading of it says so.
     runs_model = (
         job.calibration.calibration
-        or job.evaluation.evaluate
+        or job.runs_model
         or job.solver.refine
         or job.quantization.quantize
         or job.recovery.recover_steps
@@ -61,8 +61,8 @@ def _method(job: PruneJob, console: Console) -> MethodName:
 
 def shorten(job: PruneJob) -> PruneJob:
     """The job with sequences and samples that fit the model, unless they were given."""
-    if job.streams and not job.evaluation.evaluate:
-        return job  # the model is not run
+    if job.streams and not job.runs_model:
+        return job
     source = open_directory(job.model)
     context = model_context(source, job.loading.ignore_config)
     evaluation = job.evaluation

@@ -30,12 +30,7 @@ from jaxprune.lm.jobs.prune_record import (
 )
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.recovery import as_stored
-from jaxprune.lm.jobs.samples import (
-    Sampling,
-    choose_prompt,
-    decode_sample,
-    draw_tokens,
-)
+from jaxprune.lm.jobs.samples import Samples, prepare_samples
 from jaxprune.lm.jobs.transformation import Change, Transformation
 from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.models import hf
@@ -55,8 +50,6 @@ def begin_pruning(
         # By names and shapes, before a text is tokenized.
         check_globs(job.pruning.exclude, source.tensors)
         texts = inputs.read_texts(job, source)
-        if texts.tokenizer is None:  # for the samples
-            texts = texts._replace(tokenizer=inputs.optional_tokenizer(source))
         model = open_for_job(job.model, job.loading, job.devices)
         names = model.names
         prunable = prunable_leaf(lambda leaf: names[leaf].names, job.pruning.exclude)
@@ -64,13 +57,11 @@ def begin_pruning(
         copies = 3 if job.solver.refine else 2
         progress_dir.check_room(job, job.recovery, source, copies)
     note_ignored(model, console)
-    context = model.config.context
-    prompt = choose_prompt(job.evaluation, job.loading, texts, context)
     return ModelPruning(
         *(job, source, model, texts, console, costs),
         chosen=chosen,
         prunable=prunable,
-        prompt=prompt,
+        samples=prepare_samples(job, source, texts, model.config.context),
     )
 
 
@@ -81,16 +72,14 @@ class ModelPruning(Transformation[PruneJob]):
     Attributes:
       chosen: method, pattern and what else is done.
       prunable: which leaves may be pruned.
-      prompt: tokens before a sample, or None where none is made.
-      samples: "label" and "text" of each stage that wrote one.
+      samples: what the model writes before and after.
     """
 
     NAME, STAGE = "prune", "pruned"
 
     chosen: passes.Pass
     prunable: Prunable
-    prompt: list[int] | None
-    samples: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    samples: Samples
 
     def facts(self) -> dict[str, Any]:
         """What decides the pruned weights, as far as it is known without reading."""
@@ -115,7 +104,7 @@ class ModelPruning(Transformation[PruneJob]):
         with self.costs.phase("evaluate before"):
             dense = self.model.read()  # freed when this is done
             self.measurements.measure_dense(dense.decoder())
-            self._sample("dense", dense)
+            self.samples.add("dense", dense.decoder())
         if self.job.calibration.self_sequences:
             with self.costs.phase("write calibration"):
                 self.texts = self.texts._replace(written=self._written(dense))
@@ -155,9 +144,9 @@ class ModelPruning(Transformation[PruneJob]):
     def finish(self, change: Change) -> None:
         """Adds a sample of the pruned model, and its sizes."""
         # Of the model that is written, whatever stage it has come to.
-        self._sample(self.last_stage, change.model)
+        self.samples.add(self.last_stage, change.model.decoder())
         counts = count_zeros(change.model, change.matrices)
-        change.record["samples"] = self.samples
+        change.record["samples"] = self.samples.written
         change.record["ignored_config"] = list(self.model.ignored)
         change.record["sizes"] = provenance.weight_sizes(
             self.source, counts, self.job.quantization
@@ -168,20 +157,9 @@ class ModelPruning(Transformation[PruneJob]):
         change.record.update(self.costs.facts())
         write_pruned(self.job, self.source, change, page)
 
-    def _sample(self, stage: str, model: LoadedModel) -> None:
-        """Lets the model write at a stage."""
-        tokenizer = self.texts.tokenizer
-        if self.prompt is None or tokenizer is None:
-            return
-        steps, seed = self.job.evaluation.prompt_steps, self.job.calibration.seed
-        sampling = Sampling(steps, seed=seed)
-        tokens = draw_tokens(model.decoder(), self.prompt, sampling)
-        text = decode_sample(tokenizer, self.prompt, tokens)
-        self.samples.append({"label": stage, "text": text})
-
     def _written(self, dense: LoadedModel) -> np.ndarray:
         """What the dense model writes to be calibrated on, (sequences, length)."""
-        calibration, tokenizer = self.job.calibration, self.texts.tokenizer
+        calibration, tokenizer = self.job.calibration, self.samples.tokenizer
         special: set[int] = set()
         if tokenizer is not None:  # behind its tokens a model may have rows for none
             unused = range(tokenizer.vocab_size, self.texts.vocab_size)

@@ -95,6 +95,14 @@ _NUMBERS = (
         "batches have one shape",
     ),
     at_least("prompt_steps", 0),
+    Rule(  # 0 asks for no sample, and there is none
+        lambda v: (
+            not (v.streams and v.prompt is None and not v.evaluate)
+            or v.prompt_steps in (0, PruneEvaluation.prompt_steps)
+        ),
+        "--prompt-steps needs a model that is loaded",
+        "give --prompt, --evaluate FILE... or --calibration FILE..., or leave it out",
+    ),
     at_least("refine", 0),
     Rule(
         # The model's own text has the last share of a mixture, rounded down.
@@ -193,18 +201,7 @@ _STREAMED = tuple(
     )
     for option, words, clashes in (
         ("allocation", "--allocation {allocation}", lambda v: v.allocation != "layer"),
-        (
-            "pattern",
-            "--pattern {pattern}",
-            lambda v: isinstance(v.units, patterns.Block),
-        ),
         ("quantize", "--quantize", None),
-        ("prompt", "--prompt", lambda v: v.prompt is not None),
-        (  # 0 asks for no sample, and there is none
-            "prompt_steps",
-            "--prompt-steps",
-            lambda v: v.prompt_steps not in (0, PruneEvaluation.prompt_steps),
-        ),
         ("refine", "--refine", None),
         ("recover_steps", "--recover-steps", None),
     )

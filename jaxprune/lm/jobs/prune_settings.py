@@ -172,3 +172,8 @@ class PruneJob(Job):
     def streams(self) -> bool:
         """Whether the model is pruned tensor by tensor, without its code."""
         return self.pruning.method == "magnitude" and not self.calibration.calibration
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the model is run where it is pruned tensor by tensor."""
+        return bool(self.evaluation.evaluate) or self.evaluation.prompt is not None

@@ -1,13 +1,13 @@
 """`jaxprune prune --method magnitude`: tensor by tensor, without the model's code.
 
-With `--evaluate` the model is loaded too, before and after, to measure it. OUT appears
-when all of that is done.
+With `--evaluate` or `--prompt` the model is loaded too, before and after, to measure it
+and to let it write. OUT appears when all of that is done.
 """
 
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
@@ -17,6 +17,7 @@ from jaxprune.lm.jobs.console import Console, byte_progress
 from jaxprune.lm.jobs.exclusions import check_globs, prunable_tensor
 from jaxprune.lm.jobs.opening import note_ignored, open_for_job
 from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.jobs.samples import Samples, prepare_samples
 from jaxprune.lm.jobs.transformation import Measurements
 from jaxprune.lm.measure.machine import Costs
 
@@ -44,9 +45,7 @@ def prune_by_magnitude(
     source = open_directory(job.model)
     check_globs(job.pruning.exclude, source.tensors)
     progress_dir.check_room(job, job.recovery, source, 1)  # there is no progress
-    measurements = None
-    if job.evaluation.evaluate:
-        measurements = _measure_dense(job, source, console, costs)
+    look = _look_at_dense(job, source, console, costs) if job.runs_model else None
     pruning = contextlib.ExitStack()  # closed where the weights are written
 
     def finish(
@@ -55,11 +54,13 @@ def prune_by_magnitude(
         """Measures what was written, before it takes its place."""
         pruning.close()  # its bar and its phase
         facts: dict[str, Any] = {}
-        if measurements is not None:
+        if look is not None:
             with costs.phase("evaluate after"):
                 pruned = open_for_job(written, job.loading, job.devices).read()
-                measurements.add("pruned", pruned.decoder())
-            facts["perplexity"] = measurements.perplexity
+                look.measurements.add("pruned", pruned.decoder())
+                look.samples.add("pruned", pruned.decoder())
+            facts["perplexity"] = look.measurements.perplexity
+            facts["samples"] = look.samples.written
         counts = {k: (v["zeros"], v["size"]) for k, v in record["tensors"].items()}
         facts |= {"sizes": provenance.weight_sizes(source, counts), **costs.facts()}
         return facts, provenance.page_file(page, {**record, **facts})
@@ -85,16 +86,26 @@ def prune_by_magnitude(
     return rewrite.read_provenance(pruned.path)
 
 
-def _measure_dense(
+class _Look(NamedTuple):
+    """What the model is before, and will be after."""
+
+    measurements: Measurements
+    samples: Samples
+
+
+def _look_at_dense(
     job: PruneJob, source: CheckpointDir, console: Console, costs: Costs
-) -> Measurements:
-    """Loads the dense model for once, and measures it."""
+) -> _Look:
+    """Loads the dense model for once, measures it and lets it write."""
     texts = inputs.read_texts(job, source)
     model = open_for_job(job.model, job.loading, job.devices)
     note_ignored(model, console)
     measurements = Measurements(
         texts, job.calibration.batch, job.evaluation.any_perplexity, console
     )
+    samples = prepare_samples(job, source, texts, model.config.context)
     with costs.phase("evaluate before"):
-        measurements.measure_dense(model.read().decoder())
-    return measurements
+        decoder = model.read().decoder()
+        measurements.measure_dense(decoder)
+        samples.add("dense", decoder)
+    return _Look(measurements, samples)

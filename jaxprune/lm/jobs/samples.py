@@ -1,5 +1,6 @@
 """What a model writes after a prompt."""
 
+import dataclasses
 import itertools
 from typing import NamedTuple
 
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 
 from jaxprune.arrays import processes
 from jaxprune.arrays.rules import Rule, check
-from jaxprune.lm.jobs.inputs import JobTexts
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.jobs.inputs import JobTexts, optional_tokenizer
 from jaxprune.lm.jobs.opening import text_beginning
-from jaxprune.lm.jobs.prune_settings import PruneEvaluation
+from jaxprune.lm.jobs.prune_settings import PruneEvaluation, PruneJob
 from jaxprune.lm.jobs.settings import Loading
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.generate import generate
@@ -89,6 +91,55 @@ def decode_sample(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) ->
         return token not in tokenizer.eos
 
     return tokenizer.decode([*prompt, *itertools.takewhile(goes_on, tokens)])
+
+
+@dataclasses.dataclass
+class Samples:
+    """What a model writes after one prompt, stage by stage.
+
+    Attributes:
+      tokenizer: tokenizer of the model, or None.
+      prompt: tokens of the prompt, or None where no sample is made.
+      sampling: how tokens are drawn.
+      written: "label" and "text" of each stage.
+    """
+
+    tokenizer: Tokenizer | None
+    prompt: list[int] | None
+    sampling: Sampling
+    written: list[dict[str, str]] = dataclasses.field(default_factory=list)
+
+    def add(self, stage: str, decoder: Decoder) -> None:
+        """Lets the model write at a stage."""
+        if self.prompt is None or self.tokenizer is None:
+            return
+        tokens = draw_tokens(decoder, self.prompt, self.sampling)
+        text = decode_sample(self.tokenizer, self.prompt, tokens)
+        self.written.append({"label": stage, "text": text})
+
+
+def prepare_samples(
+    job: PruneJob, source: CheckpointDir, texts: JobTexts, context: int
+) -> Samples:
+    """The samples of a pruning, none written yet.
+
+    Args:
+      job: settings of the prompt and of the draws.
+      source: directory of the model, whose tokenizer may not have been read for texts.
+      texts: what is evaluated, whose first tokens are the prompt if none is given.
+      context: number of tokens that the model sees at once.
+
+    Returns:
+      The samples.
+
+    Raises:
+      ValueError: there is no tokenizer, or prompt and sample do not fit the context.
+    """
+    if texts.tokenizer is None:
+        texts = texts._replace(tokenizer=optional_tokenizer(source))
+    prompt = choose_prompt(job.evaluation, job.loading, texts, context)
+    steps, seed = job.evaluation.prompt_steps, job.calibration.seed
+    return Samples(texts.tokenizer, prompt, Sampling(steps, seed=seed))
 
 
 def choose_prompt(

@@ -1,7 +1,6 @@
 """From a function, parameters and batches to what goes through the segments."""
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ from jaxprune.arrays.per_device import PerDevice
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.linear_ops import LinearOp, Trace, trace
 from jaxprune.leaves import checked_rule
-from jaxprune.posttraining.pipeline import input_statistics
 from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
 from jaxprune.typing import Params, PrunableLike
 
@@ -120,31 +118,6 @@ def prunable_ops(
         unseen=dict(list(traced.unseen.items())[:6]),
     )
     return ops
-
-
-def counted_positions(
-    program: SegmentedProgram,
-    batches: Sequence[Any],
-    positions: Callable[[Any], jax.Array] | None,
-) -> list[jax.Array | None]:
-    """Which samples of each batch count.
-
-    Args:
-      program: the segments, whose inputs have the samples.
-      batches: the batches.
-      positions: function of a batch to booleans of the samples' shape, or None.
-
-    Returns:
-      Booleans of the samples' shape for each batch; None for all samples.
-
-    Raises:
-      ValueError: they do not have the shape of some input's samples.
-      TypeError: they are no booleans.
-    """
-    counted = [None if positions is None else positions(batch) for batch in batches]
-    for segment, mask in itertools.product(program.segments, counted):
-        input_statistics.sample_weights(segment, mask)
-    return counted
 
 
 _BATCHES = [

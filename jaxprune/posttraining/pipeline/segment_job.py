@@ -62,6 +62,7 @@ class SegmentJob:
         total = len(program.segments) + len(program.layers) * self.passes
         unit = "step" if self.passes else "segment"
         with Progress(total, title, unit=unit, shown=progress) as self.shown:
+            self.pipeline.advance_dense(0)
             for block, layer in enumerate(program.layers):
                 # Once a layer, or once a segment.
                 parts = [range(i, i + 1) for i in layer]

@@ -120,16 +120,6 @@ class SegmentedProgram:
         groups = [shared] if shared else []
         return groups + [(name,) for name in names if name in self._tied]
 
-    def start(self, batch: Any) -> Activations:
-        """The activations before the first segment: the batch itself, or one each."""
-        # On the one device of the parameters, where there is one: of a batch that is
-        # nowhere in particular the first segments would be compiled to other programs
-        # than those that follow.
-        device = self.leaves.device
-        if device is not None and self.devices is None:
-            batch = jax.device_put(batch, device)
-        return dict(zip(self.trace.program.batch, jax.tree.leaves(batch), strict=True))
-
     def constants(
         self, part: Subgraph, dense: Mapping[int, jax.Array] | None = None
     ) -> dict[int, Any]:

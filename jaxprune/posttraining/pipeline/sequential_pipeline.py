@@ -7,7 +7,8 @@ once, and memory holds one segment's statistics and the activations that later s
 need.
 """
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -15,8 +16,10 @@ import jax.numpy as jnp
 
 from jaxprune.graph.segments import Segment
 from jaxprune.graph.weight_view import WeightView
+from jaxprune.posttraining.pipeline import input_statistics
 from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
 from jaxprune.posttraining.pipeline.segmented_program import (
+    Activations,
     SegmentedProgram,
 )
 from jaxprune.posttraining.pipeline.sums import Sums
@@ -25,10 +28,11 @@ from jaxprune.posttraining.pipeline.sums import Sums
 class SequentialPipeline:
     """Takes all batches through the segments and sums up the segments' inputs.
 
-    With a mesh, each item is a stack of one batch for each device, and the positions
-    are stacked in the same way.
+    With a mesh, each item is a stack of one batch for each device.
 
     Attributes:
+      counted: booleans of the samples' shape for each batch, which samples count, or
+        None for all.
       activations: for each batch, the activations that later segments need.
       dense: the same activations in the dense model, one segment ahead while weights
         are pruned. Empty where the dense model does not run beside the pruned one.
@@ -40,10 +44,8 @@ class SequentialPipeline:
         self,
         program: SegmentedProgram,
         batches: list[Any],
-        positions: Sequence[jax.Array | None],
+        positions: Callable[[Any], jax.Array] | None,
         sums: Sums,
-        *,
-        with_dense: bool = False,
     ) -> None:
         """Begins before the first segment.
 
@@ -51,26 +53,39 @@ class SequentialPipeline:
           program: the segments.
           batches: the batches; the list is emptied, and each batch freed after its
             first segment.
-          positions: booleans for each batch, which samples count, or None for all.
-          sums: sums of the inputs.
-          with_dense: whether the dense model's inputs are compared with those that the
-            pruned model has. Call `advance_dense` for the next segment before a
-            segment's weights change.
+          positions: function of a batch to booleans of the samples' shape, which
+            samples count; None counts all.
+          sums: sums of the inputs. Where they have a drift, the dense model runs beside
+            the pruned one: call `advance_dense` for the first segment before any runs,
+            and for the next one before a segment's weights change.
+
+        Raises:
+          ValueError: positions do not have the shape of some input's samples.
+          TypeError: they are no booleans.
         """
         self.program, self.sums = program, sums
+        self.counted = [positions and positions(batch) for batch in batches]
+        for segment, mask in itertools.product(program.segments, self.counted):
+            input_statistics.sample_weights(segment, mask)
         devices = program.devices
-        stacks = list(batches) if devices is None else devices.in_turn(batches)
+        stacks, self._positions = list(batches), list(self.counted)
         batches.clear()
-        self._positions = list(
-            positions if devices is None else devices.in_turn(positions)
-        )
-        self.activations = [program.start(batch) for batch in stacks]
-        self.dense = list(self.activations) if with_dense else []
+        if devices is not None:
+            stacks = devices.in_turn(stacks)
+            self._positions = devices.in_turn(self.counted)
+        elif program.leaves.device is not None:
+            # On the one device of the parameters: of a batch that is nowhere in
+            # particular the first segments would be compiled to other programs than
+            # those that follow.
+            stacks = jax.device_put(stacks, program.leaves.device)
+        self.activations: list[Activations] = [
+            dict(zip(program.trace.program.batch, jax.tree.leaves(batch), strict=True))
+            for batch in stacks
+        ]
+        self.dense = list(self.activations) if sums.drift else []
         self.before: dict[int, jax.Array] = {}
         self._ahead = 0  # the segment that the dense model has come to
         self._dense_inputs: list[Any] = [None] * len(self.activations)
-        if with_dense:
-            self.advance_dense(0)
 
     def observe(
         self, numbers: range, done: Collection[str] = frozenset()

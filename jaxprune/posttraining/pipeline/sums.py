@@ -30,7 +30,11 @@ _BLOCK = 512
 
 
 class Sums:
-    """The sums of inputs over batches; weights of one input share theirs."""
+    """The sums of inputs over batches; weights of one input share theirs.
+
+    Attributes:
+      drift: whether the dense model's inputs are compared with the pruned model's.
+    """
 
     def __init__(
         self,
@@ -48,6 +52,7 @@ class Sums:
           drift: whether X^T (D - X) is, too; then `add` is given what D is read from.
           devices: devices that hold an input each, where a value has one for each.
         """
+        self.drift = drift
         self._extra = _Extra(hessian, drift)
         self._relative, self._devices = relative, devices
         # Names of weights to the input that they share and its sums.

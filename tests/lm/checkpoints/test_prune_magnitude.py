@@ -36,7 +36,7 @@ def expected(weight, sparsity, pattern, axes=OUT_IN):
     return np.asarray(jp.prune(params, scores, share, pattern=pattern, axes=axes)["w"])
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("pattern", [*PATTERNS, jp.patterns.Block(8, 4)], ids=str)
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -65,6 +65,18 @@ def test_the_weights_kept_are_those_that_prune_keeps(tmp_path, pattern, dtype, k
     zeros = round(sparsity * weight.size)
     assert report.tensors == {"h.0.mlp.weight": (zeros, weight.size)}
     assert report.achieved == zeros / weight.size
+
+
+@pytest.mark.parametrize("shape", [(10, 9), (2, 7, 12)], ids=str)
+def test_blocks_at_the_edge_count_as_one_and_each_expert_loses_as_many(tmp_path, shape):
+    weight, block = normal(3, *shape), jp.patterns.Block(4, 4)
+    new, _ = prune(tmp_path, {"w.weight": weight}, sparsity=0.5, pattern=block)
+    for matrix, pruned in zip(
+        weight.reshape(-1, *shape[-2:]),
+        new["w.weight"].reshape(-1, *shape[-2:]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(pruned, expected(matrix, 0.5, block))
 
 
 def test_a_rule_that_excludes_what_is_not_there_is_refused(tmp_path):
@@ -224,9 +236,9 @@ def test_the_result_tells_how_it_was_made(tmp_path):
             "divisible by 3, got 16 at 'model.layers.0.self_attn.q_proj.weight'",
         ),
         (
-            {"sparsity": 0.5, "pattern": jp.patterns.Block(2, 2)},
+            {"sparsity": 0.5, "pattern": jp.patterns.Channel()},
             TypeError,
-            r"Unstructured, PerOutput or NM, got Block\(rows=2",
+            r"Unstructured, PerOutput, NM or Block, got Channel\(",
         ),
         (
             {"sparsity": 0.5, "prunable": lambda name, leaf: False},

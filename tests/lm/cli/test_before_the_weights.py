@@ -228,8 +228,7 @@ def test_a_disk_that_is_mounted_is_no_place_for_a_result(place, capsys, monkeypa
             ["--method", "magnitude", "--calibration-temperature", "2"],
             "temperature needs --calibration self",
         ),
-        (["--method", "magnitude", "--prompt-steps", "7"], "does no --prompt-steps"),
-        (["--method", "magnitude", "--prompt", "w5"], "does no --prompt"),
+        (["--method", "magnitude", "--prompt-steps", "7"], "give --prompt, --evaluate"),
     ],
 )
 def test_options_without_what_they_are_for_are_refused(place, capsys, words, told):

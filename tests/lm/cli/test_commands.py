@@ -141,10 +141,6 @@ RECOVERED = ("--recover-steps", "2", "--recover-text", "a.txt")
             refused(*HALF, "--calibration", "rows.npy", "--length", "8"),
             "give length 16",
         ),
-        (
-            refused(*HALF, "--method", "magnitude", "--pattern", "4x4"),
-            "does no --pattern 4x4",
-        ),
         (["eval", "model", "--text", "a.txt", "--stride", "0"], "1 <= stride"),
         (
             ["eval", "model", "--text", "a.txt", "--context", "8", "--stride", "9"],

@@ -265,6 +265,19 @@ def test_magnitude_is_measured_where_a_text_is_given(place, capsys):
     assert record["perplexity"] == found["perplexity"]
 
 
+def test_magnitude_writes_samples_where_a_prompt_is_given(place, capsys):
+    code, record, _ = run(
+        capsys, "prune", place / "model", place / "written", "--method", "magnitude",
+        "--sparsity", "0.5", "--prompt", "w4 w5", "--prompt-steps", "6",
+    )  # fmt: skip
+    assert code == 0
+    assert [sample["label"] for sample in record["samples"]] == ["dense", "pruned"]
+    for sample, folder in zip(record["samples"], ("model", "written"), strict=True):
+        words = ["--prompt", "w4 w5", "--steps", "6", "--temperature", "0.8"]
+        code, written, _ = run(capsys, "sample", place / folder, *words, "--json")
+        assert (code, written["text"]) == (0, sample["text"])
+
+
 def test_a_model_that_knows_nothing_is_not_pruned_unless_asked(place, capsys):
     np.save(place / "noise.npy", np.random.default_rng(0).integers(4, 97, (8, 16)))
     words = ["prune", place / "model", place / "noise", "--method", "magnitude"]

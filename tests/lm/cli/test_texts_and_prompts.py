@@ -76,7 +76,9 @@ def test_half_a_surrogate_pair_is_read_as_one_unknown_character(
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_prompt_begins_with_bos_whatever_was_calibrated_on(place, rows, bos):
     prompts = [
-        begun(place / "model", place / "none", own, prompt="w4 w5", bos=bos).prompt
+        begun(
+            place / "model", place / "none", own, prompt="w4 w5", bos=bos
+        ).samples.prompt
         for own in (place / "a.txt", rows)
     ]
     assert prompts[0] == prompts[1] == [1, 4, 5]

@@ -46,7 +46,9 @@ def smaller_config(
     shape_before = families.decoder_config(config, ignore_config=ignore_config)
     kept = range(shape_before.layers) if kept is None else kept
     new = dict(config)
-    for field, name in families.find_family(config).resized.items():
+    resized = families.find_family(config).resized
+    # Every family has the number of tokens under one name.
+    for field, name in {**resized, "vocab_size": "vocab_size"}.items():
         size = getattr(shape, field)
         if size != getattr(shape_before, field) or field == "head_dim":
             new |= {twin: size for twin in families.TWINS.get(name, ()) if twin in new}

@@ -1,0 +1,7 @@
+"""Which tokens a language model can do without, and its directory without them."""
+
+__all__ = [
+    "token_choice",
+    "tokenizer_files",
+    "trim",
+]
