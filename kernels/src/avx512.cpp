@@ -3,15 +3,19 @@
 #include "targets.h"
 
 #if defined(__x86_64__)
+#ifdef JAXPRUNE_EMULATED_AVX512  // by the tests, on a processor without it
+#include "../tests/emulated_avx512.h"
+#else
 #include <immintrin.h>
+#define JAXPRUNE_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,"
+#endif
 
 #include <cstring>
 
 namespace jaxprune {
 namespace avx512 {
 
-JAXPRUNE_BEGIN(
-    "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,fma,bmi,bmi2,popcnt")
+JAXPRUNE_BEGIN(JAXPRUNE_AVX512 "avx2,fma,bmi,bmi2,popcnt")
 
 constexpr int kLanes = 16;
 using Vector = __m512;
@@ -21,7 +25,9 @@ inline Vector broadcast(float value) { return _mm512_set1_ps(value); }
 inline Vector load(const float* x) { return _mm512_loadu_ps(x); }
 // Keeps a value in its register, where the compiler would load it at each use.
 inline Vector hold(Vector value) {
+#ifndef JAXPRUNE_EMULATED_AVX512
   asm("" : "+v"(value));
+#endif
   return value;
 }
 inline void store(float* out, Vector value) { _mm512_storeu_ps(out, value); }
@@ -101,10 +107,13 @@ struct Reader {
 JAXPRUNE_END
 
 bool runs_here() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2") &&
-         __builtin_cpu_supports("popcnt");
+#ifndef JAXPRUNE_EMULATED_AVX512
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq") ||
+      !__builtin_cpu_supports("avx512vbmi2"))
+    return false;
+#endif
+  return __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
 }
 
 }  // namespace avx512
