@@ -99,8 +99,13 @@ def load(values: jax.Array, positions: jax.Array, name: str) -> jax.Array:
         pairs = values[positions >> 1].astype(jnp.int32)
         nibbles = pairs >> (4 * (positions & 1)) & 15
         return ((nibbles ^ 8) - 8).astype(jnp.float32)  # the fourth bit is the sign
-    picked = values[positions]
-    return picked.astype(jnp.float32) if name == "int8" else picked
+    if name == "int8":
+        return values[positions].astype(jnp.float32)
+    # As integers, since a platform without two-byte floats computes in wider ones, and
+    # what a NaN says besides would be lost.
+    form = jnp.dtype(f"uint{8 * values.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(values, form)[positions]
+    return jax.lax.bitcast_convert_type(bits, values.dtype)
 
 
 def stored_bytes(count: int, name: str) -> int:

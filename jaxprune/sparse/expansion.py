@@ -55,7 +55,7 @@ def expand(packed: Any, rows: jax.Array) -> jax.Array:
 
 def _zero_where(pruned: jax.Array, values: jax.Array) -> jax.Array:
     """The values with zeros at some places; others keep their bits, of NaN too."""
-    # As integers, since a platform without two-byte floats computes in wider ones.
+    # As integers, for the reason that `encodings.load` says.
     form = jnp.dtype(f"uint{8 * values.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(values, form)
     bits = jnp.where(pruned, jnp.zeros_like(bits), bits)

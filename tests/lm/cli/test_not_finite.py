@@ -94,7 +94,9 @@ def test_every_bit_pattern_is_told_as_isfinite_tells_it(dtype):
     special = np.array([0, -0.0, np.inf, -np.inf, np.nan, 1e-42], kind)
     for value in (*bits, *special):
         alone = np.array([1, value], kind)
-        assert has_nonfinite(alone) == (not np.isfinite(alone).all()), value
+        with np.errstate(invalid="ignore"):  # of older ml_dtypes
+            expected = not np.isfinite(alone).all()
+        assert has_nonfinite(alone) == expected, value
     assert not has_nonfinite(np.zeros(0, kind))
     assert not has_nonfinite(np.arange(3))
 
