@@ -90,7 +90,6 @@ def trim_vocabulary(
     check(
         _FITS, size=size, multiple=MULTIPLE, decoder=isinstance(config, DecoderConfig)
     )
-    tokenizer = hf.load_tokenizer(source)
     content = _read_json(opened, tokenizer_files.TOKENIZER)
     token_choice.check_ids(token_choice.token_ids(content), config.vocab_size)
     settings = {
@@ -99,20 +98,13 @@ def trim_vocabulary(
         if (opened.path / name).is_file()
     }
     needed = set().union(*map(tokenizer_files.named_ids, settings.values()))
-    counts = _count_tokens(tokenizer, texts, config.vocab_size)
+    counts = _count_tokens(hf.load_tokenizer(source), texts, config.vocab_size)
     kept = token_choice.choose_tokens(content, counts, size, needed)
-    new_ids = {int(number): i for i, number in enumerate(kept)}
     small = dataclasses.replace(config, vocab_size=size)
     settings[CONFIG] = hf.smaller_config(
         opened.config, small, ignore_config=ignore_config
     )
-    files: dict[str, Mapping[str, Any]] = {
-        name: tokenizer_files.reindexed_settings(setting, new_ids)
-        for name, setting in settings.items()
-    }
-    smaller = tokenizer_files.reindexed_tokenizer(content, new_ids)
-    _check_read_back(smaller)
-    files[tokenizer_files.TOKENIZER] = smaller
+    files = _renumbered(content, settings, kept)
     left_out = tuple(n for n in tokenizer_files.LEFT_OUT if n in opened.others)
     covered = float(counts[kept].sum() / max(counts.sum(), 1))
     facts = {
@@ -135,6 +127,21 @@ def trim_vocabulary(
         finish=finish,
     )
     return TrimmedVocabulary(paths, kept, covered, left_out)
+
+
+def _renumbered(
+    content: Mapping[str, Any],
+    settings: Mapping[str, Mapping[str, Any]],
+    kept: Int[np.ndarray, " size"],
+) -> dict[str, Mapping[str, Any]]:
+    """tokenizer.json and the files of settings with the new ids, by name."""
+    new_ids = {int(number): i for i, number in enumerate(kept)}
+    tokenizer = tokenizer_files.reindexed_tokenizer(content, new_ids)
+    _check_read_back(tokenizer)
+    files: dict[str, Mapping[str, Any]] = {tokenizer_files.TOKENIZER: tokenizer}
+    for name, setting in settings.items():
+        files[name] = tokenizer_files.reindexed_settings(setting, new_ids)
+    return files
 
 
 def _check_read_back(content: Mapping[str, Any]) -> None:

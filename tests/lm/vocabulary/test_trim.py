@@ -22,7 +22,16 @@ SEEN = text(200)
 _FAMILIES = ("gpt2", "gemma3", "phi")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+_RARER = ("unigram", "wordpiece")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(kind, marks=pytest.mark.full if kind in _RARER else ())
+        for kind in KINDS
+    ],
+)
 def pair(request, tmp_path_factory):
     """A directory, the trimmed one, and what was said of it."""
     root, kind = tmp_path_factory.mktemp("vocabulary"), request.param
