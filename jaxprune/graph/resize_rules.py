@@ -84,7 +84,7 @@ def resize_tile(
 ) -> dict[str, Any]:
     """The number of copies, which need not all stay."""
     pairs = zip(results[0], equation.operands[0], strict=True)
-    # Nothing is as many copies of nothing as one likes.
+    # An empty axis has no size to divide by.
     sizes = ((kept.size(made), kept.size(dim)) for made, dim in pairs)
     copies = (made if size == 0 else made // size for made, size in sizes)
     return {"reps": tuple(copies)}

@@ -2,11 +2,8 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jaxprune.masking import find_masks
-from jaxprune.masking.sparsity import overlap, sparsity
+from jaxprune.masking.sparsity import Overlap, overlap, sparsity
 from jaxprune.typing import Params
 
 
@@ -54,14 +51,7 @@ def metrics(
         return rows
     kept = overlap(find_masks.get(previous, params), masks)
     changes = {"churn": 1 - kept.total} | {
-        f"churn/{name}": _share_of_one(both, either)
+        f"churn/{name}": 1 - Overlap(both, either, {}).total
         for name, (both, either) in kept.by_leaf.items()
     }
     return rows | changes
-
-
-def _share_of_one(both: Any, either: Any) -> Any:
-    """1 - both / either, and 0 where neither mask keeps anything."""
-    if isinstance(either, jax.core.Tracer):
-        return jnp.where(either > 0, 1 - both / jnp.maximum(either, 1), 0.0)
-    return 1 - both / either if either else 0.0

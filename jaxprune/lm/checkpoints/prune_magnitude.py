@@ -239,13 +239,13 @@ def _check_pattern(
     problems = [
         f"{problem} at '{name}'"
         for name, info in chosen.items()
-        if (
-            problem := pattern.problem(
-                info.shape, Axes() if first[name] else Axes((-1,), (-2,))
-            )
-        )
+        if (problem := pattern.problem(info.shape, _matrix_axes(first[name])))
     ]
     rules.check([_FITS], problems="; ".join(problems[:6]))
+
+
+def _matrix_axes(input_first: bool) -> Axes:
+    return Axes() if input_first else Axes((-1,), (-2,))
 
 
 def _kept_counts(
@@ -258,7 +258,7 @@ def _kept_counts(
     sparsity, _ = counts.agreed(sparsity, pattern)
     names = [name.replace(".", "/") for name in chosen]  # rules are globs on path names
     sizes = [
-        _unit_count(pattern, info.shape[-2:], first[name])
+        counts.unit_count(pattern, info.shape[-2:], _matrix_axes(first[name]))
         for name, info in chosen.items()
     ]
     lost = counts.by_leaf(sparsity, names, sizes)
@@ -266,14 +266,6 @@ def _kept_counts(
         name: size - number
         for name, size, number in zip(chosen, sizes, lost, strict=True)
     }
-
-
-def _unit_count(pattern: Pattern, shape: tuple[int, ...], input_first: bool) -> int:
-    if not isinstance(pattern, patterns.Block):
-        return math.prod(shape)
-    scores = jax.ShapeDtypeStruct(shape if input_first else shape[::-1], np.float32)
-    units = jax.eval_shape(functools.partial(pattern.units, axes=Axes()), scores)
-    return math.prod(units.shape)
 
 
 def _pruned_tensor(

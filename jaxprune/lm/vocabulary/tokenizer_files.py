@@ -7,7 +7,7 @@ stands where its key says so: `bos_token_id`, `added_tokens_decoder`, and the li
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxprune.lm.vocabulary.token_choice import merge_pairs
@@ -90,13 +90,13 @@ def _processor(processor: dict[str, Any], new_ids: Mapping[int, int]) -> dict[st
 
 
 def reindexed_settings(
-    content: Mapping[str, Any], new_ids: Mapping[int, int]
+    content: Mapping[str, Any], new_id: Callable[[int], int]
 ) -> dict[str, Any]:
     """A file of settings with the new ids of the tokens that it names.
 
     Args:
       content: parsed file, one of `SETTINGS`.
-      new_ids: id before to id after, of the tokens that stay.
+      new_id: function of an id before to the id after.
 
     Returns:
       The parsed file.
@@ -105,22 +105,22 @@ def reindexed_settings(
     for key, value in content.items():
         if key == "added_tokens_decoder":
             new[key] = {
-                str(new_ids[int(number)]): token for number, token in value.items()
+                str(new_id(int(number))): token for number, token in value.items()
             }
         elif _ID_KEYS.fullmatch(key):
-            new[key] = _new_value(value, new_ids)
+            new[key] = _new_value(value, new_id)
         elif isinstance(value, Mapping):
-            new[key] = reindexed_settings(value, new_ids)
+            new[key] = reindexed_settings(value, new_id)
         else:
             new[key] = value
     return new
 
 
-def _new_value(value: Any, new_ids: Mapping[int, int]) -> Any:
+def _new_value(value: Any, new_id: Callable[[int], int]) -> Any:
     """An id, or lists of ids, after; -1 or null, which name none, stay."""
     if isinstance(value, list):
-        return [_new_value(x, new_ids) for x in value]
-    return new_ids[value] if _is_id(value) else value
+        return [_new_value(x, new_id) for x in value]
+    return new_id(value) if _is_id(value) else value
 
 
 def named_ids(content: Mapping[str, Any]) -> set[int]:
@@ -132,15 +132,14 @@ def named_ids(content: Mapping[str, Any]) -> set[int]:
     Returns:
       Ids.
     """
+    ids: set[int] = set()
 
-    class Every(dict[int, int]):
-        def __missing__(self, number: int) -> int:
-            seen.add(number)
-            return number
+    def note(number: int) -> int:
+        ids.add(number)
+        return number
 
-    seen: set[int] = set()
-    reindexed_settings(content, Every())
-    return seen
+    reindexed_settings(content, note)
+    return ids
 
 
 def _is_id(value: Any) -> bool:

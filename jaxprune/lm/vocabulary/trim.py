@@ -90,7 +90,8 @@ def trim_vocabulary(
     check(
         _FITS, size=size, multiple=MULTIPLE, decoder=isinstance(config, DecoderConfig)
     )
-    content = _read_json(opened, tokenizer_files.TOKENIZER)
+    tokenizer = hf.load_tokenizer(source)  # refuses files that are not what they say
+    content = {"added_tokens": [], **_read_json(opened, tokenizer_files.TOKENIZER)}
     token_choice.check_ids(token_choice.token_ids(content), config.vocab_size)
     settings = {
         name: _read_json(opened, name)
@@ -98,7 +99,7 @@ def trim_vocabulary(
         if (opened.path / name).is_file()
     }
     needed = set().union(*map(tokenizer_files.named_ids, settings.values()))
-    counts = _count_tokens(hf.load_tokenizer(source), texts, config.vocab_size)
+    counts = _count_tokens(tokenizer, texts, config.vocab_size)
     kept = token_choice.choose_tokens(content, counts, size, needed)
     small = dataclasses.replace(config, vocab_size=size)
     settings[CONFIG] = hf.smaller_config(
@@ -140,7 +141,7 @@ def _renumbered(
     _check_read_back(tokenizer)
     files: dict[str, Mapping[str, Any]] = {tokenizer_files.TOKENIZER: tokenizer}
     for name, setting in settings.items():
-        files[name] = tokenizer_files.reindexed_settings(setting, new_ids)
+        files[name] = tokenizer_files.reindexed_settings(setting, new_ids.__getitem__)
     return files
 
 

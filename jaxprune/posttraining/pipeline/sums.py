@@ -30,11 +30,7 @@ _BLOCK = 512
 
 
 class Sums:
-    """The sums of inputs over batches; weights of one input share theirs.
-
-    Attributes:
-      drift: whether the dense model's inputs are compared with the pruned model's.
-    """
+    """The sums of inputs over batches; weights of one input share theirs."""
 
     def __init__(
         self,
@@ -52,11 +48,15 @@ class Sums:
           drift: whether X^T (D - X) is, too; then `add` is given what D is read from.
           devices: devices that hold an input each, where a value has one for each.
         """
-        self.drift = drift
         self._extra = _Extra(hessian, drift)
         self._relative, self._devices = relative, devices
         # Names of weights to the input that they share and its sums.
         self._sums: dict[tuple[str, ...], tuple[Input, Any]] = {}
+
+    @property
+    def drift(self) -> bool:
+        """Whether the dense model's inputs are compared with the pruned model's."""
+        return self._extra.drift
 
     def add(
         self,

@@ -166,6 +166,17 @@ def test_tied_heads_and_biases_lose_the_same_rows(tmp_path, name):
         np.testing.assert_array_equal(before[name_of_tensor], after[name_of_tensor])
 
 
+@pytest.mark.parametrize("content", [None, "no tokenizer"])
+def test_a_directory_without_a_tokenizer_is_refused_in_a_sentence(tmp_path, content):
+    model_folder(tmp_path / "model", "byte-level")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    if content is not None:
+        (tmp_path / "model" / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        trim.trim_vocabulary(tmp_path / "model", tmp_path / "small", [SEEN], 320)
+    assert not (tmp_path / "small").exists()
+
+
 def test_a_merge_stays_with_its_parts_and_its_product():
     content = json.loads(tiny_tokenizers.trained("byte-level").to_str())
     counts = np.zeros(512, np.int64)
