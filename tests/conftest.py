@@ -82,8 +82,13 @@ ONE_PYTHON = {"benchmarks", "experiments"}
 
 @pytest.hookimpl(tryfirst=True)  # before what `-m` leaves out is chosen
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what one Python is enough for, unless its own marks ask for both."""
+    """Marks what one Python is enough for, unless its own marks ask for both.
+
+    And the examples of `jaxprune.lm`: each compiles a decoder, which takes seconds.
+    """
     for item in items:
+        if isinstance(item, pytest.DoctestItem) and "lm" in folders(item.path):
+            item.add_marker("full")
         both = item.get_closest_marker("parity") or item.get_closest_marker("jax_api")
         if not both and not ONE_PYTHON.isdisjoint(folders(item.path)):
             item.add_marker("one_python")

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
+@pytest.mark.full
 def test_training_pruning_and_shrinking_import_no_extra():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -69,6 +69,7 @@ def test_a_figure_over_its_aim_is_named(figures, missed):
     assert house.misses({"core": good._replace(**figures)}) == missed
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("part", ["core", "lm", "experiments", "benchmarks"])
 def test_names_say_what_a_value_is(part):
     (aim,) = (aim for aim in house.AIMS if aim.figure == "words")
@@ -159,6 +160,7 @@ def test_functions_that_are_called_by_name_are_no_namesakes(tmp_path, monkeypatc
     assert list(house.namesakes(files, 2)) == ["cut"]
 
 
+@pytest.mark.full
 def test_the_command_prints_a_row_for_each_part_and_checks(monkeypatch, capsys):
     benchmarks = {"benchmarks": house.PARTS["benchmarks"]}
     monkeypatch.setattr(house, "PARTS", benchmarks)

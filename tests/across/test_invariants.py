@@ -156,9 +156,8 @@ def test_state_has_no_buffer_of_the_parameters_or_masks():
         assert not taken & theirs
 
 
-@pytest.mark.parametrize(
-    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharding_of_the_state_is_that_of_the_parameters(tx, kind):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
     row = NamedSharding(mesh, PartitionSpec("x"))
@@ -206,6 +205,7 @@ def test_every_transformation_takes_every_kind_of_tree(name, rows):
         jax.eval_shape(optax.apply_updates, params, updates)
 
 
+@pytest.mark.full
 def test_works_under_vmap_as_one_by_one(tx):
     def update(params):
         return tx.update(params, tx.init(params), params)[0]

@@ -104,6 +104,7 @@ def test_weights_come_nearer_to_their_sparse_copy():
     assert lost < 0.5 * at_once
 
 
+@pytest.mark.full
 def test_a_pattern_may_fix_the_sparsity():
     params = model()
     tx = jp.contrib.admm(optax.adamw(0.01), {0: "2:4"}, freeze=3, every=1)

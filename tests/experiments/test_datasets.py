@@ -173,6 +173,7 @@ assert "tensorflow" in sys.modules
 """
 
 
+@pytest.mark.full
 def test_tensorflow_is_not_imported_and_two_may_prepare_at_once(tmp_path, plays):
     # A stand-in is there to be imported, so that an import would be seen.
     (tmp_path / "installed" / "tensorflow").mkdir(parents=True)

@@ -112,6 +112,7 @@ def test_lora_writes_a_folder_whose_pruned_weights_are_zero(model, data, tmp_pat
     assert changed > 0.8 * len(cell["sparsity_by_leaf"])
 
 
+@pytest.mark.full
 def test_a_folder_is_read_to_its_places(model, data, tmp_path):
     mesh = device_mesh.make_mesh("fsdp=4,model=2", 4)
     task = phi3_vision.make_task(_config(model, data, tmp_path), mesh)

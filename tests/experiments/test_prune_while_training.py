@@ -107,6 +107,7 @@ def test_layer_magnitude_does_not_depend_on_a_matrix_s_scale():
     np.testing.assert_allclose(scores["a"], scores["b"], rtol=1e-5)
 
 
+@pytest.mark.full
 def test_a_cell_counts_exactly_and_is_watched_to_its_end(results):
     cells = {cell["method"]: cell for cell in results["cells"]}
     pruned = cells["gradual_preconditioned"]

@@ -50,6 +50,7 @@ def results(run):
     return json.loads((run.out / "results.json").read_text())
 
 
+@pytest.mark.full
 def test_the_report_reads_the_results_and_every_file_is_there(run, results):
     out = run.out
     results_.check(results)

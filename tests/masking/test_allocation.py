@@ -60,6 +60,7 @@ def rule(shares, sparsity, params=PARAMS, fn=run_chain):
 # The same for each layer.
 
 
+@pytest.mark.full
 def test_uniform_takes_the_same_share_of_every_weight():
     np.testing.assert_array_equal(
         zeros(jp.allocation.Layer(), 0.37), [round(0.37 * int(n)) for n in SIZES]

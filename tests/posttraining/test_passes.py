@@ -126,6 +126,7 @@ def test_a_pass_of_ones_own_prunes_by_its_formula(pattern):
     assert found.report["method"] == "InputPower(power=1.0)"
 
 
+@pytest.mark.full
 def test_a_pass_of_ones_own_may_change_what_is_kept():
     found = prune(chain(jp.passes.magnitude(0.5), Halve()))
     expected = prune(jp.passes.magnitude(0.5))

@@ -132,13 +132,14 @@ def tiny():
     return fn, params, [draw(i, 64, 32) for i in range(2, 6)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "how"),
     [
         ("wanda", {"sparsity": 0.5}),
-        pytest.param("magnitude", {"sparsity": 0.5}, marks=pytest.mark.full),
-        pytest.param("sparsegpt", {"sparsity": 0.5}, marks=pytest.mark.full),
-        pytest.param("alps", {"pattern": "2:4"}, marks=pytest.mark.full),
+        ("magnitude", {"sparsity": 0.5}),
+        ("sparsegpt", {"sparsity": 0.5}),
+        ("alps", {"pattern": "2:4"}),
     ],
 )
 def test_a_trained_model_ends_on_its_levels(method, how):
@@ -248,9 +249,8 @@ def test_levels_of_another_name_are_refused(levels):
         jp.passes.quantize(levels)
 
 
-@pytest.mark.parametrize(
-    "method", ["wanda", pytest.param("alps", marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["wanda", "alps"])
 def test_refined_weights_end_on_levels(method, tmp_path):
     fn, params, batches = tiny()
     refine = jp.passes.refine(passes=2, learning_rate=1e-2)

@@ -203,6 +203,7 @@ def test_a_linear_block_comes_to_the_least_squares_solution_under_its_mask():
 # What comes of it.
 
 
+@pytest.mark.full
 def test_zeros_are_exactly_those_of_the_solver_and_all_else_moves(refined, solved):
     found, before, given = jax.device_get((refined.params, solved.params, parameters()))
     same_zeros = jax.tree.map(
@@ -267,6 +268,7 @@ def test_equal_blocks_share_their_steps(monkeypatch):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.full
 def test_a_step_compiles_once_where_some_leaves_are_committed(monkeypatch):
     built = []
     make = refiner._compiled

@@ -150,6 +150,7 @@ def check(result, whole):
     assert settled(result.report) == settled(whole.report)
 
 
+@pytest.mark.full
 def test_the_directory_makes_no_difference_to_the_result(whole, finished):
     assert [row["name"] for row in whole.report["weights"]] == WEIGHTS
     check(finished[1], whole)

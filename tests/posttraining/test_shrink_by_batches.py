@@ -53,9 +53,8 @@ def cheapest(x, weight, count):
     return kept, best(kept)[0]
 
 
-@pytest.mark.parametrize(
-    "relative", [True, pytest.param(False, marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("relative", [True, False])
 def test_each_layer_is_solved_for_what_the_one_before_has_left(relative):
     # Rows of very different sizes: equal errors there are not equal relative errors.
     batches = [batch * np.exp(draw(9, 40, 1)) for batch in BATCHES]

@@ -67,13 +67,9 @@ def test_it_is_the_papers_algorithm(case):
         assert float(found.damping) == pytest.approx(0.01)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
-    "pattern",
-    [
-        pytest.param(jp.patterns.Unstructured(), marks=pytest.mark.full),
-        jp.patterns.PerOutput(),
-    ],
-    ids=str,
+    "pattern", [jp.patterns.Unstructured(), jp.patterns.PerOutput()], ids=str
 )
 def test_every_count_is_exact_and_all_share_one_program(pattern):
     weight, hessian = problem(2)
@@ -163,7 +159,8 @@ def test_what_no_damping_helps_is_told_and_never_replaced():
     assert np.isinf(found.damping)
 
 
-@pytest.mark.parametrize("over", [pytest.param("vmap", marks=pytest.mark.full), "map"])
+@pytest.mark.full
+@pytest.mark.parametrize("over", ["vmap", "map"])
 def test_a_stack_of_experts_is_solved_like_each_of_them(over):
     pairs = [problem(seed) for seed in (12, 13)]
     stack = [np.stack(x) for x in zip(*pairs, strict=True)]

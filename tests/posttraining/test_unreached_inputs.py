@@ -31,10 +31,9 @@ def mask_of(weight, removed, pattern):
     return oracles.keep_top(size, removed)
 
 
-@pytest.mark.parametrize("removed", [pytest.param(40, marks=pytest.mark.full), 280])
-@pytest.mark.parametrize(
-    "solver", [sparsegpt, pytest.param(alps, marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("removed", [40, 280])
+@pytest.mark.parametrize("solver", [sparsegpt, alps])
 def test_of_inputs_that_no_sample_reached_the_smallest_go_first_and_no_more(
     solver, removed
 ):
@@ -134,6 +133,7 @@ def test_an_expert_that_no_sample_was_sent_to_is_pruned_by_magnitude(method, cap
     assert "1 of 4 matrices of 'down' (3)" in err
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("size", [1e-23, 1e-30])
 @pytest.mark.parametrize("method", ["sparsegpt", "alps"])
 def test_activations_whose_squares_underflow_empty_no_matrix(method, size):

@@ -59,6 +59,7 @@ def test_float64_keeps_its_digits_where_a_weight_stays(method):
         np.testing.assert_array_equal(kept[kept != 0], np.asarray(weight)[kept != 0])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("wrong", [jnp.nan, 1e6])
 def test_samples_that_do_not_count_are_in_no_error(wrong):
     def fn(params, x):

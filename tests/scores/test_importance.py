@@ -162,17 +162,9 @@ def test_labels_of_whole_subtrees_are_as_good_as_those_of_leaves(name):
             jp.scores.preconditioned_magnitude(TREE, state)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("make", [jp.track_importance, jp.track_gradients])
-@pytest.mark.parametrize(
-    "storage",
-    [
-        "int8",
-        *(
-            pytest.param(name, marks=pytest.mark.full)
-            for name in ("float32", "bfloat16")
-        ),
-    ],
-)
+@pytest.mark.parametrize("storage", ["int8", "float32", "bfloat16"])
 def test_nnx_optimizers_take_as_many_steps_as_you_like(make, storage):
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     tx = optax.chain(make(storage=storage), optax.sgd(0.1))

@@ -122,10 +122,8 @@ def weights_times(self, program, leaves):
     return float(sum(leaf.size for leaf in leaves))
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [X, pytest.param(jax.ShapeDtypeStruct(X.shape, X.dtype), marks=pytest.mark.full)],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("batch", [X, jax.ShapeDtypeStruct(X.shape, X.dtype)])
 def test_a_budget_of_time_is_met_by_what_is_measured(batch, monkeypatch):
     monkeypatch.setattr(timing.Timed, "_seconds", weights_times)
     scores = jp.scores.magnitude(PARAMS)

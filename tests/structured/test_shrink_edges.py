@@ -49,6 +49,7 @@ def zeroed(params, smaller):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("fn", "params"),
     [
@@ -97,6 +98,7 @@ def test_the_dtype_of_a_result_is_the_originals_whatever_the_batch():
     assert smaller.fn(strong, x).dtype == fn(low | {"rate": strong["rate"]}, x).dtype
 
 
+@pytest.mark.full
 def test_constants_of_layers_are_cut_as_each_layer_or_not_at_all():
     noise = jnp.asarray(CHANCE.normal(size=(2, 6)), "f")
 

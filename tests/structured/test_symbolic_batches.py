@@ -62,6 +62,7 @@ def dense(small):
     return zeroed(PARAMS, groups, kept)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("symbols", ["b, 3", "b, s"])
 def test_an_exported_function_takes_batches_of_every_size(small, dense, symbols):
     shape = export.symbolic_shape(symbols)

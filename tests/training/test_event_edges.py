@@ -144,15 +144,10 @@ def test_a_gradient_that_is_infinite_leaves_other_averages_alone(storage):
     assert found[0] == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "transformation",
-    [
-        jp.gradual,
-        pytest.param(
-            functools.partial(jp.straight_through, every=100, freeze=None),
-            marks=pytest.mark.full,
-        ),
-    ],
+    [jp.gradual, functools.partial(jp.straight_through, every=100, freeze=None)],
 )
 def test_steps_outside_of_jit_compile_nothing_anew(transformation):
     tx = transformation(optax.adam(0.1), {1: 0.5, 6: 0.75})

@@ -21,6 +21,7 @@ CASES = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "allocation"),
     # Per output each output keeps as many, so there is no global ranking.

@@ -115,6 +115,7 @@ def test_blocks_and_channels_are_counted_in_units(pattern, units):
     ].any()
 
 
+@pytest.mark.full
 def test_n_of_m_tightens_from_dense_to_4_of_8_to_2_of_4():
     params = model()
     tx = jp.gradual(
@@ -156,12 +157,13 @@ def by_hand(tx, params, grads, masks_at):
     return params, state
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "criterion",
     [
         jp.scores.preconditioned_magnitude,
-        pytest.param(jp.scores.magnitude, marks=pytest.mark.full),
-        pytest.param(jp.scores.averaged_weight, marks=pytest.mark.full),
+        jp.scores.magnitude,
+        jp.scores.averaged_weight,
     ],
 )
 def test_is_bit_for_bit_the_loop_by_hand_in_one_program(criterion):

@@ -144,6 +144,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_not_counted(make):
     check_masks(done)
 
 
+@pytest.mark.full
 @kinds
 def test_lora_inside_is_pruned_as_it_is_merged(make):
     params, by_size = model(), {"criterion": jp.scores.magnitude}
@@ -299,6 +300,7 @@ def test_two_optimizers_with_masks_share_the_leaves_by_subtree():
     chex.assert_trees_all_equal(jp.masks.get(state), none)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("labels", ["subtree", "leaf"])
 def test_masks_of_the_whole_model_may_be_given_where_a_part_is_trained(labels):
     params = {"a": model(), "b": model()}
@@ -331,6 +333,7 @@ def test_a_rule_that_a_criterion_was_given_counts_beside_the_other():
     assert found["b"]["kernel"].shape == (12, 20)
 
 
+@pytest.mark.full
 def test_packed_masks_of_one_bare_array():
     params = jnp.arange(1.0, 9.0)
     tx = jp.keep_masks(optax.sgd(0.1), params > 4, packed=True)

@@ -200,10 +200,7 @@ TWICE = {
     "scale_by_zoom_linesearch",
 }
 # One of each kind; the rest in the full suite.
-CORE = {
-    "adamw", "lion", "schedule_free_adamw", "sgd", "sophia", "partition", "MultiSteps",
-    "keep_params_nonnegative",
-}  # fmt: skip
+CORE = {"partition", "sgd", "sophia"}
 
 
 def loss(params):

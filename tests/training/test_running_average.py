@@ -45,6 +45,7 @@ def every_number(dtype):
     return values
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", NARROW)
 def test_the_average_of_one_snapshot_is_the_weight(dtype, compiled):
@@ -62,6 +63,7 @@ def test_the_average_of_one_snapshot_is_the_weight(dtype, compiled):
     np.testing.assert_array_equal(held, values.astype(np.float32))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients_where_float16_has_its_smallest_numbers_are_squared(compiled):
     gradient = np.random.default_rng(0).normal(size=(16, 16)) * 2e-5
@@ -142,6 +144,7 @@ def test_noise_puts_a_lean_average_off_by_as_much_as_documented(
     assert -error.mean() == pytest.approx(low, abs=0.15)
 
 
+@pytest.mark.full
 def test_before_its_start_a_tracker_makes_no_infinity():
     params = {"w": jnp.ones((2, 2), jnp.float16)}
     with jax.debug_infs(True), jax.debug_nans(True):

@@ -57,7 +57,8 @@ def with_a_hook(inner, params, grads, every, freeze):
     return jax.tree.map(lambda *x: np.stack(x), *seen), masks
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.full), 3])
+@pytest.mark.full
+@pytest.mark.parametrize("every", [1, 3])
 def test_is_the_loop_with_a_hook_bit_for_bit(every):
     params = model()
     grads = gradients(params, STEPS)

@@ -55,6 +55,7 @@ def test_straight_through_may_begin_at_the_first_step():
     assert jp.sparsity(optax.apply_updates(PARAMS, updates)).zeros == 32
 
 
+@pytest.mark.full
 def test_the_penalty_of_admm_may_be_injected():
     def zeros(penalty, make):
         tx = make(
@@ -73,6 +74,7 @@ def test_the_penalty_of_admm_may_be_injected():
     assert (plain == 0).sum() == 32
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("pattern", ["unstructured", "channel"])
 @pytest.mark.parametrize("allocation", ["global", "layer"])
 def test_masks_of_a_pruned_model_stay_until_the_schedule_is_above_them(

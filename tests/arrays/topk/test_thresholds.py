@@ -60,6 +60,7 @@ def assert_same(masks, expected):
         np.testing.assert_array_equal(a, e)
 
 
+@pytest.mark.full
 @given(st.lists(leaf, min_size=1, max_size=3), st.sampled_from(SPARSITIES))
 def test_layer_scope_keeps_what_the_oracle_keeps(leaves, sparsity):
     expected = oracles.keep_layer([array(x) for x in leaves], sparsity)

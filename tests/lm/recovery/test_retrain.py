@@ -52,6 +52,7 @@ def half():
     return nnx.merge(graphdef, params), names
 
 
+@pytest.mark.full
 def test_the_loss_falls_the_zeros_stay_and_all_else_is_as_it_was(half):
     model, names = half
     before = leaves(model)

@@ -37,6 +37,7 @@ def logged(params, kept):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
+@pytest.mark.full
 def test_each_time_that_layer_goes_which_changes_the_predictions_least(split):
     dense = logged(split[1], range(4))
     left, dropped, nats = list(range(4)), [], []
@@ -72,6 +73,7 @@ def test_what_is_behind_already_is_not_seen_any_further(split):
     assert ticks.count(1) < 6 * (4 + 3 + 2)
 
 
+@pytest.mark.full
 def test_a_search_that_was_begun_ends_as_the_whole_one(split):
     noted = []
     whole = layer_search.search_layers(
