@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+# What is read is the source, whichever Python reads it.
+pytestmark = pytest.mark.one_python
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "jaxprune"
 MOST_LINES = 400

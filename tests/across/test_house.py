@@ -8,6 +8,9 @@ import pytest
 
 from benchmarks import house
 
+# What is read is the source, whichever Python reads it.
+pytestmark = pytest.mark.one_python
+
 PACKAGE = house.PARTS["package"].files()
 # What is no noun phrase: "seed: of the rounding" says whose it is and not what it is.
 NO_NOUN = {"of", "as", "for", "to", "by", "in", "from", "given"}
