@@ -21,12 +21,13 @@ from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import columns
 from jaxprune.graph import program as program_
 from jaxprune.graph.equation import Equation
-from jaxprune.graph.operands import Input, WeightUse
+from jaxprune.graph.operands import Input, WeightUse, output_parts
 from jaxprune.graph.primitives import rules_of
 from jaxprune.graph.program import Fixed, Program, Step
 from jaxprune.graph.view_rules import Joined, ViewOperand
-from jaxprune.graph.weight_view import Slice, WeightView
-from jaxprune.leaves import as_rule
+from jaxprune.graph.weight_parts import index_and_part, inputs_and_outputs
+from jaxprune.graph.weight_view import WeightView
+from jaxprune.leaves import Explanation, as_rule, explain
 from jaxprune.leaves import prunable as is_prunable
 from jaxprune.typing import Params, PrunableLike
 
@@ -115,6 +116,66 @@ class Trace:
             if op.axes is None or axes_of.setdefault(op.leaf, op.axes) != op.axes:
                 ambiguous.add(op.leaf)
         return {leaf: axes for leaf, axes in axes_of.items() if leaf not in ambiguous}
+
+    def explain(self, prunable: PrunableLike = is_prunable) -> Explanation:
+        """Which leaves `prune_trained` would prune, and why not the others.
+
+        Beside the rule's reasons, as `jp.tree.explain` has them, those of the program:
+        a matrix that no matmul was seen to use, and one whose outputs are the
+        function's with no other matrix between, as a head's are. That one is pruned
+        unless the rule leaves it alone.
+
+        Args:
+          prunable: which leaves may be pruned.
+
+        Returns:
+          A row (name, shape, pruned, why) for each leaf; `print` it for a table.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import jaxprune as jp
+          >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ (p["down"] + p["more"])
+          >>> shapes = {"up": (2, 6), "down": (6, 3), "more": (6, 3)}
+          >>> params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+          >>> print(jp.trace(fn, params, jnp.ones((5, 2))).explain())
+          down  (6, 3)  is an operand of add, dot_general
+          more  (6, 3)  is an operand of add, dot_general
+          up    (2, 6)  pruned
+          12 of 48 weights may be pruned
+        """
+        leaves = {
+            name: self.program.avals[self.program.leaves[position]]
+            for name, position in self.leaves.items()
+        }
+        rows = explain(leaves, prunable=prunable)
+        heads = self._leaves_of_result()
+        return Explanation(
+            row._replace(pruned=False, why=self.unseen[row.name])
+            if row.pruned and row.name in self.unseen
+            else row._replace(why="pruned, and makes the result" * (row.name in heads))
+            if row.pruned
+            else row
+            for row in rows
+        )
+
+    def _leaves_of_result(self) -> set[str]:
+        """The leaves of the last linear ops before the function's results."""
+        ops_at: dict[int, list[str]] = {}
+        for op in self.linear_ops:
+            ops_at.setdefault(op.step, []).append(op.leaf)
+        made_by = {n: i for i, s in enumerate(self.program.steps) for n in s.outputs}
+        pending, reached = list(self.program.outputs), set[int]()
+        leaves: set[str] = set()
+        while pending:
+            number = pending.pop()
+            if isinstance(number, Fixed) or number in reached or number not in made_by:
+                continue
+            reached.add(number)
+            position, step = made_by[number], self.program.steps[made_by[number]]
+            leaves.update(ops_at.get(position, ()))
+            if rules_of(step.primitive.name).product is None:
+                pending += step.inputs
+        return leaves
 
     def __str__(self) -> str:
         """A table: one line a linear op, then what could not be seen."""
@@ -254,7 +315,8 @@ class _Finder:
         product = rules_of(step.primitive.name).product
         if product is None:
             return False
-        sides = [i for i, x in enumerate(step.inputs) if x in self.views]
+        leaves = self.views.keys() | self._joined.keys()
+        sides = [i for i, x in enumerate(step.inputs) if x in leaves]
         # Two leaves multiplied with each other, as in an adapter, are no linear op.
         if len(sides) != 1 or sides[0] > 1:
             return False
@@ -265,15 +327,25 @@ class _Finder:
             return False
         if jnp.issubdtype(self.flat.avals[value].dtype, jnp.complexfloating):
             return False  # statistics are of real inputs
-        use = WeightUse(step, sides[0], self.views[weight], value, self.flat.avals)
-        operands = product.operands(use)
-        if operands is not None:
-            self._note(position, step, *operands)
-        return operands is not None
+        # Kernels that are joined along their outputs, as a fused qkv, share an input.
+        parts = (
+            (self.views[weight],)
+            if weight in self.views
+            else output_parts(step, sides[0], self._joined[weight])
+        )
+        operands = [
+            product.operands(WeightUse(step, sides[0], part, value, self.flat.avals))
+            for part in parts
+        ]
+        if not operands or None in operands:
+            return False
+        for pair in operands:
+            self._note(position, step, *pair)  # type: ignore[misc]
+        return True
 
     def _note(self, position: int, step: Step, view: WeightView, source: Input) -> None:
         leaf = self.names[view.leaf]
-        index, part = _index_and_part(
+        index, part = index_and_part(
             view, self.flat.avals[self.flat.leaves[view.leaf]].shape
         )
         name = "/".join([leaf, *map(str, index)]) + part
@@ -285,7 +357,7 @@ class _Finder:
                 name=name,
                 leaf=leaf,
                 index=index,
-                axes=_inputs_and_outputs(view),
+                axes=inputs_and_outputs(view),
                 shape=view.shape,  # type: ignore[arg-type]
                 operation="dot" if "dot" in step.primitive.name else "convolution",
                 input=self._inputs.setdefault(
@@ -297,40 +369,3 @@ class _Finder:
                 step=position,
             )
         )
-
-
-def _inputs_and_outputs(view: WeightView) -> Axes | None:
-    """The leaf's input and output axes, where each axis is wholly one or the other."""
-    _, inputs, outputs = (set(axes) for axes in view.axes)
-    if inputs & outputs:
-        return None  # a reshape mixed them
-    return Axes(tuple(sorted(inputs)), tuple(sorted(outputs)))
-
-
-def _index_and_part(
-    view: WeightView, shape: Sequence[int]
-) -> tuple[tuple[int, ...], str]:
-    """The indices of a stacked leaf, and the part of the rest that is seen."""
-    if not view.sliced:
-        return (), ""
-    if view.box is None:
-        moves = [m for m in view.moves if isinstance(m, Slice)]
-        return (), "".join(f"[{m.starts}+{m.sizes}]" for m in moves)
-    # An axis that is no part of the matrix and has one place is an index of a stack.
-    used = {axis for axes in view.axes for axis in axes}
-    index = tuple(
-        places.start
-        for axis, places in enumerate(view.box)
-        if axis not in used and len(places) == 1 and shape[axis] > 1
-    )
-    parts = [
-        ":" if len(places) == shape[axis] else _range_text(places)
-        for axis, places in enumerate(view.box)
-        if axis in used
-    ]
-    return index, "" if set(parts) <= {":"} else f"[{','.join(parts)}]"
-
-
-def _range_text(places: range) -> str:
-    step = f":{places.step}" if places.step > 1 else ""
-    return f"{places.start}:{places.stop}{step}"

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph.program import Fixed, Step, is_grouped
+from jaxprune.graph.view_rules import Joined
 from jaxprune.graph.weight_view import Reshape, Slice, Steps, Transpose, WeightView
 
 
@@ -134,6 +135,27 @@ def dot_operands(use: WeightUse) -> tuple[WeightView, Input]:
         leading=leading,
     )
     return matrix, source
+
+
+def output_parts(step: Step, side: int, joined: Joined) -> tuple[WeightView, ...]:
+    """The views that are joined along a matmul's outputs, each a weight by itself.
+
+    Args:
+      step: the step.
+      side: number of the operand that is joined.
+      joined: the views.
+
+    Returns:
+      The views; none where they are joined along inputs or batch axes, where a leaf is
+      in it twice, or where the step is no `dot_general`.
+    """
+    if step.primitive.name != "dot_general":
+        return ()
+    contracted, batched = step.params["dimension_numbers"]
+    outputs = joined.axis not in (*contracted[side], *batched[side])
+    # A leaf that is joined with itself would be pruned twice.
+    distinct = len(set(joined.parts)) == len(joined.parts)
+    return joined.parts if outputs and distinct else ()
 
 
 def dot_summed(params: Mapping[str, Any]) -> tuple[int, Sequence[int]]:

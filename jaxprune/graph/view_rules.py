@@ -111,10 +111,27 @@ def divide_view(equation: ViewEquation) -> list[WeightView] | None:
     return scale_view(equation) if is_dividend else None
 
 
-@one_view
-def cast_view(view: WeightView, equation: ViewEquation) -> list[WeightView]:
+def each_part(
+    move: Callable[[WeightView | Joined, ViewEquation], list[WeightView | Joined]],
+) -> ViewRule:
+    """The rule of a primitive that moves joined views as it moves one."""
+
+    def rule(equation: ViewEquation) -> list[WeightView | Joined] | None:
+        view = equation.operands[0].view
+        return None if view is None else move(view, equation)
+
+    return rule
+
+
+@each_part
+def cast_view(
+    view: WeightView | Joined, equation: ViewEquation
+) -> list[WeightView | Joined]:
     """The same elements in another dtype."""
-    return [dataclasses.replace(view, cast=True)]
+    if isinstance(view, WeightView):
+        return [dataclasses.replace(view, cast=True)]
+    parts = (dataclasses.replace(part, cast=True) for part in view.parts)
+    return [Joined(view.axis, tuple(parts))]
 
 
 @one_view
@@ -131,10 +148,16 @@ def squeeze_view(view: WeightView, equation: ViewEquation) -> list[WeightView]:
     return [view.reshape(equation.shapes[0])]
 
 
-@one_view
-def transpose_view(view: WeightView, equation: ViewEquation) -> list[WeightView]:
+@each_part
+def transpose_view(
+    view: WeightView | Joined, equation: ViewEquation
+) -> list[WeightView | Joined]:
     """The axes in another order."""
-    return [view.transpose(equation.params["permutation"])]
+    order = equation.params["permutation"]
+    if isinstance(view, WeightView):
+        return [view.transpose(order)]
+    parts = (part.transpose(order) for part in view.parts)
+    return [Joined(order.index(view.axis), tuple(parts))]
 
 
 @one_view

@@ -83,7 +83,9 @@ def _axes(trace: Trace, step: Step) -> Any:
     """Which operand of a product is the weight: its batch, output and input axes."""
     if step.primitive.name != "dot_general":
         return None
-    side = next(i for i, x in enumerate(step.inputs) if x in trace.views)
+    side = next((i for i, x in enumerate(step.inputs) if x in trace.views), None)
+    if side is None:  # kernels that are joined first
+        return None
     contracted, batched = step.params["dimension_numbers"]
     batch, inputs = tuple(batched[side]), tuple(contracted[side])
     ndim = len(trace.views[step.inputs[side]].shape)  # type: ignore[index]

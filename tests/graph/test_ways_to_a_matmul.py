@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax import lax
 
 import jaxprune as jp
@@ -241,3 +242,80 @@ def test_a_stopped_gradient_and_vmap_around_it_do_not_matter():
     fn = jax.vmap(lambda p, x: x @ (lax.stop_gradient(p["w"]) * 2), in_axes=(None, 0))
     traced = jp.trace(fn, {"w": W}, X)
     assert [op.name for op in traced.linear_ops] == ["w"]
+
+
+# Kernels that are joined along their outputs, as a fused qkv or the gates of an LSTM.
+
+JOINED = {
+    "columns": lambda p: jnp.concatenate([p["a"], p["b"]], 1),
+    "rows, turned": lambda p: jnp.concatenate([p["a"].T, p["b"].T], 0).T,
+    "cast": lambda p: jnp.concatenate([p["a"], p["b"]], 1).astype(jnp.bfloat16),
+}
+BOTH = {"a": draw(7, IN, OUT), "b": draw(8, IN, 2 * OUT), "down": draw(9, 3 * OUT, 4)}
+
+
+@pytest.mark.parametrize("way", JOINED)
+def test_kernels_joined_along_their_outputs_are_pruned_as_if_apart(way):
+    def apart(p, x):
+        return jnp.tanh(jnp.concatenate([x @ p["a"], x @ p["b"]], 1)) @ p["down"]
+
+    expected = prune(apart, BOTH, [X]).params
+    seen = prune(lambda p, x: jnp.tanh(x @ JOINED[way](p)) @ p["down"], BOTH, [X])
+    for name in ("a", "b"):
+        np.testing.assert_array_equal(seen.params[name], expected[name])
+
+
+def test_kernels_joined_along_their_inputs_are_not_seen():
+    params = {"a": draw(7, 3, OUT), "b": draw(8, IN - 3, OUT)}
+    traced = jp.trace(lambda p, x: x @ jnp.concatenate([p["a"], p["b"]]), params, X)
+    assert traced.linear_ops == ()
+    assert traced.unseen["a"] == "is an operand of concatenate, dot_general"
+
+
+@pytest.mark.full
+def test_all_kernels_of_an_lstm_that_joins_them_are_pruned_as_of_one_that_does_not():
+    x = correlated(3, 5 * 7, IN).reshape(5, 7, IN)
+    fast, slow = (nn.RNN(cell(6)) for cell in (nn.OptimizedLSTMCell, nn.LSTMCell))
+    params = fast.init(jax.random.key(0), x)
+    expected = prune(slow.apply, params, [x], "wanda").params
+    found = prune(fast.apply, params, [x], "wanda").params
+    for name, kernel in jp.tree.named_leaves(found).items():
+        if kernel.ndim == 2:
+            assert (np.asarray(kernel) == 0).sum() == kernel.size // 2, name
+            np.testing.assert_array_equal(kernel, jp.tree.named_leaves(expected)[name])
+
+
+# What is said of what is not seen.
+
+
+def mostly_hidden(p, x):
+    return (x @ (p["w"] + p["more"])) @ p["last"]
+
+
+HIDDEN = {"w": W, "more": W, "last": draw(5, OUT, 2)}
+
+
+def test_a_model_of_which_less_than_half_is_seen_warns_and_says_why():
+    with pytest.warns(
+        UserWarning, match=r"only 12 of 108 .*more \(is an operand of add"
+    ):
+        prune(mostly_hidden, HIDDEN, [X])
+
+
+def test_an_explanation_of_a_trace_names_what_is_hidden_and_what_makes_the_result():
+    rows = {row.name: row for row in jp.trace(mostly_hidden, HIDDEN, X).explain()}
+    assert [rows[name].pruned for name in ("w", "more", "last")] == [False, False, True]
+    assert rows["w"].why == "is an operand of add, dot_general"
+    assert rows["last"].why == "pruned, and makes the result"
+
+
+def test_what_makes_the_result_is_behind_every_other_matrix():
+    def fn(p, x):
+        x = x + jnp.tanh(x @ p["up"]) @ p["down"]
+        return {"logits": jax.nn.log_softmax(x @ p["one"] + 1), "value": x @ p["two"]}
+
+    shapes = {"up": (IN, 4), "down": (4, IN), "one": (IN, 3), "two": (IN, 1)}
+    params = {name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    rows = jp.trace(fn, params, X).explain()
+    makers = {row.name for row in rows if row.why}
+    assert makers == {"one", "two"}
