@@ -40,6 +40,8 @@ _UNPRUNABLE = {
     "a router": r"(^|[/_])router(_?\d+)?(/[^/]*){0,2}$"
     r"|(^|/)(shared_expert_)?gate/(wg/)?weight$|moe/gate/[^/]*$",
     "decays of a state space": r"(^|/)a_log$",
+    "a depthwise convolution": rf"(^|[/_])(dw_?conv|depthwise(_conv)?(_?[123]d)?"
+    rf"|conv_?dw)\d*{_HERE}",
 }
 
 
@@ -53,9 +55,9 @@ def prunable(name: str, leaf: Any) -> bool:
     "denormalizer/kernel" may be pruned, and so may "head/mlp/kernel". "gate/weight" is
     taken for a router's; give a rule of your own where it is a gated layer's.
 
-    Kernels of depthwise convolutions may be pruned, since no shape tells them from a
-    first convolution of gray pictures, (3, 3, 1, channels). They have few weights for
-    what they do, and are usually left dense: `excluding("*/dwconv/*")`.
+    Kernels of depthwise convolutions have few weights for what they do, and are left
+    dense where they are named so ("dwconv", "depthwise", "conv_dw"): no shape tells
+    them from a first convolution of gray pictures, (3, 3, 1, channels).
 
     Args:
       name: path name of the leaf.

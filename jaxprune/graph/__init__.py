@@ -14,5 +14,6 @@ __all__ = [
     "resize_rules",
     "segments",
     "view_rules",
+    "weight_parts",
     "weight_view",
 ]

@@ -51,6 +51,21 @@ def test_a_bias_of_two_axes_is_named_as_one():
     assert row.why == "named as a bias"
 
 
+# ConvNeXt of transformers and Flax, timm, MobileNet of Flax, Keras; and no such ones.
+DEPTHWISE = [
+    "stages/0/dwconv/kernel", "blocks/conv_dw/weight", "block1/depthwise/kernel",
+    "depthwise_conv2d_3/kernel", "Block_0/DepthwiseConv_0/kernel", "dw_conv1/kernel",
+]  # fmt: skip
+CONVOLUTIONS = ["conv/kernel", "stages/0/pwconv1/kernel", "depthwiser/kernel", "dw/up"]
+
+
+@pytest.mark.parametrize("name", DEPTHWISE + CONVOLUTIONS)
+def test_depthwise_convolutions_are_left_dense_where_they_are_named_so(name):
+    why = "named as a depthwise convolution" if name in DEPTHWISE else ""
+    [row] = jp.tree.explain({name: ones(7, 7, 1, 8)})
+    assert row.why == why
+
+
 def test_the_explanation_names_the_glob_that_excludes():
     rule = jp.tree.excluding("head/*", "blocks/0/*")
     rows = {row.name: row for row in jp.tree.explain(PARAMS, prunable=rule)}
