@@ -1,6 +1,13 @@
-"""Where modules are looked through for doctests, those of torch need torch."""
+"""Where modules are looked through for doctests, some need an extra's packages."""
 
 import importlib.util
 
-if not all(map(importlib.util.find_spec, ["torch", "torchax"])):
-    collect_ignore = ["jaxprune/torch"]
+NEEDED = {
+    "jaxprune/torch": ["torch", "torchax"],
+    "jaxprune/lm/measure/harness_model.py": ["lm_eval"],
+}
+collect_ignore = [
+    path
+    for path, packages in NEEDED.items()
+    if not all(map(importlib.util.find_spec, packages))
+]

@@ -40,7 +40,7 @@ FLOORS: dict[str, set[str]] = {
     "lm.checkpoints": {"ml_dtypes"},
     "lm.models": {"flax", "PIL", "jinja2", "tokenizers"},
     "lm.texts": {"flax", "pyarrow"},
-    "lm.measure": {"flax"},
+    "lm.measure": {"flax", "lm_eval"},
     "lm.recovery": {"flax"},
     "lm.shrinking": {"flax"},
     "lm.vocabulary": {"tokenizers"},

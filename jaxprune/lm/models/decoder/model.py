@@ -15,7 +15,7 @@ References:
 """
 
 from collections.abc import Callable
-from typing import overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -258,24 +258,25 @@ def cross_entropy(
 
 
 def map_tokens(
-    fn: Callable[..., Array],
+    fn: Callable[..., Any],
     arrays: tuple[Array, ...],
     *,
     vocab: int,
     rows: int | None = None,
-) -> Float[Array, "batch time"]:
+) -> Any:
     """Applies a function that makes logits to a few tokens at a time.
 
     The gradient computes the logits again, a few tokens at a time too.
 
     Args:
-      fn: function from the arrays without their axis of time to (batch,).
+      fn: function from the arrays without their axis of time to (batch, ...), or a
+        pytree of such.
       arrays: arrays (batch, time, ...).
       vocab: number of logits that a token takes.
       rows: number of tokens at a time; see `loss_per_token`.
 
     Returns:
-      (batch, time).
+      (batch, time, ...), or a pytree of such.
 
     Raises:
       ValueError: `rows` is not at least 1.
@@ -293,7 +294,8 @@ def map_tokens(
     by_time = tuple(array.swapaxes(0, 1) for array in arrays)  # (time, batch, ...)
     at_once = min(max(1, rows // max(1, batch)), time)  # tokens of each sequence
     step = jax.checkpoint(lambda arrays: fn(*arrays))
-    return jax.lax.map(step, by_time, batch_size=at_once).T
+    mapped = jax.lax.map(step, by_time, batch_size=at_once)  # (time, batch, ...)
+    return jax.tree.map(lambda array: array.swapaxes(0, 1), mapped)
 
 
 def _causal_masks(
