@@ -38,9 +38,12 @@ _COMMANDS: dict[str, type[Any]] = {
 }
 _ABOUT = (
     "Prunes trained language models in Hugging Face directories.\n\n"
-    "For example:\n"
+    "For example, with MODEL a directory of config.json and *.safetensors:\n"
     "  jaxprune inspect MODEL\n"
     "  jaxprune prune MODEL OUT --sparsity 0.5 --calibration prose.txt code.jsonl\n"
+    "  jaxprune shrink MODEL OUT --ffn 0.25 --calibration prose.txt\n"
+    "  jaxprune eval OUT --text news.txt\n"
+    '  jaxprune sample OUT --prompt "Once upon a time"\n\n'
     "  jaxprune prune --help          the options of a subcommand\n"
     "  jaxprune --version             the version\n"
     "  jaxprune --tyro-write-completion bash FILE    completion for bash, zsh or fish"
@@ -76,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words == ["--version"]:
         print(f"jaxprune {importlib.metadata.version('jaxprune')}")
         return 0
+    if not words:
+        print(_ABOUT, file=sys.stderr)
+        return 2
     try:
         code = _run(words)
         sys.stdout.flush()

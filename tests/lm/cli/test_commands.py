@@ -192,6 +192,10 @@ def test_what_does_not_fit_is_refused_in_a_sentence(
 def test_usage_is_told_apart_from_failure(capsys):
     assert cli.main(["prune", "--no-such-flag"]) == 2
     assert cli.main([]) == 2
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert sum(line.startswith("  jaxprune ") for line in lines) >= 5
+    assert printed.out == ""
     assert cli.main(["prune", "--help"]) == 0
     assert "the share to remove, in [0, 1)" in capsys.readouterr().out
 
