@@ -17,20 +17,28 @@ import numpy as np
 
 from jaxprune.arrays import rules
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule
 from jaxprune.files.safetensors_file import Damaged as Damaged
 from jaxprune.files.safetensors_file import TensorInfo as TensorInfo
 from jaxprune.files.safetensors_file import Unknown as Unknown
 from jaxprune.files.safetensors_file import (
     damaged,
     is_plain,
-    is_text,
     read_header,
     read_json,
     view,
 )
+from jaxprune.lm.checkpoints.directory_rules import (
+    CONFIG,
+    HAS_CONFIG,
+    INDEX,
+    INDEXED,
+    INSIDE,
+    ONE_FILE,
+    PLACE,
+    PLAIN_WEIGHTS,
+    WEIGHT_MAP,
+)
 
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _FOREIGN = (*_PICKLES, ".h5", ".msgpack", ".gguf")
 _TOKENIZERS = (".model", ".tiktoken", ".spm", ".codes")
@@ -40,86 +48,6 @@ _QUANTIZED = ("quantization_config", "quantization", "compression_config")
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README")
 
 _NO_PICKLE = ", and pickle is never read, because it can run code"
-_SINGLE = "model.safetensors"
-_DAMAGED = "'{path}' is damaged: "
-_COPY = "bring the file back from a copy"
-
-_PLACE = (
-    Rule(
-        lambda v: v.place.exists(),
-        "there is no directory '{path}'",
-        f"give a local directory with {CONFIG} and *.safetensors, nothing is "
-        "downloaded",
-        error=FileNotFoundError,
-    ),
-    Rule(
-        lambda v: v.place.is_dir(),
-        f"a model is a directory with {CONFIG} and *.safetensors, but '{{path}}' is a "
-        "file",
-        "give the directory that it belongs to",
-        error=Unknown,
-    ),
-)
-_HAS_CONFIG = Rule(
-    lambda v: (v.directory / CONFIG).is_file(),
-    f"a model's directory must hold {CONFIG}, but '{{directory}}' has none",
-    "give the directory that holds it",
-    error=Unknown,
-)
-_PLAIN_WEIGHTS = Rule(
-    lambda v: not v.quantized,
-    "weights must be plain floating numbers, but {quantized[0]}",
-    "save the model dequantised and give that directory",
-    error=Unknown,
-)
-_WEIGHT_MAP = Rule(
-    lambda v: v.weight_map and is_text(v.weight_map),
-    _DAMAGED + "its weight_map is no map of tensor names to file names",
-    _COPY,
-    error=Damaged,
-)
-_INDEX = (
-    Rule(  # MLX writes an index of this file alone too
-        lambda v: _SINGLE in v.files or not (v.directory / _SINGLE).is_file(),
-        f"'{{directory}}' must hold one set of weights, but has both {_SINGLE} and "
-        f"{INDEX}",
-        "move one of the two elsewhere",
-        error=Unknown,
-    ),
-    Rule(
-        lambda v: not v.illegal,
-        _DAMAGED + "{illegal} are no names of files of its own directory",
-        _COPY,
-        error=Damaged,
-    ),
-    Rule(
-        lambda v: not v.foreign,
-        "weights must be *.safetensors, but '{path}' lists {foreign}",
-        "convert them with the safetensors package",
-        error=Unknown,
-    ),
-)
-_ONE_FILE = (
-    Rule(
-        lambda v: len(v.files) <= 1,
-        f"several safetensors files need a {INDEX} that says which belong to the "
-        "model, but '{directory}' has {candidates} and none",
-        "keep one of them, or add the index",
-        error=Unknown,
-    ),
-    Rule(
-        lambda v: v.files,
-        "weights must be *.safetensors, but '{directory}' has {foreign}{reason}",
-        "convert the model with the safetensors package and give that directory",
-        error=Unknown,
-    ),
-)
-_INSIDE = Rule(
-    lambda v: not v.out,
-    "'{path}' is a link to '{target}', outside the model's directory",
-    "copy the file into the directory",
-    error=Unknown,
-)
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with what was done last, the bytes that are done, and the bytes in all."""
@@ -295,12 +223,12 @@ def leads_out(directory: Path, name: str) -> bool:
 
 def _directory(path: str | os.PathLike[str]) -> Path:
     directory = Path(path).absolute()
-    rules.check(_PLACE, path=path, place=directory)
+    rules.check(PLACE, path=path, place=directory)
     return directory
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    rules.check([_HAS_CONFIG], directory=directory)
+    rules.check([HAS_CONFIG], directory=directory)
     path = _inside(directory, CONFIG)
     config = read_json(path)
     # A model of models says it of one of its parts.
@@ -308,7 +236,7 @@ def _config(directory: Path) -> dict[str, Any]:
     quantized = [f"'{path}' has a {k}" for k in _QUANTIZED for p in parts if p.get(k)]
     if (directory / "quantize_config.json").is_file():  # of AutoGPTQ
         quantized.append(f"'{directory}' has a quantize_config.json")
-    rules.check([_PLAIN_WEIGHTS], quantized=quantized)
+    rules.check([PLAIN_WEIGHTS], quantized=quantized)
     return config
 
 
@@ -318,10 +246,10 @@ def _index(directory: Path) -> dict[str, str] | None:
         return None
     path = _inside(directory, INDEX)
     weight_map: Any = read_json(path).get("weight_map")
-    rules.check([_WEIGHT_MAP], path=path, weight_map=weight_map)
+    rules.check([WEIGHT_MAP], path=path, weight_map=weight_map)
     files = sorted({*weight_map.values()})
     rules.check(
-        _INDEX,
+        INDEXED,
         path=path,
         directory=directory,
         files=files,
@@ -344,7 +272,7 @@ def _shards(
     # What else lies there tells the user what to convert.
     pickled = any(name.endswith(_PICKLES) for name in foreign)
     rules.check(
-        _ONE_FILE,
+        ONE_FILE,
         directory=directory,
         files=files,
         candidates=listed(files),
@@ -374,7 +302,7 @@ def _inside(directory: Path, name: str) -> Path:
     """The path of a file of the directory, refused where a link leads out of it."""
     path = directory / name
     rules.check(
-        [_INSIDE], path=path, target=path.resolve(), out=leads_out(directory, name)
+        [INSIDE], path=path, target=path.resolve(), out=leads_out(directory, name)
     )
     return path
 

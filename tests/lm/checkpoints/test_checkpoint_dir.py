@@ -195,8 +195,12 @@ def test_what_is_no_model_directory_is_unknown(tmp_path, spoil, match):
 
 
 def test_a_missing_folder_and_a_file_say_what_to_give(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing is downloaded"):
+    line = "hf download meta-llama/Llama-3.1-8B --local-dir Llama-3.1-8B"
+    with pytest.raises(FileNotFoundError, match=line):
         open_directory("meta-llama/Llama-3.1-8B")
+    for path in (tmp_path / "none", "models/my/llama", "./llama/8B", "llama"):
+        with pytest.raises(FileNotFoundError, match="give a local directory"):
+            open_directory(path)
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(Unknown, match="is a file; give the directory"):
         open_directory(tmp_path / "model.safetensors")
