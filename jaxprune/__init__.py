@@ -6,6 +6,7 @@ Chain `track_importance()` into an optax optimizer, turn what it saw into `score
 
 from jaxprune import contrib as contrib
 from jaxprune import leaves as tree
+from jaxprune import plot as plot
 from jaxprune import scores as scores
 from jaxprune import torch as torch
 from jaxprune.arrays import low_bit as low_bit
@@ -20,6 +21,7 @@ from jaxprune.masking import patterns as patterns
 from jaxprune.masking.metrics import metrics as metrics
 from jaxprune.masking.prune import prune as prune
 from jaxprune.masking.sparsity import sparsity as sparsity
+from jaxprune.masking.sweep import sweep as sweep
 from jaxprune.posttraining import passes as passes
 from jaxprune.posttraining.calibration import calibrate as calibrate
 from jaxprune.posttraining.prune_trained import PruneResult as PruneResult
@@ -63,6 +65,7 @@ __all__ = [
     "pack",
     "passes",
     "patterns",
+    "plot",
     "prune",
     "prune_trained",
     "schedules",
@@ -70,6 +73,7 @@ __all__ = [
     "shrink",
     "sparsity",
     "straight_through",
+    "sweep",
     "torch",
     "trace",
     "track_gradients",

@@ -57,6 +57,7 @@ FUNCTIONS = [
     "sparsity",
     "contrib.state_shardings",
     "straight_through",
+    "sweep",
     "trace",
     "track_gradients",
     "track_importance",
