@@ -63,21 +63,3 @@ def test_an_n_m_pattern_is_ranked_in_its_groups_without_a_search():
         program[pattern] = str(jax.make_jaxpr(tx.update)(PARAMS, state, PARAMS))
     assert "while[" not in program["n:m"]
     assert "while[" in program["weights"]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    "options", [{"pattern": "16x16"}, {"allocation": "layer"}], ids=str
-)
-def test_an_event_takes_little_memory_beside_the_scores(options):
-    params = {f"layer_{i}": jax.ShapeDtypeStruct((256, 256), "f4") for i in range(8)}
-    tx = jp.gradual(optax.adamw(0.1), {1: 0.5}, **options)
-    state = jax.eval_shape(tx.init, params)
-
-    def step(gradients, state, params):
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    program = jax.jit(step, donate_argnums=(1, 2)).lower(params, state, params)
-    memory = program.compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 1.25 * 8 * 256 * 256 * 4
