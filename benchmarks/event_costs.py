@@ -66,7 +66,7 @@ def _costs(tx: Any, leaves: int, size: int) -> dict[str, float]:
         return optax.apply_updates(params, updates), state
 
     times = [time.process_time()]
-    traced = jax.jit(step, donate_argnums=(1, 2)).trace(params, state, params)
+    traced = jax.jit(step, donate_argnums=(0, 1, 2)).trace(params, state, params)
     times.append(time.process_time())
     lowered = traced.lower()
     times.append(time.process_time())
