@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool
 
 from jaxprune.arrays import placement
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.topk import thresholds
+from jaxprune.arrays.topk import float_order, thresholds
 from jaxprune.arrays.topk.count_search import Count
 from jaxprune.masking.patterns import NM, PerOutput, Unstructured
 from jaxprune.training.event_table import PatternCounts, count_at
@@ -49,15 +49,7 @@ def masks_at(
       The boolean masks after the event.
     """
     pattern, kept = counts.pattern, count_at(event, counts.kept)
-    if not revive:
-        scores = [
-            _rank_pruned_last(pattern, mask, score, axes)
-            for mask, score, axes in zip(masks, scores, counts.axes, strict=True)
-        ]
-    units = [  # scores of units, of the pattern's own shapes
-        pattern.units(score, axes)
-        for score, axes in zip(scores, counts.axes, strict=True)
-    ]
+    units = _unit_scores(counts, masks, scores, revive=revive)
     if grow is None and isinstance(pattern, NM):
         # Units are minus the ranks inside a group: there is nothing to search for.
         least, at_event = -pattern.n, jnp.any(event)
@@ -73,6 +65,27 @@ def masks_at(
     if grow is None and not revive and pattern.sparsity is None:
         return _without_revived(event, counts, masks, new_masks)
     return new_masks
+
+
+def _unit_scores(
+    counts: PatternCounts,
+    masks: Sequence[jax.Array],
+    scores: Sequence[jax.Array],
+    *,
+    revive: bool,
+) -> list[jax.Array]:
+    """The scores of each leaf's units, of the pattern's own shapes."""
+    pattern, units = counts.pattern, list[jax.Array]()
+    for mask, score, axes in zip(masks, scores, counts.axes, strict=True):
+        if units and isinstance(score, jax.core.Tracer) and not _is_single(pattern):
+            # Pooling takes memory beside the scores, in which XLA would otherwise pool
+            # all leaves at once: behind the barrier a leaf waits for the one before.
+            behind = jax.lax.optimization_barrier((mask, score, units[-1]))
+            mask, score, units[-1] = behind
+        if not revive:
+            score = _rank_pruned_last(pattern, mask, score, axes)
+        units.append(pattern.units(score, axes))
+    return units
 
 
 def _grow(
@@ -136,9 +149,12 @@ def _without_revived(
         units = _units_with_weights(counts.pattern, old, axes)
         # By rounding, an allocation such as ERK may keep one unit more than at the
         # event before: a leaf that is as that event left it may get one back.
-        remaining = jnp.sum(units, dtype=np.uint32)
+        # Two counts: before a sum of one operand a CPU writes out what is added.
+        flags = [units, ~units]
+        remaining, absent = float_order.count_true(flags, range(units.ndim))
         rounded = kept.low[number] <= remaining + np.uint32(1)
-        on_schedule = remaining == previous.low[number]
+        size = np.uint32(units.size)
+        on_schedule = size - absent == previous.low[number]
         pruned = ~_spread(counts.pattern, units, old, axes)
         result.append(new & (old | (pruned & rounded & on_schedule)))
     return result

@@ -228,12 +228,11 @@ def _cut(
         guess = None
         if not (by_row or apart):
             guess = sampling.guess(leaves, target, line, joint=joint)
-        count = _count if traced else _count_jit
 
         def search_level(level: _Level, ties: bool) -> _Level:
             def counts(candidates: jax.Array, unsettled: jax.Array) -> list[jax.Array]:
                 leaf_counts = [
-                    count(leaf, row, level.place, candidates, unsettled, line, ties)
+                    _count(leaf, row, level.place, candidates, unsettled, line, ties)
                     for leaf, row in zip(leaves, rows, strict=True)
                 ]
                 # Counts of pipeline stages, on several devices, meet on the host.
@@ -324,6 +323,8 @@ def _next_level(
     )
 
 
+# In a larger program too: leaves of a shape are traced and lowered once.
+@functools.partial(jax.jit, static_argnames=("line", "ties"))
 def _count(
     leaf: Float[Array, "..."],
     i: Any,
@@ -370,9 +371,6 @@ def _count(
     # keep it in memory; behind the barrier it depends on the pass.
     operands = jax.lax.optimization_barrier((leaf, candidates))
     return jax.lax.cond(jnp.any(row_of(unsettled)), count, nothing, *operands)
-
-
-_count_jit = jax.jit(_count, static_argnames=("line", "ties"))
 
 
 @functools.partial(jax.jit, static_argnames="line")
