@@ -63,3 +63,32 @@ def test_an_n_m_pattern_is_ranked_in_its_groups_without_a_search():
         program[pattern] = str(jax.make_jaxpr(tx.update)(PARAMS, state, PARAMS))
     assert "while[" not in program["n:m"]
     assert "while[" in program["weights"]
+
+
+@pytest.fixture
+def optimized():
+    """What XLA fuses decides what is written out; most tests compile without it."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("pattern", ["unstructured", "16x16"])
+@pytest.mark.usefixtures("optimized")
+def test_an_event_takes_the_memory_of_its_scores_and_little_more(pattern):
+    params = {n: jax.ShapeDtypeStruct((512, 512), jnp.float32) for n in "abcdefgh"}
+    schedule = jp.schedules.cubic(0.8, 0, 100, every=10)
+    tx = jp.gradual(optax.adamw(1e-3), schedule, pattern=pattern)
+    state = jax.eval_shape(tx.init, params)
+
+    def step(gradients, state, params):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    # Of the gradients no result takes the memory, but temporaries do.
+    with pytest.warns(UserWarning, match="donated buffers"):
+        lowered = jax.jit(step, donate_argnums=(0, 1, 2)).lower(params, state, params)
+    temporaries = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert temporaries <= 1.25 * sum(4 * leaf.size for leaf in params.values())
