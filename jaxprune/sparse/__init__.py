@@ -9,4 +9,5 @@ __all__ = [
     "packed_function",
     "packed_matrix",
     "products",
+    "stored_matrix",
 ]

@@ -1,5 +1,6 @@
 """A function whose pruned weights are read packed: `jp.pack`."""
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Mapping
@@ -16,6 +17,7 @@ from jaxprune.sparse.encodings import DTYPES
 from jaxprune.sparse.packed_function import PackedFunction
 from jaxprune.sparse.packed_matrix import PackedMatrix, pack_matrix
 from jaxprune.sparse.products import Use
+from jaxprune.sparse.stored_matrix import StoredMatrix, recoded
 from jaxprune.typing import Params
 
 Values: TypeAlias = Literal["float32", "bfloat16", "float16", "int8", "int4"]
@@ -97,7 +99,7 @@ def pack(
     check(_CONCRETE, leaves=leaves)
     encoding = dict(zip(names, tree.by_rule(rules, names, None, "values"), strict=True))
     traced = trace(fn, params, batch)
-    uses, reasons = _packable(traced)
+    uses, reasons = _packable(traced, dense=dense)
     job = _Job(traced, leaves, uses)
     results, rows = [], {}
     for name, leaf in leaves.items():
@@ -124,14 +126,16 @@ def _in_place(packed: tuple[PackedMatrix, ...] | None, leaf: Any) -> Any:
     return packed[0] if len(packed) == 1 else packed
 
 
-def _packable(traced: Trace) -> tuple[dict[str, list[Use]], dict[str, str]]:
+def _packable(
+    traced: Trace, *, dense: bool
+) -> tuple[dict[str, list[Use]], dict[str, str]]:
     """The uses of each leaf that is needed in no other way, and why others are not."""
     uses: dict[str, list[Use]] = {}
     for use in products.find_uses(traced):
         uses.setdefault(use.leaf, []).append(use)
     # Looked-up rows alone are no reason to pack: nothing is read that is not needed.
     linear = {op.leaf for op in traced.linear_ops if op.operation == "dot"}
-    uses = {name: uses[name] for name in uses if name in linear}
+    uses = {name: uses[name] for name in uses if name in linear or dense}
     while True:
         flat = [use for leaf_uses in uses.values() for use in leaf_uses]
         _, needed = products.live_steps(traced.program, flat)
@@ -181,27 +185,42 @@ class _Job:
     def pack(self, name: str, encoding: Any, group: int, *, dense: bool) -> str:
         """Packs a leaf; gives the reason where it does not."""
         leaf, packed = self._leaves[name], list[PackedMatrix]()
-        places: dict[Hashable, int] = {}
+        avals, places = self._traced.program.avals, dict[Hashable, int]()
+        for use in self._uses[name]:
+            dtype = np.dtype(avals[use.value].dtype)
+            if dtype.name not in DTYPES:
+                return f"is {dtype.name} where it is multiplied"
         # Equal matrices are stored once, as those of a head and of its embedding are.
         digests: dict[Hashable, int] = {}
         for use in self._uses[name]:
             if use.key in places:
                 continue
-            weight = products.operand(self._traced, use, self._leaves)
-            if weight.dtype.name not in DTYPES:
-                return f"is {weight.dtype.name} where it is multiplied"
-            matrix = np.ascontiguousarray(use.matrix(_narrowed(weight, leaf.dtype)))
-            content = hashlib.blake2b(matrix.view(np.uint8).data).digest()
-            key = (matrix.shape, matrix.dtype.name, content)
-            if key not in digests:
-                digests[key] = len(packed)
-                packed.append(pack_matrix(matrix, values=encoding, group=group))
-            places[use.key] = digests[key]
+            content, matrix = self._matrix(use, encoding, group)
+            if content not in digests:
+                digests[content] = len(packed)
+                packed.append(matrix())
+            places[use.key] = digests[content]
         smaller = sum(matrix.nbytes for matrix in packed) < _bytes(leaf)
         if not smaller and not dense:
             return "is no smaller packed"
         self.matrices[name], self.places[name] = tuple(packed), places
         return ""
+
+    def _matrix(
+        self, use: Use, encoding: Any, group: int
+    ) -> tuple[Hashable, Callable[[], PackedMatrix]]:
+        """What tells the matrix of a use from others of its leaf, and packs it."""
+        leaf = self._leaves[use.leaf]
+        transposed = products.leaf_order(self._traced, use)
+        if isinstance(leaf, StoredMatrix) and transposed is not None:
+            packed = leaf.packed(transposed)
+            if (matrix := recoded(packed, encoding)) is not None:
+                return transposed, lambda: matrix
+        weight = products.operand(self._traced, use, self._leaves)
+        rows = np.ascontiguousarray(use.matrix(_narrowed(weight, leaf.dtype)))
+        content = hashlib.blake2b(rows.view(np.uint8).data).digest()
+        pack_rows = functools.partial(pack_matrix, rows, values=encoding, group=group)
+        return (rows.shape, rows.dtype.name, content), pack_rows
 
     def row(self, name: str, reason: str) -> dict[str, Any]:
         """The report's row of a leaf."""

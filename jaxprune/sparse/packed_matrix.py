@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.sparse import encodings, expansion
-from jaxprune.sparse.encodings import DTYPES, WORD
+from jaxprune.sparse.encodings import DTYPES, WORD, Levels
 
 
 @jax.tree_util.register_dataclass
@@ -120,27 +120,55 @@ def pack_matrix(
         kept = np.asarray(mask, bool).reshape(rows.shape)
     else:
         kept = rows.view(f"u{rows.dtype.itemsize}") != 0  # (rows, in)
-    scales, width = None, 0
     if name in DTYPES:
-        stored = rows.astype(DTYPES[name])
-    else:
-        stored, scales, width = encodings.to_levels(rows * kept, name, group)
+        return _stored(kept, rows.astype(DTYPES[name]), matrix, name, None)
+    on_levels = encodings.to_levels(rows * kept, name, group)
+    return _stored(kept, on_levels.levels, matrix, name, on_levels)
+
+
+def pack_levels(levels: Levels, *, encoding: str, dtype: Any) -> PackedMatrix:
+    """A matrix that is on levels already, packed without being rounded again.
+
+    Args:
+      levels: levels (out, in), their scales and the number of inputs that share one.
+      encoding: "int8" or "int4".
+      dtype: dtype that the matrix has unpacked.
+
+    Returns:
+      The packed matrix; levels of zero are its zeros.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxprune.sparse.encodings import Levels
+      >>> from jaxprune.sparse.packed_matrix import pack_levels
+      >>> levels = Levels(np.array([[7, 0]], np.int8), np.array([[0.5]], np.float32), 2)
+      >>> pack_levels(levels, encoding="int4", dtype="float32").unpack().tolist()
+      [[3.5, 0.0]]
+    """
+    matrix = jax.ShapeDtypeStruct(levels.levels.shape, np.dtype(dtype))
+    return _stored(levels.levels != 0, levels.levels, matrix, encoding, levels)
+
+
+def _stored(
+    kept: np.ndarray, stored: np.ndarray, matrix: Any, name: str, levels: Levels | None
+) -> PackedMatrix:
+    """Rows of stored values (rows, in), in whichever layout is smaller."""
     words, starts, flat = _with_bits(kept, stored)
     # What is smaller: a bit for each weight, or the zeros among the values.
     with_bits = words.nbytes + starts.nbytes + encodings.stored_bytes(flat.size, name)
     whole = encodings.stored_bytes(words.size * WORD, name) <= with_bits
     if whole:
         filled = np.where(kept, stored, np.zeros_like(stored))
-        flat = np.pad(filled, ((0, 0), (0, -rows.shape[1] % WORD))).reshape(-1)
+        flat = np.pad(filled, ((0, 0), (0, -stored.shape[1] % WORD))).reshape(-1)
     return PackedMatrix(
         values=jnp.asarray(encodings.store(flat, name)),
-        scales=None if scales is None else jnp.asarray(scales),
+        scales=None if levels is None else jnp.asarray(levels.scales, jnp.float32),
         words=None if whole else jnp.asarray(words),
         starts=None if whole else jnp.asarray(starts),
         shape=tuple(matrix.shape),
-        dtype=matrix.dtype,
+        dtype=np.dtype(matrix.dtype),
         encoding=name,
-        group=width,
+        group=0 if levels is None else levels.group,
     )
 
 

@@ -142,6 +142,32 @@ def _arithmetic(trace: Trace, value: Any) -> Hashable:
     return tuple(keys)
 
 
+def leaf_order(trace: Trace, use: Use) -> bool | None:
+    """Whether the matrix of a use is its leaf transposed.
+
+    Args:
+      trace: the traced program.
+      use: the use.
+
+    Returns:
+      True, or False where it is the leaf as it is; None where it is neither: a part of
+      the leaf, or one that is scaled or narrowed on its way.
+    """
+    program, view = trace.program, trace.views[use.value]
+    moves: Any = _moves(view, use.batch + use.outputs + use.inputs)
+    if moves not in ((), (Transpose((1, 0)),)):
+        return None
+    leaf = program.leaves[view.leaf]
+    positions = program_.steps_to(program, [use.value], {leaf}.__contains__)
+    dtype = np.dtype(program.avals[leaf].dtype)
+    for step in (program.steps[position] for position in positions):
+        after = np.dtype(program.avals[step.outputs[0]].dtype)
+        is_move = step.primitive.name in ("convert_element_type", "transpose", "copy")
+        if not is_move or jnp.promote_types(dtype, after) != after:
+            return None
+    return bool(moves)
+
+
 def operand(trace: Trace, use: Use, leaves: Mapping[str, Any]) -> np.ndarray:
     """The weight of a use, as the program computes it from leaves.
 
