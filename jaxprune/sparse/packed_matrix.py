@@ -149,6 +149,62 @@ def pack_levels(levels: Levels, *, encoding: str, dtype: Any) -> PackedMatrix:
     return _stored(levels.levels != 0, levels.levels, matrix, encoding, levels)
 
 
+def pack_bits(
+    mask: np.ndarray,
+    values: np.ndarray,
+    *,
+    shape: tuple[int, int],
+    dtype: Any,
+    encoding: str,
+    scales: np.ndarray | None = None,
+    group: int = 0,
+) -> PackedMatrix:
+    """A matrix of which the bits and the kept values are at hand, as in a compact file.
+
+    Args:
+      mask: uint8 (out x in / 8,), a bit a weight in C order, the lowest first; rows
+        must be of whole words of 32 weights.
+      values: kept values in that order; of "int4" uint8 with two levels a byte.
+      shape: shape (out, in) of the matrix.
+      dtype: dtype that the matrix has unpacked.
+      encoding: how the values are stored.
+      scales: float32 (out, groups) of levels; None without.
+      group: number of inputs that share a scale.
+
+    Returns:
+      The packed matrix; nothing is dense on the way.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxprune.sparse.packed_matrix import pack_bits
+      >>> mask = np.array([2, 0, 0, 0], np.uint8)
+      >>> packed = pack_bits(mask, np.array([5], np.float32), shape=(1, 32),
+      ...                    dtype="float32", encoding="float32")
+      >>> packed.unpack()[0, :3].tolist()
+      [0.0, 5.0, 0.0]
+    """
+    words = mask.view("<u4").reshape(shape[0], shape[1] // WORD)
+    starts = np.zeros(len(words) + 1, np.int32)
+    np.cumsum(np.bitwise_count(words).sum(axis=1, dtype=np.int32), out=starts[1:])
+    if encoding in encodings.BITS:
+        # Two levels of four bits share an element.
+        spare = encodings.SPARE * encodings.BITS[encoding] // 8
+        stored = np.pad(values, (0, spare))
+        stored = stored.view(np.int8) if encoding == "int8" else stored
+    else:
+        stored = encodings.store(values, encoding)
+    return PackedMatrix(
+        values=jnp.asarray(stored),
+        scales=None if scales is None else jnp.asarray(scales),
+        words=jnp.asarray(words),
+        starts=jnp.asarray(starts),
+        shape=shape,
+        dtype=np.dtype(dtype),
+        encoding=encoding,
+        group=group,
+    )
+
+
 def _stored(
     kept: np.ndarray, stored: np.ndarray, matrix: Any, name: str, levels: Levels | None
 ) -> PackedMatrix:
