@@ -3,7 +3,7 @@
 `generate`, `measure_perplexity` and `measure_speed` run it as they run a `Decoder`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,21 @@ class PackedDecoder(nnx.Module):
         return self._fn(jax.tree.unflatten(self._structure, arrays), batch)
 
 
+class PackedModel(NamedTuple):
+    """A packed language model.
+
+    Attributes:
+      decoder: the model itself.
+      leaves: leaf name to what stands in its place: an array, a `PackedMatrix`, or
+        several.
+      report: report of `jp.pack`.
+    """
+
+    decoder: PackedDecoder
+    leaves: dict[str, Any]
+    report: dict[str, Any]
+
+
 def decoder_function(graphdef: Any) -> Any:
     """The parts of a decoder as one function of parameters and a batch.
 
@@ -98,7 +113,7 @@ def pack_decoder(
     *,
     values: Values | None = None,
     group: int = 128,
-) -> tuple[PackedDecoder, dict[str, Any]]:
+) -> PackedModel:
     """A language model with its matrices packed, leaf by leaf.
 
     Matrices without zeros are stored whole. What lies packed in a compact file, or on
@@ -111,25 +126,29 @@ def pack_decoder(
       group: number of inputs that share a scale, where `values` rounds to levels.
 
     Returns:
-      The decoder, and the report of `jp.pack`.
+      The decoder, and what was packed.
 
     Raises:
       Damaged: a compact file is not what its contents say.
     """
     grid = compact_sizes.provenance_grid(source)
+    named = tree.named_leaves(model.params)
+    structure = jax.tree.structure(model.params)
     leaves = [
         _stored_leaf(leaf, source, model.names[name], grid)
-        for name, leaf in tree.named_leaves(model.params).items()
+        for name, leaf in named.items()
     ]
     packed = pack(
         decoder_function(model.graphdef),
-        jax.tree.unflatten(jax.tree.structure(model.params), leaves),
+        jax.tree.unflatten(structure, leaves),
         {"text": jax.ShapeDtypeStruct((1, 1), jnp.int32)},
         values=values,
         group=group,
         dense=True,
     )
-    return PackedDecoder(packed, model.config), packed.report
+    decoder = PackedDecoder(packed, model.config)
+    in_place = structure.flatten_up_to(packed.params)
+    return PackedModel(decoder, dict(zip(named, in_place, strict=True)), packed.report)
 
 
 def _stored_leaf(leaf: Any, source: CheckpointDir, tensor: Any, grid: Any) -> Any:
