@@ -4,10 +4,12 @@ __all__ = [
     "cpu_kernels",
     "encodings",
     "expansion",
+    "grouped",
     "matmul",
     "pack",
     "packed_function",
     "packed_matrix",
     "products",
+    "split_matrix",
     "stored_matrix",
 ]

@@ -93,6 +93,15 @@ def store(values: np.ndarray, name: str) -> np.ndarray:
     return nibbles[0::2] | nibbles[1::2] << 4
 
 
+def stored_values(values: jax.Array, name: str) -> np.ndarray:
+    """What `store` was given and its spare elements; of int4 there may be one more."""
+    stored = np.asarray(values)
+    if name != "int4":
+        return stored
+    nibbles = np.stack([stored & 15, stored >> 4], axis=1).reshape(-1)
+    return ((nibbles ^ 8).astype(np.int8) - 8).astype(np.int8)
+
+
 def load(values: jax.Array, positions: jax.Array, name: str) -> jax.Array:
     """The values at some positions: floats as they are, levels as float32."""
     if name == "int4":

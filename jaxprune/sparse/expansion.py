@@ -55,7 +55,9 @@ def _whole_rows(packed: Any, rows: jax.Array) -> jax.Array:
     width = -(-packed.shape[-1] // WORD) * WORD  # rows are filled up
     stored = width // 2 if packed.encoding == "int4" else width
     table = encodings.as_bits(packed.values)
-    parts = jax.vmap(lambda row: jax.lax.dynamic_slice(table, (row * stored,), (stored,)))
+    parts = jax.vmap(
+        lambda row: jax.lax.dynamic_slice(table, (row * stored,), (stored,))
+    )
     return encodings.decode(parts(rows), packed.encoding)[:, : packed.shape[-1]]
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.arrays import lazy, tree
 from jaxprune.arrays.rules import Rule, check, finds_none
@@ -17,6 +18,7 @@ from jaxprune.sparse.encodings import DTYPES
 from jaxprune.sparse.packed_function import PackedFunction
 from jaxprune.sparse.packed_matrix import PackedMatrix, pack_matrix
 from jaxprune.sparse.products import Use
+from jaxprune.sparse.split_matrix import split_rows
 from jaxprune.sparse.stored_matrix import StoredMatrix, recoded
 from jaxprune.typing import Params
 
@@ -58,6 +60,9 @@ def pack(
     Everything else stays as it is, and the report says why. The result is that of the
     original function to float32 rounding, unless `values` rounds.
 
+    A leaf that is split over a mesh is packed split by output: each device has its own
+    rows, and no packed array moves.
+
     Where the distribution `jaxprune-kernels` is installed, a few vectors at a time are
     multiplied on CPU by kernels that read only what is stored, which is what makes
     decoding faster. Elsewhere, and on GPU and TPU, rows are expanded tile by tile: less
@@ -98,7 +103,9 @@ def pack(
     leaves = tree.named_leaves(params)
     check(_CONCRETE, leaves=leaves)
     encoding = dict(zip(names, tree.by_rule(rules, names, None, "values"), strict=True))
-    traced = trace(fn, params, batch)
+    # Without shardings, since what is packed lies on devices in another way.
+    abstract = jax.tree.map(products.abstract, lazy.abstract(params))
+    traced = trace(fn, abstract, jax.tree.map(products.abstract, batch))
     uses, reasons = _packable(traced, dense=dense)
     job = _Job(traced, leaves, uses)
     results, rows = [], {}
@@ -108,7 +115,6 @@ def pack(
         results.append(_in_place(job.matrices.get(name), leaf))
         rows[name] = job.row(name, reasons[name])
     structure = jax.tree.structure(params)
-    abstract = jax.tree.map(products.abstract, lazy.abstract(params))
     report = {
         "weights": rows,
         "before": sum(row["before"] for row in rows.values()),
@@ -119,7 +125,7 @@ def pack(
     return PackResult(packed_fn, jax.tree.unflatten(structure, results), report)
 
 
-def _in_place(packed: tuple[PackedMatrix, ...] | None, leaf: Any) -> Any:
+def _in_place(packed: tuple[Any, ...] | None, leaf: Any) -> Any:
     """What stands in a leaf's place: itself, a matrix, or several."""
     if packed is None:
         return lazy.array(leaf)
@@ -179,12 +185,12 @@ class _Job:
         self, traced: Trace, leaves: Mapping[str, Any], uses: Mapping[str, list[Use]]
     ) -> None:
         self._traced, self._leaves, self._uses = traced, leaves, uses
-        self.matrices: dict[str, tuple[PackedMatrix, ...]] = {}
+        self.matrices: dict[str, tuple[Any, ...]] = {}
         self.places: dict[str, dict[Hashable, int]] = {}
 
     def pack(self, name: str, encoding: Any, group: int, *, dense: bool) -> str:
         """Packs a leaf; gives the reason where it does not."""
-        leaf, packed = self._leaves[name], list[PackedMatrix]()
+        leaf, packed = self._leaves[name], list[Any]()
         avals, places = self._traced.program.avals, dict[Hashable, int]()
         for use in self._uses[name]:
             dtype = np.dtype(avals[use.value].dtype)
@@ -198,7 +204,7 @@ class _Job:
             content, matrix = self._matrix(use, encoding, group)
             if content not in digests:
                 digests[content] = len(packed)
-                packed.append(matrix())
+                packed.append(_on_devices(matrix(), leaf))
             places[use.key] = digests[content]
         smaller = sum(matrix.nbytes for matrix in packed) < _bytes(leaf)
         if not smaller and not dense:
@@ -236,6 +242,22 @@ class _Job:
             "before": _bytes(leaf),
             "after": sum(matrix.nbytes for matrix in packed) or _bytes(leaf),
         }
+
+
+def _on_devices(packed: PackedMatrix, leaf: Any) -> Any:
+    """A packed matrix on the devices of its leaf, its rows split if the leaf is."""
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return packed
+    axes = tuple(
+        name
+        for part in sharding.spec
+        for name in ((part,) if isinstance(part, str) else part or ())
+    )
+    # Several matrices, of experts say, are whole on each device.
+    if axes and len(packed.shape) == 2:
+        return split_rows(packed, sharding.mesh, axes)
+    return jax.device_put(packed, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def _narrowed(weight: np.ndarray, dtype: Any) -> np.ndarray:

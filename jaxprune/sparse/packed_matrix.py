@@ -8,6 +8,7 @@ where the number of inputs is a multiple of 32.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -202,6 +203,45 @@ def pack_bits(
         dtype=np.dtype(dtype),
         encoding=encoding,
         group=group,
+    )
+
+
+def stack_packed(matrices: Sequence[PackedMatrix]) -> PackedMatrix | None:
+    """Several packed matrices of one shape as one of three axes.
+
+    Args:
+      matrices: matrices (out, in), packed alike.
+
+    Returns:
+      The matrices (batch, out, in); None where they are not packed alike.
+    """
+    first = matrices[0]
+    layouts = {
+        (m.shape, m.dtype, m.encoding, m.group, m.words is None) for m in matrices
+    }
+    if len(layouts) > 1:
+        return None
+    spare, starts = encodings.SPARE, [np.zeros(1, np.int32)]
+    flat = [encodings.stored_values(m.values, m.encoding)[:-spare] for m in matrices]
+    if first.words is not None:
+        # Of int4 the number of stored values is even, and one may be none.
+        flat = [v[: int(m.starts[-1])] for v, m in zip(flat, matrices, strict=True)]
+        for matrix in matrices:
+            starts.append(np.asarray(matrix.starts)[1:] + starts[-1][-1])
+    values = encodings.store(np.concatenate(flat), first.encoding)
+
+    def joined(name: str) -> Any:
+        if getattr(first, name) is None:
+            return None
+        return jnp.concatenate([getattr(matrix, name) for matrix in matrices])
+
+    return dataclasses.replace(
+        first,
+        values=jnp.asarray(values),
+        scales=joined("scales"),
+        words=joined("words"),
+        starts=None if first.starts is None else jnp.asarray(np.concatenate(starts)),
+        shape=(len(matrices), *first.shape),
     )
 
 

@@ -1,11 +1,12 @@
 """Where a traced program meets the matrices of its leaves: products and looked-up rows.
 
 A use is a step of the program, and the matrix (batch, out, in) that a leaf is to it.
-Steps of two kinds can do with a packed matrix: a `dot_general` of a leaf with an
-activation, and a `gather` of whole rows, as of an embedding that the head shares.
+Steps of three kinds can do with a packed matrix: a `dot_general` of a leaf with an
+activation, a `ragged_dot` with those of experts, and a `gather` of whole rows, as of an
+embedding that the head shares.
 """
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +19,9 @@ from jaxprune.graph.linear_ops import Trace
 from jaxprune.graph.program import Fixed, Program, Step
 from jaxprune.graph.weight_view import Transpose, WeightView
 from jaxprune.sparse import expansion
+from jaxprune.sparse.grouped import grouped_matmul
 from jaxprune.sparse.matmul import matmul
-from jaxprune.sparse.packed_matrix import PackedMatrix
+from jaxprune.sparse.split_matrix import SplitMatrix, split_expand, split_matmul
 
 
 class Use(NamedTuple):
@@ -81,6 +83,8 @@ def find_uses(trace: Trace) -> list[Use]:
 
 def _axes(trace: Trace, step: Step) -> Any:
     """Which operand of a product is the weight: its batch, output and input axes."""
+    if program_.is_grouped(step):
+        return 1, (0,), (2,), (1,)
     if step.primitive.name != "dot_general":
         return None
     side = next(i for i, x in enumerate(step.inputs) if x in trace.views)
@@ -155,7 +159,8 @@ def leaf_order(trace: Trace, use: Use) -> bool | None:
     """
     program, view = trace.program, trace.views[use.value]
     moves: Any = _moves(view, use.batch + use.outputs + use.inputs)
-    if moves not in ((), (Transpose((1, 0)),)):
+    turned = Transpose((*range(len(use.batch)), len(use.batch) + 1, len(use.batch)))
+    if moves not in ((), (turned,)):
         return None
     leaf = program.leaves[view.leaf]
     positions = program_.steps_to(program, [use.value], {leaf}.__contains__)
@@ -223,38 +228,47 @@ def live_steps(program: Program, uses: Iterable[Use]) -> tuple[list[int], set[in
     return positions[::-1], needed
 
 
-def apply(use: Use, step: Step, x: Any, packed: PackedMatrix, aval: Any) -> Any:
+def apply(use: Use, step: Step, operands: Sequence[Any], packed: Any, aval: Any) -> Any:
     """The result of a step whose weight is packed.
 
     Args:
       use: the use.
       step: its step.
-      x: the other operand.
-      packed: matrix of the use.
+      operands: operands of the step, that of the weight being left out.
+      packed: matrix of the use, `PackedMatrix` or `SplitMatrix`.
       aval: shape and dtype of the result.
 
     Returns:
       The result, of that shape and dtype.
     """
+    precision = step.params.get("precision")
+    if program_.is_grouped(step):
+        rows, _, sizes = operands
+        product = grouped_matmul(rows, packed, sizes, precision=precision)
+        return product.astype(aval.dtype)
+    x = jnp.asarray(operands[1 - use.side])
     if step.primitive.name == "gather":
         return _gathered(step, x, packed).reshape(aval.shape).astype(aval.dtype)
     contracted, batched = step.params["dimension_numbers"]
     last, first = contracted[1 - use.side], batched[1 - use.side]
     free = [a for a in range(x.ndim) if a not in (*last, *first)]
     moved = x.transpose(*first, *free, *last)  # (batch..., samples..., in...)
-    matrices = packed.shape[:-2]
+    matrices = packed.shape[:-2]  # () of one
     rows = moved.reshape(*matrices, -1, packed.shape[-1])
-    product = matmul(rows, packed, precision=step.params["precision"])
+    multiply: Any = split_matmul if isinstance(packed, SplitMatrix) else matmul
+    product = multiply(rows, packed, precision=precision)
     if use.side == 0:  # the weight's axes come first in the result
         product = jnp.swapaxes(product, -1, -2)
     return product.reshape(aval.shape).astype(aval.dtype)
 
 
-def _gathered(step: Step, indices: jax.Array, packed: PackedMatrix) -> jax.Array:
+def _gathered(step: Step, indices: jax.Array, packed: Any) -> jax.Array:
     """Rows of a packed matrix, those out of bounds as the step's mode says."""
     mode, numbers = step.params["mode"], indices.reshape(-1)
     bounded = jnp.clip(numbers, 0, packed.rows - 1)
-    rows = expansion.expand(packed, bounded)  # (count, in)
+    is_split = isinstance(packed, SplitMatrix)
+    expand: Any = split_expand if is_split else expansion.expand
+    rows = expand(packed, bounded)  # (count, in)
     if mode != jax.lax.GatherScatterMode.FILL_OR_DROP:
         return rows
     fill = step.params["fill_value"]

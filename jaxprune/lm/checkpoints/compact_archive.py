@@ -57,7 +57,7 @@ def open_archive(path: Path) -> Archive:
 
 
 def checked_chunks(archive: Archive, name: str) -> Iterator[np.ndarray]:
-    """The bits of a tensor, chunk by chunk; `Damaged` behind the last if not its own."""
+    """The bits of a tensor, chunk by chunk; `Damaged` at the end if they are others."""
     digest = hashlib.sha256()
     for part in decode_tensor(archive, name):
         digest.update(part.data)

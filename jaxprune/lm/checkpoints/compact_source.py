@@ -85,15 +85,24 @@ def open_source(path: Path) -> Iterator[CheckpointDir]:
     with tempfile.TemporaryDirectory() as scratch:
         for name, digest in archive.files.items():
             _write_small(archive, name, digest, Path(scratch) / name)
-        opened = open_directory(scratch)
-        yield CompactSource(**vars(opened), archive=archive)
+        try:
+            opened = open_directory(scratch)
+            yield CompactSource(**vars(opened), archive=archive)
+        except ValueError as error:
+            # Who gave a file knows nothing of the scratch directory.
+            place = str(Path(scratch).absolute())
+            if place not in str(error):
+                raise
+            raise type(error)(str(error).replace(place, str(path))) from None
 
 
 def _write_small(archive: Archive, name: str, digest: str, path: Path) -> None:
     """Writes a file of the directory; of one with weights, all but the weights."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if f"file/{name}" in archive.entries:
-        content = b"".join(part.tobytes() for part in chunks(archive.look(f"file/{name}")))
+        content = b"".join(
+            part.tobytes() for part in chunks(archive.look(f"file/{name}"))
+        )
         if hashlib.sha256(content).hexdigest() != digest:
             raise damaged(archive.path, f"'{name}' in it is not what went in")
         path.write_bytes(content)

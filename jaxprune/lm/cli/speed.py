@@ -9,15 +9,15 @@ import tyro
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.cli.options import Options
 from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.option_rules import at_least, idle_without, option_values
+from jaxprune.lm.jobs.option_rules import at_least, option_values
 from jaxprune.lm.jobs.option_types import UNSET, Count, Names, choice_of
-from jaxprune.lm.jobs.packing import Packing
+from jaxprune.lm.jobs.packing import PACKING_RULES, Packing
 from jaxprune.lm.jobs.settings import Dtype, Loading
 from jaxprune.lm.jobs.speed import read_candidates, speed_table, time_candidates
 
 _RULES = (
     *(at_least(option, 1) for option in ("prompt", "steps", "batch", "rounds")),
-    idle_without(Packing, "values", "packed", "--packed, whose weights it is about"),
+    *PACKING_RULES,
     Rule(
         lambda v: len({*v.models}) == len(v.models),
         "each model is timed by its name, but one is given twice",

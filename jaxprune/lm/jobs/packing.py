@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.checkpoints.finite import check_names
 from jaxprune.lm.jobs.console import Console
@@ -40,12 +39,8 @@ class Packing:
 
 PACKING_RULES = (
     idle_without(Packing, "values", "packed", "--packed, whose weights it is about"),
-    Rule(
-        lambda v: not (v.packed and v.mesh),
-        "--packed runs on one device, got --mesh {mesh}; leave one out",
-    ),
 )
-"""What the options keep, with those of `Devices`."""
+"""What the options keep."""
 
 
 def open_packable(

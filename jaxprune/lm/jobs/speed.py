@@ -43,7 +43,11 @@ class Candidate(NamedTuple):
 
 
 def read_candidates(
-    paths: Sequence[Path], loading: Loading, packing: Packing, batch: int, console: Console
+    paths: Sequence[Path],
+    loading: Loading,
+    packing: Packing,
+    batch: int,
+    console: Console,
 ) -> dict[str, Candidate]:
     """The models that are timed, all in memory.
 
@@ -72,9 +76,7 @@ def read_candidates(
     return candidates
 
 
-def _candidate(
-    model: LoadedModel, source: Any, form: Packing, batch: int
-) -> Candidate:
+def _candidate(model: LoadedModel, source: Any, form: Packing, batch: int) -> Candidate:
     facts: dict[str, Any] = {"dtype": model.config.dtype, "packed": None}
     if form.packed:
         packed = pack_decoder(model, source, values=form.values)

@@ -18,7 +18,7 @@ from jaxprune.lm.models.decoder.cache import Cache, empty_cache
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.sparse.pack import PackResult, Values, pack
-from jaxprune.sparse.packed_matrix import PackedMatrix
+from jaxprune.sparse.packed_matrix import PackedMatrix, stack_packed
 from jaxprune.sparse.stored_matrix import StoredMatrix
 
 
@@ -153,17 +153,21 @@ def pack_decoder(
 
 def _stored_leaf(leaf: Any, source: CheckpointDir, tensor: Any, grid: Any) -> Any:
     """A lazy leaf that can be packed as its file has it."""
-    if leaf.ndim != 2 or tensor.experts:
+    if leaf.ndim != (3 if tensor.experts else 2):
         return leaf
 
-    def packed(transposed: bool) -> PackedMatrix:
-        # The tensor may be the leaf transposed, and the matrix either of both.
-        return packed_tensor(
-            source,
-            tensor.name,
-            leaf.dtype,
-            transposed=transposed != tensor.transposed,
-            grid=grid,
-        )
+    def packed(transposed: bool) -> PackedMatrix | None:
+        # A tensor may be the leaf transposed, and the matrix either of both.
+        matrices = [
+            packed_tensor(
+                source,
+                name,
+                leaf.dtype,
+                transposed=transposed != tensor.transposed,
+                grid=grid,
+            )
+            for name in tensor.names
+        ]
+        return stack_packed(matrices) if tensor.experts else matrices[0]
 
     return StoredMatrix(leaf.shape, leaf.dtype, leaf.read, leaf.sharding, packed=packed)
