@@ -106,7 +106,7 @@ def load(values: jax.Array, positions: jax.Array, name: str) -> jax.Array:
     """The values at some positions: floats as they are, levels as float32."""
     if name == "int4":
         pairs = values[positions >> 1].astype(jnp.int32)
-        return _signed(pairs >> (4 * (positions & 1)) & 15)
+        return signed(pairs >> (4 * (positions & 1)) & 15)
     return decode(as_bits(values)[positions], name)
 
 
@@ -131,13 +131,13 @@ def decode(bits: jax.Array, name: str) -> jax.Array:
     if name == "int4":
         pairs = bits.astype(jnp.int32)
         nibbles = jnp.stack([pairs & 15, pairs >> 4], axis=-1)  # (..., stored, 2)
-        return _signed(nibbles).reshape(*bits.shape[:-1], -1)
+        return signed(nibbles).reshape(*bits.shape[:-1], -1)
     if name == "int8":
         return jax.lax.bitcast_convert_type(bits, jnp.int8).astype(jnp.float32)
     return jax.lax.bitcast_convert_type(bits, DTYPES[name])
 
 
-def _signed(nibbles: jax.Array) -> jax.Array:
+def signed(nibbles: jax.Array) -> jax.Array:
     """Levels of four bits, of which the fourth is the sign, as float32."""
     return ((nibbles ^ 8) - 8).astype(jnp.float32)
 

@@ -41,6 +41,7 @@ def grouped_matmul(
       [[2.0], [2.0], [3.0]]
     """
     groups, outputs, _ = packed.shape
+    rows, sizes = jnp.asarray(rows), jnp.asarray(sizes)
     count = len(rows)
     length = _block_length(count, groups)
     # A block may reach behind the last row: `dynamic_slice` would move it back.

@@ -140,7 +140,7 @@ def _packable(
     for use in products.find_uses(traced):
         uses.setdefault(use.leaf, []).append(use)
     # Looked-up rows alone are no reason to pack: nothing is read that is not needed.
-    linear = {op.leaf for op in traced.linear_ops if op.operation == "dot"}
+    linear = {op.leaf for op in traced.linear_ops}
     uses = {name: uses[name] for name in uses if name in linear or dense}
     while True:
         flat = [use for leaf_uses in uses.values() for use in leaf_uses]

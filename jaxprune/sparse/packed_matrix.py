@@ -7,6 +7,7 @@ where the number of inputs is a multiple of 32.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.sparse import encodings, expansion
@@ -80,6 +82,25 @@ class PackedMatrix:
     def unpack(self) -> jax.Array:
         """The matrix as it was packed, of its shape and dtype."""
         return unpack(self)
+
+
+def _static_bytes(static: Any) -> bytes:
+    """The static fields, for `jax.export`."""
+    shape, dtype, encoding, group = static
+    return json.dumps([list(shape), np.dtype(dtype).name, encoding, group]).encode()
+
+
+def _static_fields(content: bytes) -> Any:
+    shape, dtype, encoding, group = json.loads(content)
+    return tuple(shape), DTYPES[dtype], encoding, group
+
+
+export.register_pytree_node_serialization(
+    PackedMatrix,
+    serialized_name="jaxprune.PackedMatrix",
+    serialize_auxdata=_static_bytes,
+    deserialize_auxdata=_static_fields,
+)
 
 
 def pack_matrix(

@@ -1,9 +1,9 @@
 """Where a traced program meets the matrices of its leaves: products and looked-up rows.
 
 A use is a step of the program, and the matrix (batch, out, in) that a leaf is to it.
-Steps of three kinds can do with a packed matrix: a `dot_general` of a leaf with an
-activation, a `ragged_dot` with those of experts, and a `gather` of whole rows, as of an
-embedding that the head shares.
+Steps of four kinds can do with a packed matrix: a `dot_general` of a leaf with an
+activation, a `ragged_dot` with those of experts, a convolution of 1 x 1, and a `gather`
+of whole rows, as of an embedding that the head shares.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -85,6 +85,9 @@ def _axes(trace: Trace, step: Step) -> Any:
     """Which operand of a product is the weight: its batch, output and input axes."""
     if program_.is_grouped(step):
         return 1, (0,), (2,), (1,)
+    if _is_pointwise(trace.program, step):
+        outputs, *inputs = step.params["dimension_numbers"].rhs_spec
+        return 1, (), (outputs,), tuple(inputs)
     if step.primitive.name != "dot_general":
         return None
     side = next(i for i, x in enumerate(step.inputs) if x in trace.views)
@@ -94,6 +97,19 @@ def _axes(trace: Trace, step: Step) -> Any:
     outputs = tuple(a for a in range(ndim) if a not in batch + inputs)
     # Without outputs a leaf is a vector, and of no axes nothing is saved.
     return (side, batch, outputs, inputs) if outputs and inputs else None
+
+
+def _is_pointwise(program: Program, step: Step) -> bool:
+    """Whether a step is a convolution of 1 x 1, without padding: a product."""
+    if step.primitive.name != "conv_general_dilated":
+        return False
+    params = step.params
+    shape = program.avals[step.inputs[1]].shape  # type: ignore[index]
+    window = [shape[axis] for axis in params["dimension_numbers"].rhs_spec[2:]]
+    groups = params["feature_group_count"], params["batch_group_count"]
+    return {*window, *groups, *params["lhs_dilation"]} == {1} and not np.any(
+        params["padding"]
+    )
 
 
 def _row_axes(trace: Trace, step: Step) -> Any:
@@ -249,17 +265,39 @@ def apply(use: Use, step: Step, operands: Sequence[Any], packed: Any, aval: Any)
     x = jnp.asarray(operands[1 - use.side])
     if step.primitive.name == "gather":
         return _gathered(step, x, packed).reshape(aval.shape).astype(aval.dtype)
+    if step.primitive.name == "conv_general_dilated":
+        return _pointwise(step, x, packed).astype(aval.dtype)
     contracted, batched = step.params["dimension_numbers"]
     last, first = contracted[1 - use.side], batched[1 - use.side]
     free = [a for a in range(x.ndim) if a not in (*last, *first)]
     moved = x.transpose(*first, *free, *last)  # (batch..., samples..., in...)
     matrices = packed.shape[:-2]  # () of one
     rows = moved.reshape(*matrices, -1, packed.shape[-1])
-    multiply: Any = split_matmul if isinstance(packed, SplitMatrix) else matmul
-    product = multiply(rows, packed, precision=precision)
+    product = _multiply(rows, packed, precision)
     if use.side == 0:  # the weight's axes come first in the result
         product = jnp.swapaxes(product, -1, -2)
     return product.reshape(aval.shape).astype(aval.dtype)
+
+
+def _multiply(rows: jax.Array, packed: Any, precision: Any) -> jax.Array:
+    multiply: Any = split_matmul if isinstance(packed, SplitMatrix) else matmul
+    return multiply(rows, packed, precision=precision)
+
+
+def _pointwise(step: Step, x: jax.Array, packed: Any) -> jax.Array:
+    """A convolution of 1 x 1 as the product of its channels."""
+    numbers = step.params["dimension_numbers"]
+    batch, channels, *space = numbers.lhs_spec
+    strides = [1] * x.ndim
+    for axis, stride in zip(space, step.params["window_strides"], strict=True):
+        strides[axis] = stride
+    x = jax.lax.slice(x, (0,) * x.ndim, x.shape, strides)
+    x = x.transpose(batch, *space, channels)  # (batch, ..., in)
+    rows = x.reshape(-1, x.shape[-1])
+    y = _multiply(rows, packed, step.params["precision"])
+    y = y.reshape(*x.shape[:-1], -1)  # (batch, ..., out)
+    to_batch, to_channels, *to_space = numbers.out_spec
+    return jnp.moveaxis(y, range(y.ndim), (to_batch, *to_space, to_channels))
 
 
 def _gathered(step: Step, indices: jax.Array, packed: Any) -> jax.Array:

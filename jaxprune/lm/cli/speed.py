@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
+from jaxprune.arrays.messages import columns
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.cli.options import Options
 from jaxprune.lm.jobs.console import Console
@@ -13,7 +14,8 @@ from jaxprune.lm.jobs.option_rules import at_least, option_values
 from jaxprune.lm.jobs.option_types import UNSET, Count, Names, choice_of
 from jaxprune.lm.jobs.packing import PACKING_RULES, Packing
 from jaxprune.lm.jobs.settings import Dtype, Loading
-from jaxprune.lm.jobs.speed import read_candidates, speed_table, time_candidates
+from jaxprune.lm.jobs.speed import read_candidates, time_candidates
+from jaxprune.lm.report import speeds
 
 _RULES = (
     *(at_least(option, 1) for option in ("prompt", "steps", "batch", "rounds")),
@@ -73,5 +75,5 @@ class Speed(Options):
             batch=self.batch,
             rounds=self.rounds,
         )
-        console.say(speed_table(record))
+        console.say(columns(speeds.model_rows(record), right=True))
         return record

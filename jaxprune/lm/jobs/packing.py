@@ -16,7 +16,7 @@ from jaxprune.lm.jobs.option_types import UNSET, Switch, choice_of
 from jaxprune.lm.jobs.settings import Devices, Loading
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.loaded_model import LoadedModel, device_mesh, open_model
-from jaxprune.lm.models.packed import PackedDecoder, pack_decoder
+from jaxprune.lm.packing.packed_decoder import PackedDecoder, pack_decoder
 
 Values: TypeAlias = Literal["float32", "bfloat16", "int8", "int4"]
 

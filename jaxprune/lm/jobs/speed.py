@@ -9,7 +9,6 @@ import jax
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.console_progress import Progress
-from jaxprune.arrays.messages import columns
 from jaxprune.lm.checkpoints.compact_source import open_source
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.opening import note_ignored, read_dense
@@ -23,8 +22,7 @@ from jaxprune.lm.jobs.settings import Devices, Loading
 from jaxprune.lm.measure import speed
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.loaded_model import LoadedModel
-from jaxprune.lm.models.packed import pack_decoder
-from jaxprune.lm.report.speeds import UNCLEAR
+from jaxprune.lm.packing.packed_decoder import pack_decoder
 
 _LOOKED_UP = ("embedding/embedding", "position_embedding/embedding")
 
@@ -159,28 +157,3 @@ def time_candidates(
             results[name]["ratios"] = ratios
     numbers = {"prompt": prompt, "steps": steps, "batch": batch, "rounds": rounds}
     return {**numbers, "models": results}
-
-
-def speed_table(record: Mapping[str, Any]) -> str:
-    """The speeds of all models, for people."""
-    header = ["tokens a second", "products", "bytes a token"]
-    for phase in speed.PHASES:
-        header += [phase, "times as fast", "by round"]
-    rows = [header]
-    for name, model in record["models"].items():
-        size = f"{model['bytes_a_step'] / record['batch']:,.0f}"
-        row = [name, model["dtype"], size]
-        for phase in speed.PHASES:
-            row += [f"{model[phase]:,.1f}", *_ratio_cells(model, phase)]
-        rows.append(row)
-    return columns(rows, right=True)
-
-
-def _ratio_cells(model: Mapping[str, Any], phase: str) -> list[str]:
-    if "ratios" not in model:
-        return ["1", ""]
-    ratio = model["ratios"][phase]
-    factor = f"{ratio['ratio']:.2f}"
-    if not ratio["distinguishable"]:
-        factor += f", {UNCLEAR}"
-    return [factor, f"{ratio['low']:.2f} to {ratio['high']:.2f}"]

@@ -21,7 +21,7 @@ from jaxprune.lm.checkpoints.levels import Grid
 from jaxprune.lm.jobs.speed import step_bytes
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.loaded_model import open_model
-from jaxprune.lm.models.packed import pack_decoder
+from jaxprune.lm.packing.packed_decoder import pack_decoder
 from jaxprune.sparse.packed_matrix import PackedMatrix
 
 __all__ = ["place"]
@@ -45,6 +45,7 @@ def packed(path, **options):
         return pack_decoder(open_model(source), source, **options)
 
 
+@pytest.mark.full
 def test_packed_models_have_the_perplexity_of_the_directory(pruned, capsys):
     words = ["--text", pruned / "rows.npy", "--batch", "8"]
     expected = tiny_cli.nats(pruned / "pruned", np.load(pruned / "rows.npy")).mean()
@@ -73,7 +74,9 @@ def test_matrices_of_a_compact_file_are_never_dense(pruned, monkeypatch):
 
     def only_vectors(self, name):
         entry = self.archive.tensors[name]
-        assert len(entry["shape"]) < 2 or entry["encoding"] == "dense", name
+        # Rows of 48 weights are no whole words; such a matrix is dense for a moment.
+        whole_words = len(entry["shape"]) == 2 and entry["shape"][1] % 32 == 0
+        assert not whole_words or entry["encoding"] == "dense", name
         return read(self, name)
 
     monkeypatch.setattr(CompactSource, "read", only_vectors)
@@ -81,6 +84,7 @@ def test_matrices_of_a_compact_file_are_never_dense(pruned, monkeypatch):
     assert leaves[DOWN].words is not None
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4)])
 @pytest.mark.parametrize("as_file", [False, True])
 def test_levels_are_the_files_and_are_not_rounded_again(tmp_path, name, bits, as_file):
@@ -124,6 +128,7 @@ def write_rounding(folder, grid):
     (folder / rewrite.NAME).write_text(json.dumps(record))
 
 
+@pytest.mark.full
 def test_values_are_kept_as_asked_for(pruned, capsys):
     words = ["--text", pruned / "rows.npy", "--packed", "--values"]
     expected = tiny_cli.nats(pruned / "pruned", np.load(pruned / "rows.npy")).mean()
@@ -175,6 +180,7 @@ def test_a_packed_model_runs_on_a_mesh(pruned, capsys):
     assert record["texts"]["rows.npy"]["nats"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.full
 def test_models_are_timed_in_turn_and_beside_the_first(pruned, capsys):
     paths = [pruned / "model", pruned / "pruned.jaxprune"]
     words = ["--packed", "--prompt", "4", "--steps", "2", "--rounds", "3"]

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxprune.arrays import tree
 from jaxprune.lm.checkpoints import compact_sizes
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.checkpoints.stored_matrices import packed_tensor
+from jaxprune.lm.packing.packed_tensor import packed_tensor
 from jaxprune.lm.models.decoder.cache import Cache, empty_cache
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.loaded_model import LoadedModel
