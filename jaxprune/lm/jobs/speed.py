@@ -102,10 +102,11 @@ def step_bytes(leaves: Mapping[str, Any], config: DecoderConfig, batch: int) -> 
     total = 0.0
     for name, leaf in leaves.items():
         size = sum(array.nbytes for array in jax.tree.leaves(leaf))
-        shape = getattr(leaf, "shape", ())
+        shape = getattr(leaf, "shape", ())  # of several parts none is a table
         tied = config.tie_weights and name == _LOOKED_UP[0]
         if name in _LOOKED_UP and not tied:
             size *= batch / max(1, shape[0])
+        # Experts are stacked in front; a token is sent to a few of them.
         elif config.experts and len(shape) == 3 and shape[0] == config.experts:
             size *= min(1, batch * config.experts_per_token / config.experts)
         total += size

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int
 from jaxprune.arrays import tree
 from jaxprune.lm.checkpoints import compact_sizes
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.packing.packed_tensor import packed_tensor
 from jaxprune.lm.models.decoder.cache import Cache, empty_cache
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.loaded_model import LoadedModel
+from jaxprune.lm.packing.packed_tensor import packed_tensor
 from jaxprune.sparse.pack import PackResult, Values, pack
 from jaxprune.sparse.packed_matrix import PackedMatrix, stack_packed
 from jaxprune.sparse.stored_matrix import StoredMatrix
@@ -33,6 +33,7 @@ class PackedDecoder(nnx.Module):
           config: shape of the model.
         """
         self.config = config
+        # Flat, since a parameter of NNX is one array: a packed matrix has several.
         arrays, self._structure = jax.tree.flatten(packed.params)
         self.arrays = nnx.List([nnx.Param(array) for array in arrays])
         self._fn = packed.fn
@@ -51,7 +52,7 @@ class PackedDecoder(nnx.Module):
         self, x: Float[Array, "batch time w"], cache: Cache | None = None
     ) -> tuple[Float[Array, "batch vocab"], Cache | None]:
         """Logits after the last of embedded tokens, and the longer cache."""
-        x, cache = self.states(x, cache=cache)
+        x, cache = self.states(x, cache=cache)  # (batch, time, w)
         return self.logits(x[:, -1]), cache
 
     def logits(self, x: Float[Array, "... w"]) -> Float[Array, "... vocab"]:
@@ -94,6 +95,7 @@ def decoder_function(graphdef: Any) -> Any:
       embedded as, "x" (and "cache") the states, "states" the logits.
     """
 
+    # One function, so that all parts share the packed matrices of one trace.
     def run(params: Any, batch: dict[str, Any]) -> Any:
         model = nnx.merge(graphdef, params)
         if "text" in batch:
@@ -138,6 +140,7 @@ def pack_decoder(
         _stored_leaf(leaf, source, model.names[name], grid)
         for name, leaf in named.items()
     ]
+    # Stored whole, a matrix without zeros is still one that the kernels multiply.
     packed = pack(
         decoder_function(model.graphdef),
         jax.tree.unflatten(structure, leaves),

@@ -56,6 +56,7 @@ def packed_tensor(
     # Of the axes of the tensor, the last holds the inputs, or the one before.
     if scales is None or (scales.axis == -1) == transposed:
         return pack_matrix(np.ascontiguousarray(matrix, dtype))
+    # Exact: `find_scales` takes only scales that give every value back.
     whole = levels.to_levels(tensor.reshape(-1), scales.of(0, tensor.size))
     numbers, factors = whole.reshape(tensor.shape), scales.values
     on_levels = Levels(
