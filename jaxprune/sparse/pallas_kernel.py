@@ -2,8 +2,9 @@
 
 It reads the arrays of a `PackedMatrix` as they are. A program has a block of rows and
 goes from word to word: how many bits are set before a weight's says where its value
-lies. It has been run in interpret mode and lowered for CUDA, and never timed, so
-nothing takes it by itself.
+lies. It has been run in interpret mode and lowered for CUDA by Triton, which newer
+releases of JAX deprecate in Pallas. It has never been timed, so nothing takes it by
+itself.
 """
 
 import functools
