@@ -47,7 +47,7 @@ class Speed(Options):
       ignore_config: attributes of config.json to read as if they were not there.
     """
 
-    EXAMPLE: ClassVar = "jaxprune speed MODEL PRUNED --packed"
+    EXAMPLE: ClassVar = "jaxprune speed MODEL OUT --packed"
 
     models: Annotated[
         tyro.conf.Positional[tuple[Path, ...]],
