@@ -246,9 +246,10 @@ def stack_packed(matrices: Sequence[PackedMatrix]) -> PackedMatrix | None:
     flat = [encodings.stored_values(m.values, m.encoding)[:-spare] for m in matrices]
     if first.words is not None:
         # Of int4 the number of stored values is even, and one may be none.
-        flat = [v[: int(m.starts[-1])] for v, m in zip(flat, matrices, strict=True)]
-        for matrix in matrices:
-            starts.append(np.asarray(matrix.starts)[1:] + starts[-1][-1])
+        ends = [np.asarray(matrix.starts)[1:] for matrix in matrices]  # (out,) each
+        flat = [v[: end[-1]] for v, end in zip(flat, ends, strict=True)]
+        for end in ends:
+            starts.append(end + starts[-1][-1])
     values = encodings.store(np.concatenate(flat), first.encoding)
 
     def joined(name: str) -> Any:

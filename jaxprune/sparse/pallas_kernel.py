@@ -69,12 +69,14 @@ def pallas_matmul(
     """
     check(_RULES, packed=packed)
     outputs, inputs = packed.shape
-    samples, words = len(x), packed.words.shape[1]
+    all_words: Any = packed.words
+    all_starts: Any = packed.starts
+    samples, words = len(x), all_words.shape[1]
     blocks = pl.cdiv(outputs, ROWS)
     # Rows behind the last have no bits, inputs behind the last meet none.
     extra = blocks * ROWS - outputs
-    bits = jnp.pad(packed.words, ((0, extra), (0, 0)))  # (blocks x ROWS, words)
-    starts = jnp.pad(packed.starts[:-1], (0, extra))
+    bits = jnp.pad(all_words, ((0, extra), (0, 0)))  # (blocks x ROWS, words)
+    starts = jnp.pad(all_starts[:-1], (0, extra))
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, words * WORD - inputs)))
     arrays = [bits, starts, packed.values, x]
     if packed.scales is not None:
