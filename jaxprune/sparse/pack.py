@@ -247,7 +247,8 @@ class _Job:
 def _on_devices(packed: PackedMatrix, leaf: Any) -> Any:
     """A packed matrix on the devices of its leaf, its rows split if the leaf is."""
     sharding = getattr(leaf, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+    mesh: Any = getattr(sharding, "mesh", None)
+    if not isinstance(sharding, NamedSharding) or mesh.size == 1:
         return packed
     axes = tuple(
         name
@@ -256,8 +257,8 @@ def _on_devices(packed: PackedMatrix, leaf: Any) -> Any:
     )
     # Several matrices, of experts say, are whole on each device.
     if axes and len(packed.shape) == 2:
-        return split_rows(packed, sharding.mesh, axes)
-    return jax.device_put(packed, NamedSharding(sharding.mesh, PartitionSpec()))
+        return split_rows(packed, mesh, axes)
+    return jax.device_put(packed, NamedSharding(mesh, PartitionSpec()))
 
 
 def _narrowed(weight: np.ndarray, dtype: Any) -> np.ndarray:

@@ -18,6 +18,7 @@ from jaxprune.lm.jobs.speed import read_candidates, time_candidates
 from jaxprune.lm.report import speeds
 
 _RULES = (
+    Rule(lambda v: v.models, "speed needs at least one model, got none"),
     *(at_least(option, 1) for option in ("prompt", "steps", "batch", "rounds")),
     *PACKING_RULES,
     Rule(
@@ -51,7 +52,7 @@ class Speed(Options):
 
     models: Annotated[
         tyro.conf.Positional[tuple[Path, ...]],
-        tyro.conf.arg(metavar="MODEL [MODEL ...]"),
+        tyro.conf.arg(metavar="MODEL [MODEL ...]", help_behavior_hint=""),
     ]
     prompt: Count = 256
     steps: Count = 32

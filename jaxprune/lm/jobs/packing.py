@@ -14,9 +14,8 @@ from jaxprune.lm.jobs.opening import read_dense
 from jaxprune.lm.jobs.option_rules import idle_without
 from jaxprune.lm.jobs.option_types import UNSET, Switch, choice_of
 from jaxprune.lm.jobs.settings import Devices, Loading
-from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.loaded_model import LoadedModel, device_mesh, open_model
-from jaxprune.lm.packing.packed_decoder import PackedDecoder, pack_decoder
+from jaxprune.lm.packing.packed_decoder import pack_decoder
 
 Values: TypeAlias = Literal["float32", "bfloat16", "int8", "int4"]
 
@@ -69,7 +68,7 @@ def open_packable(
 
 def read_decoder(
     model: LoadedModel, source: CheckpointDir, packing: Packing, console: Console
-) -> tuple[Decoder | PackedDecoder, dict[str, Any] | None]:
+) -> tuple[Any, dict[str, Any] | None]:
     """Reads a model's parameters, packed if that is asked for; they must be finite.
 
     Args:
@@ -79,7 +78,7 @@ def read_decoder(
       console: where it says what it packed.
 
     Returns:
-      The decoder, and a record of the packing or None.
+      The `Decoder` or `PackedDecoder`, and a record of the packing or None.
 
     Raises:
       ValueError: a tensor holds NaN or infinity; the sentence names all such.

@@ -76,6 +76,7 @@ def read_candidates(
 
 def _candidate(model: LoadedModel, source: Any, form: Packing, batch: int) -> Candidate:
     facts: dict[str, Any] = {"dtype": model.config.dtype, "packed": None}
+    decoder: Any
     if form.packed:
         packed = pack_decoder(model, source, values=form.values)
         decoder, leaves = packed.decoder, packed.leaves
@@ -102,7 +103,9 @@ def step_bytes(leaves: Mapping[str, Any], config: DecoderConfig, batch: int) -> 
     total = 0.0
     for name, leaf in leaves.items():
         size = sum(array.nbytes for array in jax.tree.leaves(leaf))
-        shape = getattr(leaf, "shape", ())  # of several parts none is a table
+        shape: tuple[int, ...] = getattr(
+            leaf, "shape", ()
+        )  # of several parts none is a table
         tied = config.tie_weights and name == _LOOKED_UP[0]
         if name in _LOOKED_UP and not tied:
             size *= batch / max(1, shape[0])

@@ -135,7 +135,7 @@ def pack_decoder(
     """
     grid = compact_sizes.provenance_grid(source)
     named = tree.named_leaves(model.params)
-    structure = jax.tree.structure(model.params)
+    structure: Any = jax.tree.structure(model.params)
     leaves = [
         _stored_leaf(leaf, source, model.names[name], grid)
         for name, leaf in named.items()

@@ -203,6 +203,9 @@ def test_models_are_timed_in_turn_and_beside_the_first(pruned, capsys):
 
 
 def test_a_model_is_not_timed_twice(pruned, capsys):
+    code, _, err = run(capsys, "speed")
+    assert code != 0
+    assert "MODEL" in err or "at least one model" in err
     path = pruned / "pruned"
     code, _, err = run(capsys, "speed", path, path)
     assert code == 1

@@ -100,8 +100,9 @@ def load(
       8
     """
     parameters.check_options(dtype, compute_dtype, shardings, mesh)
-    is_open = isinstance(directory, CheckpointDir)
-    opened = directory if is_open else open_directory(directory)
+    opened = (
+        directory if isinstance(directory, CheckpointDir) else open_directory(directory)
+    )
     try:
         family = families.find_family(opened.config)
         config, ignored = family.read(
