@@ -121,9 +121,9 @@ def add_outer(
         )
         return made.at[group].add(term)
 
-    length = _length(left_rows.shape[0], sizes.size)
+    length = block_length(left_rows.shape[0], sizes.size)
     padded = [jnp.pad(x, ((0, length), (0, 0))) for x in (left_rows, right_rows)]
-    return _over_blocks(add, initial, sizes, length)
+    return over_blocks(add, initial, sizes, length)
 
 
 def sums(
@@ -150,7 +150,7 @@ def _product(
     dtype: Any,
 ) -> Array:
     """Each row times its group's matrix, summed over one of the matrix's axes."""
-    length = _length(rows.shape[0], sizes.size)
+    length = block_length(rows.shape[0], sizes.size)
     # A block may reach behind the last row: `dynamic_slice` would move it back.
     padded = jnp.pad(rows, ((0, length), (0, 0)))  # (rows + length, in)
     outputs = weight.shape[3 - contracted]
@@ -170,15 +170,15 @@ def _product(
         return jax.lax.dynamic_update_slice_in_dim(made, part, start, 0)
 
     made = jnp.zeros((rows.shape[0] + length, outputs), dtype)
-    return _over_blocks(add, made, sizes, length)[: rows.shape[0]]
+    return over_blocks(add, made, sizes, length)[: rows.shape[0]]
 
 
-def _length(rows: int, groups: int) -> int:
+def block_length(rows: int, groups: int) -> int:
     """How many rows a block has."""
     return min(_LONGEST, max(_SHORTEST, rows // max(groups, 1)))
 
 
-def _over_blocks(
+def over_blocks(
     add: Callable[[Array, Array, Array, Array], Array],
     made: Array,
     sizes: Int[Array, " groups"],

@@ -9,6 +9,7 @@ __all__ = [
     "jobs",
     "measure",
     "models",
+    "packing",
     "recovery",
     "report",
     "shrinking",

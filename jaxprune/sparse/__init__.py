@@ -4,9 +4,13 @@ __all__ = [
     "cpu_kernels",
     "encodings",
     "expansion",
+    "grouped",
     "matmul",
     "pack",
     "packed_function",
     "packed_matrix",
+    "pallas_kernel",
     "products",
+    "split_matrix",
+    "stored_matrix",
 ]

@@ -93,19 +93,53 @@ def store(values: np.ndarray, name: str) -> np.ndarray:
     return nibbles[0::2] | nibbles[1::2] << 4
 
 
+def stored_values(values: jax.Array, name: str) -> np.ndarray:
+    """What `store` was given and its spare elements; of int4 there may be one more."""
+    stored = np.asarray(values)
+    if name != "int4":
+        return stored
+    nibbles = np.stack([stored & 15, stored >> 4], axis=1).reshape(-1)
+    return ((nibbles ^ 8).astype(np.int8) - 8).astype(np.int8)
+
+
 def load(values: jax.Array, positions: jax.Array, name: str) -> jax.Array:
     """The values at some positions: floats as they are, levels as float32."""
     if name == "int4":
         pairs = values[positions >> 1].astype(jnp.int32)
-        nibbles = pairs >> (4 * (positions & 1)) & 15
-        return ((nibbles ^ 8) - 8).astype(jnp.float32)  # the fourth bit is the sign
-    if name == "int8":
-        return values[positions].astype(jnp.float32)
-    # As integers, since a platform without two-byte floats computes in wider ones, and
-    # what a NaN says besides would be lost.
+        return signed(pairs >> (4 * (positions & 1)) & 15)
+    return decode(as_bits(values)[positions], name)
+
+
+def as_bits(values: jax.Array) -> jax.Array:
+    """Stored values as unsigned integers of their width, to be picked as they are."""
+    # A platform without two-byte floats computes in wider ones, and what a NaN says
+    # besides would be lost.
     form = jnp.dtype(f"uint{8 * values.dtype.itemsize}")
-    bits = jax.lax.bitcast_convert_type(values, form)[positions]
-    return jax.lax.bitcast_convert_type(bits, values.dtype)
+    return jax.lax.bitcast_convert_type(values, form)
+
+
+def decode(bits: jax.Array, name: str) -> jax.Array:
+    """The values of which `as_bits` gave these: floats, or levels as float32.
+
+    Args:
+      bits: unsigned integers (..., stored).
+      name: how they are stored.
+
+    Returns:
+      (..., stored), or twice as many of "int4".
+    """
+    if name == "int4":
+        pairs = bits.astype(jnp.int32)
+        nibbles = jnp.stack([pairs & 15, pairs >> 4], axis=-1)  # (..., stored, 2)
+        return signed(nibbles).reshape(*bits.shape[:-1], -1)
+    if name == "int8":
+        return jax.lax.bitcast_convert_type(bits, jnp.int8).astype(jnp.float32)
+    return jax.lax.bitcast_convert_type(bits, DTYPES[name])
+
+
+def signed(nibbles: jax.Array) -> jax.Array:
+    """Levels of four bits, of which the fourth is the sign, as float32."""
+    return ((nibbles ^ 8) - 8).astype(jnp.float32)
 
 
 def stored_bytes(count: int, name: str) -> int:

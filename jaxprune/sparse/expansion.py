@@ -34,23 +34,31 @@ def expand(packed: Any, rows: jax.Array) -> jax.Array:
     """
     inputs = packed.shape[-1]
     if packed.words is None:
-        width = -(-inputs // WORD) * WORD  # rows are filled up
-        positions = rows[:, None] * width + jnp.arange(inputs)[None]  # (count, in)
-        bits = None
+        values = _whole_rows(packed, rows)
     else:
         places = jnp.arange(WORD, dtype=jnp.uint32)[None, None]
         bits = packed.words[rows][..., None] >> places & 1  # (count, words, 32)
         bits = bits.reshape(len(rows), -1)[:, :inputs].astype(jnp.int32)  # (count, in)
         before = jnp.cumsum(bits, axis=1) - bits
         positions = packed.starts[rows][:, None] + before
-    values = encodings.load(packed.values, positions, packed.encoding)
-    if bits is not None:
+        values = encodings.load(packed.values, positions, packed.encoding)
         values = _zero_where(bits == 0, values)
     if packed.scales is None:
         return values
     # A scale for each weight of the row: groups lie along the inputs.
     groups = jnp.arange(inputs) // max(1, packed.group)  # (in,)
     return values * packed.scales[rows][:, groups]
+
+
+def _whole_rows(packed: Any, rows: jax.Array) -> jax.Array:
+    """Rows of which all weights are stored, (count, in)."""
+    width = -(-packed.shape[-1] // WORD) * WORD  # rows are filled up
+    stored = width // 2 if packed.encoding == "int4" else width
+    table = encodings.as_bits(packed.values)
+    parts = jax.vmap(
+        lambda row: jax.lax.dynamic_slice(table, (row * stored,), (stored,))
+    )
+    return encodings.decode(parts(rows), packed.encoding)[:, : packed.shape[-1]]
 
 
 def _zero_where(pruned: jax.Array, values: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """A function whose pruned weights are read packed: `jp.pack`."""
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Mapping
@@ -7,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.arrays import lazy, tree
 from jaxprune.arrays.rules import Rule, check, finds_none
@@ -16,6 +18,8 @@ from jaxprune.sparse.encodings import DTYPES
 from jaxprune.sparse.packed_function import PackedFunction
 from jaxprune.sparse.packed_matrix import PackedMatrix, pack_matrix
 from jaxprune.sparse.products import Use
+from jaxprune.sparse.split_matrix import split_rows
+from jaxprune.sparse.stored_matrix import StoredMatrix, recoded
 from jaxprune.typing import Params
 
 Values: TypeAlias = Literal["float32", "bfloat16", "float16", "int8", "int4"]
@@ -55,6 +59,9 @@ def pack(
     becomes a `PackedMatrix` where that is smaller: a bit a weight, and the kept values.
     Everything else stays as it is, and the report says why. The result is that of the
     original function to float32 rounding, unless `values` rounds.
+
+    A leaf that is split over a mesh is packed split by output: each device has its own
+    rows, and no packed array moves.
 
     Where the distribution `jaxprune-kernels` is installed, a few vectors at a time are
     multiplied on CPU by kernels that read only what is stored, which is what makes
@@ -96,8 +103,10 @@ def pack(
     leaves = tree.named_leaves(params)
     check(_CONCRETE, leaves=leaves)
     encoding = dict(zip(names, tree.by_rule(rules, names, None, "values"), strict=True))
-    traced = trace(fn, params, batch)
-    uses, reasons = _packable(traced)
+    # Without shardings, since what is packed lies on devices in another way.
+    abstract = jax.tree.map(products.abstract, lazy.abstract(params))
+    traced = trace(fn, abstract, jax.tree.map(products.abstract, batch))
+    uses, reasons = _packable(traced, dense=dense)
     job = _Job(traced, leaves, uses)
     results, rows = [], {}
     for name, leaf in leaves.items():
@@ -106,7 +115,6 @@ def pack(
         results.append(_in_place(job.matrices.get(name), leaf))
         rows[name] = job.row(name, reasons[name])
     structure = jax.tree.structure(params)
-    abstract = jax.tree.map(products.abstract, lazy.abstract(params))
     report = {
         "weights": rows,
         "before": sum(row["before"] for row in rows.values()),
@@ -117,21 +125,23 @@ def pack(
     return PackResult(packed_fn, jax.tree.unflatten(structure, results), report)
 
 
-def _in_place(packed: tuple[PackedMatrix, ...] | None, leaf: Any) -> Any:
+def _in_place(packed: tuple[Any, ...] | None, leaf: Any) -> Any:
     """What stands in a leaf's place: itself, a matrix, or several."""
     if packed is None:
         return lazy.array(leaf)
     return packed[0] if len(packed) == 1 else packed
 
 
-def _packable(traced: Trace) -> tuple[dict[str, list[Use]], dict[str, str]]:
+def _packable(
+    traced: Trace, *, dense: bool
+) -> tuple[dict[str, list[Use]], dict[str, str]]:
     """The uses of each leaf that is needed in no other way, and why others are not."""
     uses: dict[str, list[Use]] = {}
     for use in products.find_uses(traced):
         uses.setdefault(use.leaf, []).append(use)
     # Looked-up rows alone are no reason to pack: nothing is read that is not needed.
-    linear = {op.leaf for op in traced.linear_ops if op.operation == "dot"}
-    uses = {name: uses[name] for name in uses if name in linear}
+    linear = {op.leaf for op in traced.linear_ops}
+    uses = {name: uses[name] for name in uses if name in linear or dense}
     while True:
         flat = [use for leaf_uses in uses.values() for use in leaf_uses]
         _, needed = products.live_steps(traced.program, flat)
@@ -175,33 +185,48 @@ class _Job:
         self, traced: Trace, leaves: Mapping[str, Any], uses: Mapping[str, list[Use]]
     ) -> None:
         self._traced, self._leaves, self._uses = traced, leaves, uses
-        self.matrices: dict[str, tuple[PackedMatrix, ...]] = {}
+        self.matrices: dict[str, tuple[Any, ...]] = {}
         self.places: dict[str, dict[Hashable, int]] = {}
 
     def pack(self, name: str, encoding: Any, group: int, *, dense: bool) -> str:
         """Packs a leaf; gives the reason where it does not."""
-        leaf, packed = self._leaves[name], list[PackedMatrix]()
-        places: dict[Hashable, int] = {}
+        leaf, packed = self._leaves[name], list[Any]()
+        avals, places = self._traced.program.avals, dict[Hashable, int]()
+        for use in self._uses[name]:
+            dtype = np.dtype(avals[use.value].dtype)
+            if dtype.name not in DTYPES:
+                return f"is {dtype.name} where it is multiplied"
         # Equal matrices are stored once, as those of a head and of its embedding are.
         digests: dict[Hashable, int] = {}
         for use in self._uses[name]:
             if use.key in places:
                 continue
-            weight = products.operand(self._traced, use, self._leaves)
-            if weight.dtype.name not in DTYPES:
-                return f"is {weight.dtype.name} where it is multiplied"
-            matrix = np.ascontiguousarray(use.matrix(_narrowed(weight, leaf.dtype)))
-            content = hashlib.blake2b(matrix.view(np.uint8).data).digest()
-            key = (matrix.shape, matrix.dtype.name, content)
-            if key not in digests:
-                digests[key] = len(packed)
-                packed.append(pack_matrix(matrix, values=encoding, group=group))
-            places[use.key] = digests[key]
+            content, matrix = self._matrix(use, encoding, group)
+            if content not in digests:
+                digests[content] = len(packed)
+                packed.append(_on_devices(matrix(), leaf))
+            places[use.key] = digests[content]
         smaller = sum(matrix.nbytes for matrix in packed) < _bytes(leaf)
         if not smaller and not dense:
             return "is no smaller packed"
         self.matrices[name], self.places[name] = tuple(packed), places
         return ""
+
+    def _matrix(
+        self, use: Use, encoding: Any, group: int
+    ) -> tuple[Hashable, Callable[[], PackedMatrix]]:
+        """What tells the matrix of a use from others of its leaf, and packs it."""
+        leaf = self._leaves[use.leaf]
+        transposed = products.leaf_order(self._traced, use)
+        if isinstance(leaf, StoredMatrix) and transposed is not None:
+            packed = leaf.packed(transposed)
+            if (matrix := recoded(packed, encoding)) is not None:
+                return transposed, lambda: matrix
+        weight = products.operand(self._traced, use, self._leaves)
+        rows = np.ascontiguousarray(use.matrix(_narrowed(weight, leaf.dtype)))
+        content = hashlib.blake2b(rows.view(np.uint8).data).digest()
+        pack_rows = functools.partial(pack_matrix, rows, values=encoding, group=group)
+        return (rows.shape, rows.dtype.name, content), pack_rows
 
     def row(self, name: str, reason: str) -> dict[str, Any]:
         """The report's row of a leaf."""
@@ -217,6 +242,23 @@ class _Job:
             "before": _bytes(leaf),
             "after": sum(matrix.nbytes for matrix in packed) or _bytes(leaf),
         }
+
+
+def _on_devices(packed: PackedMatrix, leaf: Any) -> Any:
+    """A packed matrix on the devices of its leaf, its rows split if the leaf is."""
+    sharding = getattr(leaf, "sharding", None)
+    mesh: Any = getattr(sharding, "mesh", None)
+    if not isinstance(sharding, NamedSharding) or mesh.size == 1:
+        return packed
+    axes = tuple(
+        name
+        for part in sharding.spec
+        for name in ((part,) if isinstance(part, str) else part or ())
+    )
+    # Several matrices, of experts say, are whole on each device.
+    if axes and len(packed.shape) == 2:
+        return split_rows(packed, mesh, axes)
+    return jax.device_put(packed, NamedSharding(mesh, PartitionSpec()))
 
 
 def _narrowed(weight: np.ndarray, dtype: Any) -> np.ndarray:

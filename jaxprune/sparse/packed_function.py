@@ -10,7 +10,7 @@ from jaxprune.arrays.rules import Rule, check, finds_none
 from jaxprune.graph.linear_ops import Trace, trace
 from jaxprune.graph.program import Fixed
 from jaxprune.sparse import products
-from jaxprune.sparse.packed_matrix import PackedMatrix, is_packed_matrix
+from jaxprune.sparse.packed_matrix import is_packed_matrix
 from jaxprune.sparse.products import Use
 from jaxprune.typing import Params
 
@@ -129,8 +129,8 @@ class _Program:
                 continue
             matrix = _matrix(leaves[self._leaf[position]], self._place[position])
             (number,) = step.outputs
-            x = jnp.asarray(operands[1 - use.side])
-            env[number] = products.apply(use, step, x, matrix, flat.avals[number])
+            aval = flat.avals[number]
+            env[number] = products.apply(use, step, operands, matrix, aval)
         results = [
             jnp.asarray(x.value) if isinstance(x, Fixed) else env[x]
             for x in flat.outputs
@@ -138,8 +138,8 @@ class _Program:
         return jax.tree.unflatten(self._structure, results)
 
 
-def _matrix(leaf: Any, place: int) -> PackedMatrix:
-    return leaf if is_packed_matrix(leaf) else leaf[place]
+def _matrix(leaf: Any, place: int) -> Any:
+    return leaf[place] if isinstance(leaf, tuple) else leaf
 
 
 def _batch_key(batch: Any) -> Hashable:

@@ -7,16 +7,19 @@ where the number of inputs is a multiple of 32.
 """
 
 import dataclasses
+import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.sparse import encodings, expansion
-from jaxprune.sparse.encodings import DTYPES, WORD
+from jaxprune.sparse.encodings import DTYPES, WORD, Levels
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +84,25 @@ class PackedMatrix:
         return unpack(self)
 
 
+def _static_bytes(static: Any) -> bytes:
+    """The static fields, for `jax.export`."""
+    shape, dtype, encoding, group = static
+    return json.dumps([list(shape), np.dtype(dtype).name, encoding, group]).encode()
+
+
+def _static_fields(content: bytes) -> Any:
+    shape, dtype, encoding, group = json.loads(content)
+    return tuple(shape), DTYPES[dtype], encoding, group
+
+
+export.register_pytree_node_serialization(
+    PackedMatrix,
+    serialized_name="jaxprune.PackedMatrix",
+    serialize_auxdata=_static_bytes,
+    deserialize_auxdata=_static_fields,
+)
+
+
 def pack_matrix(
     matrix: Any, *, mask: Any = None, values: str | None = None, group: int = 128
 ) -> PackedMatrix:
@@ -120,27 +142,151 @@ def pack_matrix(
         kept = np.asarray(mask, bool).reshape(rows.shape)
     else:
         kept = rows.view(f"u{rows.dtype.itemsize}") != 0  # (rows, in)
-    scales, width = None, 0
     if name in DTYPES:
-        stored = rows.astype(DTYPES[name])
+        return _stored(kept, rows.astype(DTYPES[name]), matrix, name, None)
+    on_levels = encodings.to_levels(rows * kept, name, group)
+    return _stored(kept, on_levels.levels, matrix, name, on_levels)
+
+
+def pack_levels(levels: Levels, *, encoding: str, dtype: Any) -> PackedMatrix:
+    """A matrix that is on levels already, packed without being rounded again.
+
+    Args:
+      levels: levels (out, in), their scales and the number of inputs that share one.
+      encoding: "int8" or "int4".
+      dtype: dtype that the matrix has unpacked.
+
+    Returns:
+      The packed matrix; levels of zero are its zeros.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxprune.sparse.encodings import Levels
+      >>> from jaxprune.sparse.packed_matrix import pack_levels
+      >>> levels = Levels(np.array([[7, 0]], np.int8), np.array([[0.5]], np.float32), 2)
+      >>> pack_levels(levels, encoding="int4", dtype="float32").unpack().tolist()
+      [[3.5, 0.0]]
+    """
+    matrix = jax.ShapeDtypeStruct(levels.levels.shape, np.dtype(dtype))
+    return _stored(levels.levels != 0, levels.levels, matrix, encoding, levels)
+
+
+def pack_bits(
+    mask: np.ndarray,
+    values: np.ndarray,
+    *,
+    shape: tuple[int, int],
+    dtype: Any,
+    encoding: str,
+    scales: np.ndarray | None = None,
+    group: int = 0,
+) -> PackedMatrix:
+    """A matrix of which the bits and the kept values are at hand, as in a compact file.
+
+    Args:
+      mask: uint8 (out x in / 8,), a bit a weight in C order, the lowest first; rows
+        must be of whole words of 32 weights.
+      values: kept values in that order; of "int4" uint8 with two levels a byte.
+      shape: shape (out, in) of the matrix.
+      dtype: dtype that the matrix has unpacked.
+      encoding: how the values are stored.
+      scales: float32 (out, groups) of levels; None without.
+      group: number of inputs that share a scale.
+
+    Returns:
+      The packed matrix; nothing is dense on the way.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxprune.sparse.packed_matrix import pack_bits
+      >>> mask = np.array([2, 0, 0, 0], np.uint8)
+      >>> packed = pack_bits(mask, np.array([5], np.float32), shape=(1, 32),
+      ...                    dtype="float32", encoding="float32")
+      >>> packed.unpack()[0, :3].tolist()
+      [0.0, 5.0, 0.0]
+    """
+    words = mask.view("<u4").reshape(shape[0], shape[1] // WORD)
+    starts = np.zeros(len(words) + 1, np.int32)
+    np.cumsum(np.bitwise_count(words).sum(axis=1, dtype=np.int32), out=starts[1:])
+    if encoding in encodings.BITS:
+        # Two levels of four bits share an element.
+        spare = encodings.SPARE * encodings.BITS[encoding] // 8
+        stored = np.pad(values, (0, spare))
+        stored = stored.view(np.int8) if encoding == "int8" else stored
     else:
-        stored, scales, width = encodings.to_levels(rows * kept, name, group)
+        stored = encodings.store(values, encoding)
+    return PackedMatrix(
+        values=jnp.asarray(stored),
+        scales=None if scales is None else jnp.asarray(scales),
+        words=jnp.asarray(words),
+        starts=jnp.asarray(starts),
+        shape=shape,
+        dtype=np.dtype(dtype),
+        encoding=encoding,
+        group=group,
+    )
+
+
+def stack_packed(matrices: Sequence[PackedMatrix]) -> PackedMatrix | None:
+    """Several packed matrices of one shape as one of three axes.
+
+    Args:
+      matrices: matrices (out, in), packed alike.
+
+    Returns:
+      The matrices (batch, out, in); None where they are not packed alike.
+    """
+    first = matrices[0]
+    layouts = {
+        (m.shape, m.dtype, m.encoding, m.group, m.words is None) for m in matrices
+    }
+    if len(layouts) > 1:
+        return None
+    spare, starts = encodings.SPARE, [np.zeros(1, np.int32)]
+    flat = [encodings.stored_values(m.values, m.encoding)[:-spare] for m in matrices]
+    if first.words is not None:
+        # Of int4 the number of stored values is even, and one may be none.
+        ends = [np.asarray(matrix.starts)[1:] for matrix in matrices]  # (out,) each
+        flat = [v[: end[-1]] for v, end in zip(flat, ends, strict=True)]
+        for end in ends:
+            starts.append(end + starts[-1][-1])
+    values = encodings.store(np.concatenate(flat), first.encoding)
+
+    def joined(name: str) -> Any:
+        if getattr(first, name) is None:
+            return None
+        return jnp.concatenate([getattr(matrix, name) for matrix in matrices])
+
+    return dataclasses.replace(
+        first,
+        values=jnp.asarray(values),
+        scales=joined("scales"),
+        words=joined("words"),
+        starts=None if first.starts is None else jnp.asarray(np.concatenate(starts)),
+        shape=(len(matrices), *first.shape),
+    )
+
+
+def _stored(
+    kept: np.ndarray, stored: np.ndarray, matrix: Any, name: str, levels: Levels | None
+) -> PackedMatrix:
+    """Rows of stored values (rows, in), in whichever layout is smaller."""
     words, starts, flat = _with_bits(kept, stored)
     # What is smaller: a bit for each weight, or the zeros among the values.
     with_bits = words.nbytes + starts.nbytes + encodings.stored_bytes(flat.size, name)
     whole = encodings.stored_bytes(words.size * WORD, name) <= with_bits
     if whole:
         filled = np.where(kept, stored, np.zeros_like(stored))
-        flat = np.pad(filled, ((0, 0), (0, -rows.shape[1] % WORD))).reshape(-1)
+        flat = np.pad(filled, ((0, 0), (0, -stored.shape[1] % WORD))).reshape(-1)
     return PackedMatrix(
         values=jnp.asarray(encodings.store(flat, name)),
-        scales=None if scales is None else jnp.asarray(scales),
+        scales=None if levels is None else jnp.asarray(levels.scales, jnp.float32),
         words=None if whole else jnp.asarray(words),
         starts=None if whole else jnp.asarray(starts),
         shape=tuple(matrix.shape),
-        dtype=matrix.dtype,
+        dtype=np.dtype(matrix.dtype),
         encoding=name,
-        group=width,
+        group=0 if levels is None else levels.group,
     )
 
 

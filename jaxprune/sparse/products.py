@@ -1,11 +1,12 @@
 """Where a traced program meets the matrices of its leaves: products and looked-up rows.
 
 A use is a step of the program, and the matrix (batch, out, in) that a leaf is to it.
-Steps of two kinds can do with a packed matrix: a `dot_general` of a leaf with an
-activation, and a `gather` of whole rows, as of an embedding that the head shares.
+Steps of four kinds can do with a packed matrix: a `dot_general` of a leaf with an
+activation, a `ragged_dot` with those of experts, a convolution of 1 x 1, and a `gather`
+of whole rows, as of an embedding that the head shares.
 """
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +19,9 @@ from jaxprune.graph.linear_ops import Trace
 from jaxprune.graph.program import Fixed, Program, Step
 from jaxprune.graph.weight_view import Transpose, WeightView
 from jaxprune.sparse import expansion
+from jaxprune.sparse.grouped import grouped_matmul
 from jaxprune.sparse.matmul import matmul
-from jaxprune.sparse.packed_matrix import PackedMatrix
+from jaxprune.sparse.split_matrix import SplitMatrix, split_expand, split_matmul
 
 
 class Use(NamedTuple):
@@ -81,6 +83,11 @@ def find_uses(trace: Trace) -> list[Use]:
 
 def _axes(trace: Trace, step: Step) -> Any:
     """Which operand of a product is the weight: its batch, output and input axes."""
+    if program_.is_grouped(step):
+        return 1, (0,), (2,), (1,)
+    if _is_pointwise(trace.program, step):
+        outputs, *inputs = step.params["dimension_numbers"].rhs_spec
+        return 1, (), (outputs,), tuple(inputs)
     if step.primitive.name != "dot_general":
         return None
     side = next((i for i, x in enumerate(step.inputs) if x in trace.views), None)
@@ -92,6 +99,19 @@ def _axes(trace: Trace, step: Step) -> Any:
     outputs = tuple(a for a in range(ndim) if a not in batch + inputs)
     # Without outputs a leaf is a vector, and of no axes nothing is saved.
     return (side, batch, outputs, inputs) if outputs and inputs else None
+
+
+def _is_pointwise(program: Program, step: Step) -> bool:
+    """Whether a step is a convolution of 1 x 1, without padding: a product."""
+    if step.primitive.name != "conv_general_dilated":
+        return False
+    params = step.params
+    shape = program.avals[step.inputs[1]].shape  # type: ignore[index]
+    window = [shape[axis] for axis in params["dimension_numbers"].rhs_spec[2:]]
+    groups = params["feature_group_count"], params["batch_group_count"]
+    return {*window, *groups, *params["lhs_dilation"]} == {1} and not np.any(
+        params["padding"]
+    )
 
 
 def _row_axes(trace: Trace, step: Step) -> Any:
@@ -142,6 +162,33 @@ def _arithmetic(trace: Trace, value: Any) -> Hashable:
         ]
         keys.append((step.key, *constants))
     return tuple(keys)
+
+
+def leaf_order(trace: Trace, use: Use) -> bool | None:
+    """Whether the matrix of a use is its leaf transposed.
+
+    Args:
+      trace: the traced program.
+      use: the use.
+
+    Returns:
+      True, or False where it is the leaf as it is; None where it is neither: a part of
+      the leaf, or one that is scaled or narrowed on its way.
+    """
+    program, view = trace.program, trace.views[use.value]
+    moves: Any = _moves(view, use.batch + use.outputs + use.inputs)
+    turned = Transpose((*range(len(use.batch)), len(use.batch) + 1, len(use.batch)))
+    if moves not in ((), (turned,)):
+        return None
+    leaf = program.leaves[view.leaf]
+    positions = program_.steps_to(program, [use.value], {leaf}.__contains__)
+    dtype = np.dtype(program.avals[leaf].dtype)
+    for step in (program.steps[position] for position in positions):
+        after = np.dtype(program.avals[step.outputs[0]].dtype)
+        is_move = step.primitive.name in ("convert_element_type", "transpose", "copy")
+        if not is_move or jnp.promote_types(dtype, after) != after:
+            return None
+    return bool(moves)
 
 
 def operand(trace: Trace, use: Use, leaves: Mapping[str, Any]) -> np.ndarray:
@@ -199,38 +246,69 @@ def live_steps(program: Program, uses: Iterable[Use]) -> tuple[list[int], set[in
     return positions[::-1], needed
 
 
-def apply(use: Use, step: Step, x: Any, packed: PackedMatrix, aval: Any) -> Any:
+def apply(use: Use, step: Step, operands: Sequence[Any], packed: Any, aval: Any) -> Any:
     """The result of a step whose weight is packed.
 
     Args:
       use: the use.
       step: its step.
-      x: the other operand.
-      packed: matrix of the use.
+      operands: operands of the step, that of the weight being left out.
+      packed: matrix of the use, `PackedMatrix` or `SplitMatrix`.
       aval: shape and dtype of the result.
 
     Returns:
       The result, of that shape and dtype.
     """
+    precision = step.params.get("precision")
+    if program_.is_grouped(step):
+        rows, _, sizes = operands
+        product = grouped_matmul(rows, packed, sizes, precision=precision)
+        return product.astype(aval.dtype)
+    x = jnp.asarray(operands[1 - use.side])
     if step.primitive.name == "gather":
         return _gathered(step, x, packed).reshape(aval.shape).astype(aval.dtype)
+    if step.primitive.name == "conv_general_dilated":
+        return _pointwise(step, x, packed).astype(aval.dtype)
     contracted, batched = step.params["dimension_numbers"]
     last, first = contracted[1 - use.side], batched[1 - use.side]
     free = [a for a in range(x.ndim) if a not in (*last, *first)]
     moved = x.transpose(*first, *free, *last)  # (batch..., samples..., in...)
-    matrices = packed.shape[:-2]
+    matrices = packed.shape[:-2]  # () of one
     rows = moved.reshape(*matrices, -1, packed.shape[-1])
-    product = matmul(rows, packed, precision=step.params["precision"])
+    product = _multiply(rows, packed, precision)
     if use.side == 0:  # the weight's axes come first in the result
         product = jnp.swapaxes(product, -1, -2)
     return product.reshape(aval.shape).astype(aval.dtype)
 
 
-def _gathered(step: Step, indices: jax.Array, packed: PackedMatrix) -> jax.Array:
+def _multiply(rows: jax.Array, packed: Any, precision: Any) -> jax.Array:
+    multiply: Any = split_matmul if isinstance(packed, SplitMatrix) else matmul
+    return multiply(rows, packed, precision=precision)
+
+
+def _pointwise(step: Step, x: jax.Array, packed: Any) -> jax.Array:
+    """A convolution of 1 x 1 as the product of its channels."""
+    numbers = step.params["dimension_numbers"]
+    batch, channels, *space = numbers.lhs_spec
+    strides = [1] * x.ndim
+    for axis, stride in zip(space, step.params["window_strides"], strict=True):
+        strides[axis] = stride
+    x = jax.lax.slice(x, (0,) * x.ndim, x.shape, strides)
+    x = x.transpose(batch, *space, channels)  # (batch, ..., in)
+    rows = x.reshape(-1, x.shape[-1])
+    y = _multiply(rows, packed, step.params["precision"])
+    y = y.reshape(*x.shape[:-1], -1)  # (batch, ..., out)
+    to_batch, to_channels, *to_space = numbers.out_spec
+    return jnp.moveaxis(y, range(y.ndim), (to_batch, *to_space, to_channels))
+
+
+def _gathered(step: Step, indices: jax.Array, packed: Any) -> jax.Array:
     """Rows of a packed matrix, those out of bounds as the step's mode says."""
     mode, numbers = step.params["mode"], indices.reshape(-1)
     bounded = jnp.clip(numbers, 0, packed.rows - 1)
-    rows = expansion.expand(packed, bounded)  # (count, in)
+    is_split = isinstance(packed, SplitMatrix)
+    expand: Any = split_expand if is_split else expansion.expand
+    rows = expand(packed, bounded)  # (count, in)
     if mode != jax.lax.GatherScatterMode.FILL_OR_DROP:
         return rows
     fill = step.params["fill_value"]

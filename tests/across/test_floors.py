@@ -40,6 +40,7 @@ FLOORS: dict[str, set[str]] = {
     "__init__": set(),
     "lm.checkpoints": {"ml_dtypes"},
     "lm.models": {"flax", "PIL", "jinja2", "tokenizers"},
+    "lm.packing": {"flax"},
     "lm.texts": {"flax", "pyarrow"},
     "lm.measure": {"flax", "lm_eval"},
     "lm.recovery": {"flax"},

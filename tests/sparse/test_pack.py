@@ -187,6 +187,55 @@ def test_any_order_of_axes_is_packed(equation):
     same(fn, {"w": weight(14, *shapes[side])}, x, packed=["w"])
 
 
+def test_experts_of_sorted_rows_are_packed():
+    params = {
+        "experts": weight(16, 3, 64, 48),
+        "whole": weight(24, 3, 64, 48, density=1),
+    }
+
+    def fn(params, batch):
+        rows, sizes = batch
+        first = jax.lax.ragged_dot(rows, params["experts"], sizes)
+        return first + jax.lax.ragged_dot(rows, params["whole"], sizes)
+
+    rows = np.random.default_rng(4).normal(size=(90, 64)).astype(np.float32)
+    # Few rows, as in decoding, an expert without any, many; the last belong to none.
+    batches = [
+        (rows[:count], np.array(sizes, np.int32))
+        for count, sizes in [(2, [1, 0, 1]), (9, [2, 7, 0]), (90, [70, 3, 10])]
+    ]
+    same(fn, params, *batches, packed=["experts"])
+    same(fn, params, *batches, packed=["experts", "whole"], dense=True)
+    for values in ("int8", "int4"):
+        result = jp.pack(fn, params, batches[0], values=values, group=32, dense=True)
+        rounded = {k: m.unpack().transpose(0, 2, 1) for k, m in result.params.items()}
+        for batch in batches:
+            np.testing.assert_allclose(
+                result.fn(result.params, batch), fn(rounded, batch), 1e-4, 1e-4
+            )
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "kernel"),
+    [
+        (("NHWC", "HWIO", "NHWC"), (2, 5, 6, 64), (1, 1, 64, 32)),
+        (("NCHW", "OIHW", "NCHW"), (2, 64, 5, 6), (32, 64, 1, 1)),
+        (("NCHW", "HWIO", "NHWC"), (2, 64, 5, 6), (1, 1, 64, 32)),
+        (("NWC", "WIO", "NWC"), (2, 5, 64), (1, 64, 32)),
+    ],
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_of_one_pixel_are_products(layout, shape, kernel, stride):
+    def fn(params, x):
+        strides = (stride,) * (x.ndim - 2)
+        return jax.lax.conv_general_dilated(
+            x, params["conv"], strides, "VALID", dimension_numbers=layout
+        )
+
+    x = np.random.default_rng(5).normal(size=shape).astype(np.float32)
+    same(fn, {"conv": weight(15, *kernel)}, x, packed=["conv"])
+
+
 def test_what_is_not_packed_has_a_reason():
     def fn(params, x):
         image = x.reshape(1, 8, 8, 4)
@@ -197,19 +246,16 @@ def test_what_is_not_packed_has_a_reason():
             "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        rows = jax.lax.ragged_dot(x, params["experts"], jnp.array([1, 3]))
         shown = x @ params["shown"]
         return (
             convolved.sum(),
-            rows,
             shown,
             jnp.sin(params["shown"]),
             params["table"][x.shape[0]],
         )
 
     params = {
-        "conv": weight(15, 1, 1, 4, 4),
-        "experts": weight(16, 2, 64, 8),
+        "conv": weight(15, 3, 3, 4, 4),
         "shown": weight(17, 64, 64),
         "table": weight(18, 64, 64),
         "ids": np.ones((4, 4), np.int32),
@@ -219,7 +265,6 @@ def test_what_is_not_packed_has_a_reason():
     reasons = {name: row["reason"] for name, row in rows.items()}
     assert not any(row["packed"] for row in rows.values())
     assert reasons["conv"] == "is an operand of conv_general_dilated"
-    assert reasons["experts"] == "is an operand of ragged_dot_general"
     assert reasons["shown"] == "is an operand of sin"
     assert reasons["ids"] == "is not used"
     for a, b in zip(result.fn(result.params, X), fn(params, X), strict=True):
@@ -266,6 +311,26 @@ def test_inputs_have_gradients_and_packed_weights_have_none():
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(TypeError, match="packed weights have no gradients"):
         jax.grad(lambda p: result.fn(p, X).sum(), allow_int=True)(result.params)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_packed_function_is_exported(platform):
+    result = jp.pack(mlp, MLP, X)
+    exported = jax.export.export(jax.jit(result.fn), platforms=[platform])
+    program = exported(result.params, X).mlir_module()
+    assert "custom_call" not in program  # in JAX's own operations
+
+
+def test_an_exported_function_is_read_back():
+    pytest.importorskip("flatbuffers")
+    result = jp.pack(mlp, MLP, X)
+    check = jax.export.DisabledSafetyCheck.custom_call("jaxprune_packed_multiply")
+    program = jax.export.export(jax.jit(result.fn), disabled_checks=[check])
+    content = program(result.params, X).serialize()
+    again = jax.export.deserialize(content)
+    np.testing.assert_allclose(
+        again.call(result.params, X), mlp(MLP, X), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_batch_that_needs_the_weight_otherwise_is_refused():

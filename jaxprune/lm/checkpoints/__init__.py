@@ -6,6 +6,7 @@ __all__ = [
     "compact_archive",
     "compact_codecs",
     "compact_sizes",
+    "compact_source",
     "directory_rules",
     "directory_writer",
     "finite",

@@ -42,6 +42,7 @@ from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, Progress
 from jaxprune.lm.checkpoints.compact_archive import (
     FORMAT,
     VERSION,
+    checked_tensor,
     open_archive,
     packed_files,
 )
@@ -50,7 +51,6 @@ from jaxprune.lm.checkpoints.compact_codecs import (
     Archive,
     Layout,
     Target,
-    bits_of,
     chunks,
     decode_tensor,
     tensor_layout,
@@ -250,18 +250,8 @@ def dense_tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarra
       Unknown: it is another kind of file.
     """
     archive = open_archive(Path(path))
-    for name, entry in archive.tensors.items():
-        dtype = DTYPES[entry["dtype"]]
-        # (size,), filled chunk by chunk
-        bits = np.empty(math.prod(entry["shape"]), bits_of(dtype))
-        position, digest = 0, hashlib.sha256()
-        for part in decode_tensor(archive, name):
-            bits[position : position + part.size] = part
-            position += part.size
-            digest.update(part.data)
-        if digest.hexdigest() != entry["sha256"]:
-            raise damaged(archive.path, f"'{name}' in it is not what went in")
-        yield name, bits.view(dtype).reshape(entry["shape"])
+    for name in archive.tensors:
+        yield name, checked_tensor(archive, name)
 
 
 def expand(

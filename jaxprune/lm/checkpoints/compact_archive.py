@@ -3,9 +3,13 @@
 `compact` says how such a file is laid out.
 """
 
-from collections.abc import Mapping
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jaxprune.arrays.messages import listed
 from jaxprune.files.safetensors_file import (
@@ -23,6 +27,8 @@ from jaxprune.lm.checkpoints.compact_codecs import (
     CODECS,
     Archive,
     Layout,
+    bits_of,
+    decode_tensor,
     tensor_layout,
 )
 
@@ -48,6 +54,29 @@ def open_archive(path: Path) -> Archive:
     if problem:
         raise damaged(path, problem)
     return Archive(path, entries, tensors, files)
+
+
+def checked_chunks(archive: Archive, name: str) -> Iterator[np.ndarray]:
+    """The bits of a tensor, chunk by chunk; `Damaged` at the end if they are others."""
+    digest = hashlib.sha256()
+    for part in decode_tensor(archive, name):
+        digest.update(part.data)
+        yield part
+    if digest.hexdigest() != archive.tensors[name]["sha256"]:
+        raise damaged(archive.path, f"'{name}' in it is not what went in")
+
+
+def checked_tensor(archive: Archive, name: str) -> np.ndarray:
+    """A tensor, dense, held against its SHA-256."""
+    entry = archive.tensors[name]
+    dtype = DTYPES[entry["dtype"]]
+    # (size,), filled chunk by chunk
+    bits = np.empty(math.prod(entry["shape"]), bits_of(dtype))
+    position = 0
+    for part in checked_chunks(archive, name):
+        bits[position : position + part.size] = part
+        position += part.size
+    return bits.view(dtype).reshape(entry["shape"])
 
 
 def _problem(

@@ -23,6 +23,7 @@ from jaxprune.lm.cli.inspect import Inspect
 from jaxprune.lm.cli.prune import Prune
 from jaxprune.lm.cli.sample import Sample
 from jaxprune.lm.cli.shrink import Shrink
+from jaxprune.lm.cli.speed import Speed
 from jaxprune.lm.jobs.console import Console
 
 __all__ = ["main"]
@@ -35,6 +36,7 @@ _COMMANDS: dict[str, type[Any]] = {
     "compact": Compact,
     "expand": Expand,
     "sample": Sample,
+    "speed": Speed,
 }
 _ABOUT = (
     "Prunes trained language models in Hugging Face directories.\n\n"

@@ -9,17 +9,23 @@ import tyro
 
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.checkpoints.compact_source import open_source
 from jaxprune.lm.cli.options import Options
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.opening import (
     needed_tokenizer,
     note_ignored,
-    open_for_job,
-    read_dense,
     text_beginning,
 )
 from jaxprune.lm.jobs.option_rules import at_least, option_values
 from jaxprune.lm.jobs.option_types import Count, MaybeCount, ModelPath
+from jaxprune.lm.jobs.packing import (
+    PACKING_RULES,
+    Packing,
+    open_packable,
+    read_decoder,
+)
 from jaxprune.lm.jobs.settings import (
     CONTEXT,
     WINDOWS,
@@ -37,6 +43,7 @@ from jaxprune.lm.measure.tables import (
 from jaxprune.lm.texts import text_files
 
 _RULES = (
+    *PACKING_RULES,
     at_least("limit", 0),
     at_least("batch", 1),
     at_least("context", 2, " tokens"),
@@ -57,7 +64,7 @@ class Evaluate(Options):
     longer.
 
     Attributes:
-      model: the directory.
+      model: the directory, or a compact file of one.
       text: plain text (.txt, .md); .jsonl or .parquet with a "text" in each line or
         row, or "messages", which the model's chat template writes; or .npy of int32
         token ids (sequences, length), whose rows are evaluated as they are.
@@ -79,15 +86,20 @@ class Evaluate(Options):
     batch: Count = 4
     loading: LoadingGroup = dataclasses.field(default_factory=Loading)
     devices: Devices = dataclasses.field(default_factory=Devices)
+    packing: Packing = dataclasses.field(default_factory=Packing)
 
     def run(self, console: Console, words: list[str]) -> dict[str, Any]:
         """Measures the model; the results by text."""
         check(_RULES, **option_values(self))
         text_files.check_text_files(self.text)
-        model = open_for_job(self.model, self.loading, self.devices)
+        with open_source(self.model) as source:
+            return self._run(console, source)
+
+    def _run(self, console: Console, source: CheckpointDir) -> dict[str, Any]:
+        model = open_packable(source, self.loading, self.devices, self.packing)
         vocab_size, longest = model.config.vocab_size, model.config.context
         tokenizer, begins = text_beginning(
-            needed_tokenizer(self.model, self.text), self.loading, vocab_size
+            needed_tokenizer(source.path, self.text), self.loading, vocab_size
         )
         note_ignored(model, console)
         paths = tuple(dict.fromkeys(self.text))  # one given twice is read once
@@ -106,7 +118,8 @@ class Evaluate(Options):
             for name, file in zip(name_texts(paths), files, strict=True)
         }
         # All has been checked: now the weights are read.
-        measured = measure_texts(read_dense(model).decoder(), windows, self.batch)
+        decoder, packed = read_decoder(model, source, self.packing, console)
+        measured = measure_texts(decoder, windows, self.batch)
         results = {
             name: describe_windows(windows[name])
             | {"sha256": file.sha256}
@@ -121,6 +134,7 @@ class Evaluate(Options):
             "bos": begins.why,
             "texts": results,
             "ignored_config": model.ignored,
+            "packed": packed,
         }
 
 

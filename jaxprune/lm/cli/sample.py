@@ -7,16 +7,19 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from jaxprune.arrays.rules import Rule, check, within
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.checkpoints.compact_source import open_source
 from jaxprune.lm.cli.options import Options
 from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.opening import (
-    note_ignored,
-    open_for_job,
-    read_dense,
-    text_beginning,
-)
+from jaxprune.lm.jobs.opening import note_ignored, text_beginning
 from jaxprune.lm.jobs.option_rules import SEED, at_least, option_values
 from jaxprune.lm.jobs.option_types import Count, MaybeCount, ModelPath, Number
+from jaxprune.lm.jobs.packing import (
+    PACKING_RULES,
+    Packing,
+    open_packable,
+    read_decoder,
+)
 from jaxprune.lm.jobs.samples import (
     Sampling,
     decode_sample,
@@ -27,6 +30,7 @@ from jaxprune.lm.jobs.settings import Devices, Loading, LoadingGroup
 from jaxprune.lm.models import hf
 
 _RULES = (
+    *PACKING_RULES,
     at_least("top_k", 1),
     SEED,
     at_least("steps", 0),
@@ -49,7 +53,7 @@ class Sample(Options):
     """Continues a prompt.
 
     Attributes:
-      model: the directory.
+      model: the directory, or a compact file of one.
       prompt: the beginning of the text.
       steps: how many tokens are drawn.
       temperature: 0 takes the likeliest token, 1 draws as the model says, a higher one
@@ -68,12 +72,17 @@ class Sample(Options):
     seed: Count = 0
     loading: LoadingGroup = dataclasses.field(default_factory=Loading)
     devices: Devices = dataclasses.field(default_factory=Devices)
+    packing: Packing = dataclasses.field(default_factory=Packing)
 
     def run(self, console: Console, words: list[str]) -> dict[str, Any]:
         """Draws the text."""
         check(_RULES, **option_values(self))
-        model = open_for_job(self.model, self.loading, self.devices)
-        tokenizer = hf.load_tokenizer(self.model)
+        with open_source(self.model) as source:
+            return self._run(console, source)
+
+    def _run(self, console: Console, source: CheckpointDir) -> dict[str, Any]:
+        model = open_packable(source, self.loading, self.devices, self.packing)
+        tokenizer = hf.load_tokenizer(source.path)
         vocab_size, context = model.config.vocab_size, model.config.context
         _, begins = text_beginning(tokenizer, self.loading, vocab_size)
         # Its tokenizer begins with BOS where the options or the directory say so.
@@ -83,7 +92,8 @@ class Sample(Options):
         check([_FITS], context=context, length=length, steps=steps, total=total)
         note_ignored(model, console)
         sampling = Sampling(steps, self.temperature, self.top_k, self.seed)
-        decoder = read_dense(model).decoder()  # only now are the weights read
+        # Only now are the weights read.
+        decoder, packed = read_decoder(model, source, self.packing, console)
         tokens = draw_tokens(decoder, prompt, sampling)
         text = decode_sample(tokenizer, prompt, tokens)
         console.note(f"the prompt begins with {begins.why}")
@@ -95,4 +105,5 @@ class Sample(Options):
             "tokens": tokens,
             "seed": self.seed,
             "ignored_config": model.ignored,
+            "packed": packed,
         }

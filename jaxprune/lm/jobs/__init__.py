@@ -10,6 +10,7 @@ __all__ = [
     "opening",
     "option_rules",
     "option_types",
+    "packing",
     "passes",
     "plan_words",
     "progress_dir",
@@ -27,5 +28,6 @@ __all__ = [
     "shrink_plan",
     "shrink_rules",
     "shrink_settings",
+    "speed",
     "transformation",
 ]

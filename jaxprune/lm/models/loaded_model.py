@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from jaxprune.arrays import lazy, meshes
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.decoder.model import Decoder
@@ -42,17 +43,19 @@ class LoadedModel(NamedTuple):
 
 
 def open_model(
-    path: Path,
+    path: Path | CheckpointDir,
     *,
     dtype: hf.Dtype | None = None,
+    compute_dtype: hf.Dtype | None = None,
     mesh: jax.sharding.Mesh | None = None,
     ignore_config: tuple[str, ...] = (),
 ) -> LoadedModel:
     """A language model whose parameters are still in its files, as lazy arrays.
 
     Args:
-      path: directory of the model.
+      path: directory of the model, or an opened one.
       dtype: dtype of parameters and products; as they are stored if None.
+      compute_dtype: dtype of the products; see `hf.load`.
       mesh: devices whose axis "fsdp" each parameter is split over, or None.
       ignore_config: attributes of config.json that are read as if they were not there.
 
@@ -65,6 +68,7 @@ def open_model(
     loaded = hf.load(
         path,
         dtype=dtype,
+        compute_dtype=compute_dtype,
         shardings=None if mesh is None else hf.split_over(mesh, ("fsdp",)),
         lazy=True,
         ignore_config=ignore_config,

@@ -35,7 +35,7 @@ def options(command):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_option_is_listed_once_in_words(capsys, monkeypatch, name):
     text = said(capsys, monkeypatch, name, "--help")
-    positional = {"model", "out", "file"}
+    positional = {"model", "models", "out", "file"}
     for option in options(COMMANDS[name]):
         flag = "--" + option.replace("_", "-")
         listed = re.findall(rf"^  {flag}\s", text, re.MULTILINE)

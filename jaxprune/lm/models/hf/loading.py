@@ -51,7 +51,7 @@ class Loaded(NamedTuple):
 
 
 def load(
-    directory: str | os.PathLike[str],
+    directory: str | os.PathLike[str] | CheckpointDir,
     *,
     dtype: Dtype | None = None,
     compute_dtype: Dtype | None = None,
@@ -63,7 +63,7 @@ def load(
     """Reads a model's directory: config.json and safetensors.
 
     Args:
-      directory: path of a local directory; nothing is downloaded.
+      directory: path of a local directory, or an opened one; nothing is downloaded.
       dtype: dtype of the parameters; None keeps each as it is stored, bit for bit.
       compute_dtype: dtype of the products; None is `dtype`, or bfloat16 where most
         weights are stored in it, else float32.
@@ -100,7 +100,9 @@ def load(
       8
     """
     parameters.check_options(dtype, compute_dtype, shardings, mesh)
-    opened = open_directory(directory)
+    opened = (
+        directory if isinstance(directory, CheckpointDir) else open_directory(directory)
+    )
     try:
         family = families.find_family(opened.config)
         config, ignored = family.read(
