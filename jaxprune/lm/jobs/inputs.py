@@ -115,7 +115,11 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
             text_files.hold_out_end(text, most) for text in files
         ]  # of rows no end
         files, ends = [list(part) for part in zip(*parts, strict=True)]
-    drawn = _draw(calibration, files, begins, evaluation.limit) if files else None
+    drawn = (
+        draw_calibration(calibration, files, begins, evaluation.limit)
+        if files
+        else None
+    )
     evaluated, roles = _evaluated(
         evaluation.evaluate, by_path, name_texts(calibration.files), files, ends, drawn
     )
@@ -123,36 +127,24 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
     if trained:
         # Rows that were not drawn are held out, unless other texts are evaluated.
         rows = drawn.parts if drawn and not evaluation.evaluate else ()
-        from_texts = _without_rows([by_path[path] for path in trained], files, rows)
-        training = _draw_training(recovery, calibration, from_texts, begins.token)
+        from_texts = without_rows([by_path[path] for path in trained], files, rows)
+        training = draw_training(recovery, calibration, from_texts, begins.token)
         roles = _roles_of_trained(roles, evaluated, from_texts)
-    windows = _windows(
-        evaluation.context, evaluation.limit, config.context, begins, evaluated
-    )
+    windows = {
+        name: perplexity.windows_of_text(
+            text,
+            context=evaluation.context,
+            bos=begins.token,
+            limit=evaluation.limit,
+            longest=config.context,
+            tokenizer=tokenizer,
+        )
+        for name, text in evaluated.items()
+    }
     return JobTexts(
         *(tokenizer, begins, files, drawn, windows, roles, training),
         vocab_size=config.vocab_size,
     )
-
-
-def _windows(
-    context: int,
-    limit: int,
-    longest: int,
-    begins: Beginning,
-    evaluated: Mapping[str, text_files.AnyText],
-) -> dict[str, perplexity.Windows]:
-    """The windows of each text that is evaluated."""
-    return {
-        name: perplexity.windows_of_text(
-            text,
-            context=context,
-            bos=begins.token,
-            limit=limit,
-            longest=longest,
-        )
-        for name, text in evaluated.items()
-    }
 
 
 def optional_tokenizer(source: CheckpointDir) -> hf.Tokenizer | None:
@@ -194,7 +186,7 @@ def _check_apart(files: Sequence[text_files.AnyText]) -> None:
     check([_APART], repeated=", ".join(repeated))
 
 
-def _draw(
+def draw_calibration(
     calibration: Calibration,
     files: list[text_files.AnyText],
     begins: Beginning,
@@ -241,7 +233,7 @@ def _evaluated(
     return evaluated, dict.fromkeys(evaluated, _HELD_OUT)
 
 
-def _without_rows(
+def without_rows(
     trained: Sequence[text_files.AnyText],
     files: Sequence[text_files.AnyText],
     parts: Sequence[np.ndarray],
@@ -272,7 +264,7 @@ def _roles_of_trained(
     }
 
 
-def _draw_training(
+def draw_training(
     recovery: Recovery,
     calibration: Calibration,
     trained: list[text_files.AnyText],

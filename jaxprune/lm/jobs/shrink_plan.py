@@ -66,6 +66,7 @@ def _shapes(removal: Removal, config: DecoderConfig) -> list[tuple[str, int, int
     """What the model has, now and then."""
     heads, width = count_head_units(config), config.mlp_width
     shapes = [
+        ("tokens", config.vocab_size, removal.vocab or config.vocab_size),
         ("layers", config.layers, _layers_left(removal, config)),
         ("neurons a layer", width, neurons_left(removal, width)),
         ("heads a layer", heads, _without_share(heads, removal.heads)),

@@ -67,8 +67,8 @@ _SIZES = (
 )
 _SHAPES = Rule(
     lambda v: not v.wrong,
-    "a configuration can only say fewer tokens, layers, experts, heads and neurons, but "
-    "{wrong} became smaller in another way",
+    "a configuration can only say fewer tokens, layers, experts, heads and neurons, "
+    "but {wrong} became smaller in another way",
     "leave them whole",
 )
 _KEPT = Rule(
