@@ -132,9 +132,9 @@ def write_shape(writer: Any, architecture: Architecture, config: DecoderConfig) 
     writer.add_vocab_size(config.vocab_size)
     windows = [config.window(i) for i in range(config.layers)]
     full = next((i for i, window in enumerate(windows) if window is None), 0)
-    rope = config.rope(full)
-    assert rope is not None
-    theta, factors = rope_factors(rope)
+    # One for each layer, as was checked.
+    ropes = [r for i in range(config.layers) if (r := config.rope(i)) is not None]
+    theta, factors = rope_factors(ropes[full])
     writer.add_rope_freq_base(theta)
     if len({*factors.tolist()}) == 1 and factors[0] != 1:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -142,9 +142,8 @@ def write_shape(writer: Any, architecture: Architecture, config: DecoderConfig) 
     if architecture.name == "gemma3" and (local := [w for w in windows if w]):
         writer.add_sliding_window(local[0])
         writer.add_sliding_window_pattern([window is not None for window in windows])
-        local_rope = config.rope(windows.index(local[0]))
-        assert local_rope is not None
-        writer.add_rope_freq_base_swa(rope_factors(local_rope)[0])
+        theta, _ = rope_factors(ropes[windows.index(local[0])])
+        writer.add_rope_freq_base_swa(theta)
     if config.logit_softcap is not None:
         writer.add_final_logit_softcapping(config.logit_softcap)
 

@@ -27,5 +27,6 @@ __all__ = [
     "shrink_plan",
     "shrink_rules",
     "shrink_settings",
+    "smaller_vocabulary",
     "transformation",
 ]

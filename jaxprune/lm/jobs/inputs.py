@@ -192,7 +192,17 @@ def draw_calibration(
     begins: Beginning,
     most: int,
 ) -> text_files.Drawn:
-    """The calibration's sequences; `most` of the rows of a text are held out."""
+    """The calibration's sequences.
+
+    Args:
+      calibration: settings of how many, how long, and of the seed.
+      files: texts that are drawn from.
+      begins: what sequences begin with.
+      most: greatest number of rows of a text that are held out.
+
+    Returns:
+      The sequences, and what was not drawn.
+    """
     return text_files.draw_sequences(
         files,
         sequences=calibration.sequences - calibration.self_sequences,
@@ -240,7 +250,14 @@ def without_rows(
 ) -> list[text_files.AnyText]:
     """The texts to train on, without what of them is evaluated.
 
-    Of a calibration text its end, or the rows that are not in its part of the draw.
+    Args:
+      trained: texts to train on, whole.
+      files: texts that are calibrated on, without their held-out ends.
+      parts: sequences that were drawn of each; () where nothing is held out.
+
+    Returns:
+      The texts, those that are calibrated on without the end, or without the rows that
+      were not drawn.
     """
     allowed = {text.sha256: text for text in files}
     for text, part in zip(files, parts, strict=False):  # no parts: nothing held out
@@ -270,7 +287,17 @@ def draw_training(
     trained: list[text_files.AnyText],
     bos: int | None,
 ) -> Int[np.ndarray, "sequences length"]:
-    """Sequences to train on: all that the texts have, or as many as are used."""
+    """Sequences to train on: all that the texts have, or as many as are used.
+
+    Args:
+      recovery: settings that say how many steps are made.
+      calibration: settings of the sequences' length, the batch and the seed.
+      trained: texts that are drawn from.
+      bos: token that each sequence begins with, or None.
+
+    Returns:
+      int32 (sequences, length).
+    """
     body = calibration.length - (bos is not None)  # tokens of the text
     used = recovery.recover_steps * calibration.batch  # each once, if there are
     share = math.ceil(used / len(trained))

@@ -66,11 +66,12 @@ def _shapes(removal: Removal, config: DecoderConfig) -> list[tuple[str, int, int
     """What the model has, now and then."""
     heads, width = count_head_units(config), config.mlp_width
     shapes = [
-        ("tokens", config.vocab_size, removal.vocab or config.vocab_size),
         ("layers", config.layers, _layers_left(removal, config)),
         ("neurons a layer", width, neurons_left(removal, width)),
         ("heads a layer", heads, _without_share(heads, removal.heads)),
     ]
+    if removal.vocab:
+        shapes.insert(0, ("tokens", config.vocab_size, removal.vocab))
     if removal.query_heads:
         queries = config.heads // config.kv_heads
         name = "query heads of each key head"

@@ -46,15 +46,15 @@ def choose_for_job(
     Raises:
       ValueError: the tokenizer is not understood, or so few tokens cannot stay.
     """
-    if job.removal.vocab is None or texts.tokenizer is None:
+    size, tokenizer = job.removal.vocab, texts.tokenizer
+    if size is None or tokenizer is None:  # token ids alone were refused before
         return None
-    counts = _count_mixture(texts)
-    vocabulary = choose_vocabulary(source, texts.tokenizer, counts, job.removal.vocab)
+    vocabulary = choose_vocabulary(source, tokenizer, _count_mixture(texts), size)
     console.note(
         f"{len(vocabulary.kept):,} of {vocabulary.rows:,} tokens stay; of the "
         f"calibration's tokens they are {vocabulary.covered:.2%}"
     )
-    return vocabulary, _split_anew(job, texts, vocabulary)
+    return vocabulary, _split_anew(job, texts, tokenizer, vocabulary)
 
 
 def _count_mixture(texts: JobTexts) -> Int[np.ndarray, " rows"]:
@@ -69,13 +69,13 @@ def _count_mixture(texts: JobTexts) -> Int[np.ndarray, " rows"]:
     )
 
 
-def _split_anew(job: ShrinkJob, texts: JobTexts, vocabulary: NewVocabulary) -> JobTexts:
+def _split_anew(
+    job: ShrinkJob, texts: JobTexts, before: Tokenizer, vocabulary: NewVocabulary
+) -> JobTexts:
     """The same texts as the new tokenizer splits them."""
-    size = len(vocabulary.kept)
-    tokenizer, begins = text_beginning(vocabulary.tokenizer, job.loading, size)
-    assert tokenizer is not None
-    assert texts.tokenizer is not None
-    before = texts.tokenizer
+    size, tokenizer = len(vocabulary.kept), vocabulary.tokenizer
+    _, begins = text_beginning(tokenizer, job.loading, size)
+    tokenizer = dataclasses.replace(tokenizer, begins=begins.token is not None)
     calibration = [_retokenized(t, before, tokenizer, size) for t in texts.calibration]
     calibrating, most = job.calibration, job.evaluation.limit
     drawn = inputs.draw_calibration(calibrating, calibration, begins, most)

@@ -207,9 +207,11 @@ def retokenize_windows(windows: Windows, tokenizer: Tokenizer) -> Windows:
 
     Returns:
       As many windows as the tokens now need, of the same context.
+
+    Raises:
+      ValueError: the windows are of token ids, which are no text.
     """
-    assert windows.text is not None
-    tokens = np.array(tokenizer.encode(windows.text, bos=False), np.int32)
+    tokens = np.array(tokenizer.encode(windows.text or "", bos=False), np.int32)
     facts = windows.facts
     bos = tokenizer.bos if facts["bos"] else None
     context, stride = facts["context"], facts["stride"]
