@@ -6,16 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from tests.support import tiny_hf
-from tests.support.tiny_cli import logits, run
-from tests.support.tiny_tokenizers import model_folder, text
-
 from jaxprune.lm.export import gguf_shape, gguf_tokenizer
 from jaxprune.lm.export.gguf_file import export_gguf
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.rope import linear, llama3
 from jaxprune.lm.vocabulary.token_choice import merged_tokens, symbols_of
 from jaxprune.lm.vocabulary.trim import trim_vocabulary
+from tests.support import tiny_hf
+from tests.support.tiny_cli import logits, run
+from tests.support.tiny_tokenizers import model_folder, text
 
 pytest.importorskip("tokenizers")
 gguf = pytest.importorskip("gguf")
