@@ -20,15 +20,25 @@ pytest.importorskip("tokenizers")
 gguf = pytest.importorskip("gguf")
 
 FAMILIES = {"llama": "byte-level", "qwen3": "byte-level", "gemma3": "byte-fallback"}
-SCALE = {"query_pre_attn_scalar": 16}  # head_dim, as llama.cpp's graph has it
+# What llama.cpp's graphs assume, and what transformers does not read from a file: the
+# head_dim of a Qwen 3; the scale of a Gemma 3's scores, and which layers have windows.
+USUAL = {
+    "llama": {},
+    "qwen3": {"head_dim": 128},
+    "gemma3": {
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "num_hidden_layers": 6,
+        "layer_types": [*["sliding_attention"] * 5, "full_attention"],
+    },
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def exported(request, tmp_path_factory):
     """A directory and its file of float32."""
     root, name = tmp_path_factory.mktemp("gguf"), request.param
-    changes = SCALE if name == "gemma3" else {}
-    model_folder(root / "model", FAMILIES[name], name, **changes)
+    model_folder(root / "model", FAMILIES[name], name, **USUAL[name])
     export_gguf(root / "model", root / "model.gguf", type="f32")
     return root, gguf.GGUFReader(root / "model.gguf")
 
