@@ -12,7 +12,7 @@ from jaxprune.arrays.rules import Rule, check, reworded
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.jobs.opening import Beginning, needed_tokenizer, text_beginning
 from jaxprune.lm.jobs.prune_settings import PruneJob
-from jaxprune.lm.jobs.settings import Calibration, Recovery
+from jaxprune.lm.jobs.settings import Calibration, Evaluation, Recovery
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.measure.tables import name_texts
@@ -130,21 +130,32 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
         from_texts = without_rows([by_path[path] for path in trained], files, rows)
         training = draw_training(recovery, calibration, from_texts, begins.token)
         roles = _roles_of_trained(roles, evaluated, from_texts)
-    windows = {
+    windows = _windows(evaluation, config.context, begins, evaluated, tokenizer)
+    return JobTexts(
+        *(tokenizer, begins, files, drawn, windows, roles, training),
+        vocab_size=config.vocab_size,
+    )
+
+
+def _windows(
+    evaluation: Evaluation,
+    longest: int,
+    begins: Beginning,
+    evaluated: Mapping[str, text_files.AnyText],
+    tokenizer: hf.Tokenizer | None,
+) -> dict[str, perplexity.Windows]:
+    """The windows of each text that is evaluated."""
+    return {
         name: perplexity.windows_of_text(
             text,
             context=evaluation.context,
             bos=begins.token,
             limit=evaluation.limit,
-            longest=config.context,
+            longest=longest,
             tokenizer=tokenizer,
         )
         for name, text in evaluated.items()
     }
-    return JobTexts(
-        *(tokenizer, begins, files, drawn, windows, roles, training),
-        vocab_size=config.vocab_size,
-    )
 
 
 def optional_tokenizer(source: CheckpointDir) -> hf.Tokenizer | None:
