@@ -30,7 +30,12 @@ import tyro
 
 from experiments.datasets import shakespeare_plays
 
-PACKAGES = {"sympy": "1.14.0", "networkx": "3.6.1", "gensim": "4.4.0"}
+PACKAGES = {
+    "sympy": "1.14.0",
+    "networkx": "3.6.1",
+    "gensim": "4.4.0",
+    "django": "5.2.8",
+}
 # Of Shakespeare; the rest is technical.
 SHARES = {
     "shakespeare": 1.0,

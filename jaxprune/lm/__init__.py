@@ -6,6 +6,7 @@ It needs the extra `[lm]`; nothing outside of this folder imports it.
 __all__ = [
     "checkpoints",
     "cli",
+    "export",
     "jobs",
     "measure",
     "models",

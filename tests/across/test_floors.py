@@ -46,6 +46,7 @@ FLOORS: dict[str, set[str]] = {
     "lm.recovery": {"flax"},
     "lm.shrinking": {"flax"},
     "lm.vocabulary": {"tokenizers"},
+    "lm.export": {"gguf"},
     "lm.jobs": {"flax", "tyro"},
     "lm.report": {"jinja2", "matplotlib"},
     "lm.cli": {"tyro"},

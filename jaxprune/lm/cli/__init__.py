@@ -19,6 +19,7 @@ from jaxprune.arrays.console_progress import to_nowhere
 from jaxprune.arrays.rules import command_words
 from jaxprune.lm.cli.compact import Compact, Expand
 from jaxprune.lm.cli.eval import Evaluate
+from jaxprune.lm.cli.export import Export
 from jaxprune.lm.cli.inspect import Inspect
 from jaxprune.lm.cli.prune import Prune
 from jaxprune.lm.cli.sample import Sample
@@ -35,6 +36,7 @@ _COMMANDS: dict[str, type[Any]] = {
     "inspect": Inspect,
     "compact": Compact,
     "expand": Expand,
+    "export": Export,
     "sample": Sample,
     "speed": Speed,
 }

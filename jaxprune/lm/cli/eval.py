@@ -1,4 +1,4 @@
-"""`jaxprune eval`: the perplexity of a model on texts."""
+"""`jaxprune eval`: the perplexity of a model on texts, and its bits per byte."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -61,7 +61,7 @@ class Evaluate(Options):
 
     A window of --context tokens moves on by --stride; of each window only the tokens
     that were not predicted before count. Shorter strides give more context and take
-    longer.
+    longer. Bits per byte compare models whose tokenizers differ.
 
     Attributes:
       model: the directory, or a compact file of one.
@@ -114,6 +114,7 @@ class Evaluate(Options):
                 bos=begins.token,
                 limit=self.limit or None,
                 longest=longest,
+                tokenizer=tokenizer,
             )
             for name, file in zip(name_texts(paths), files, strict=True)
         }

@@ -35,7 +35,9 @@ def say_done(
     if job.plan:  # which has said all
         return record
     if record.get("perplexity"):
-        console.say(stage_table(measured(record), record["perplexity"]))
+        stages, texts = measured(record), record["perplexity"]
+        # A text has other tokens then, of which perplexities do not compare.
+        console.say(stage_table(stages, texts, by_bytes="vocabulary" in record))
     console.say("\n".join(lines))
     console.say(f"'{job.out}': the model, jaxprune.json, report.html")
     # Files of other formats, which a loader may miss.
@@ -63,8 +65,10 @@ def shrink_lines(record: dict[str, Any]) -> list[str]:
     if speed := record.get("speed"):
         lines.append(columns([speeds.HEADER, *speeds.speed_rows(speed)], right=True))
     before, after = (record["sizes"][when] for when in ("before", "after"))
+    tokens = f"{after['tokens']:,} of {before['tokens']:,} tokens, "
     lines.append(
         f"{after['parameters']:,} of {before['parameters']:,} parameters, "
+        f"{tokens if 'vocabulary' in record else ''}"
         f"{after['layers']} of {before['layers']} layers; {record['seconds']:.1f} s"
     )
     return lines

@@ -28,6 +28,7 @@ __all__ = [
     "shrink_plan",
     "shrink_rules",
     "shrink_settings",
+    "smaller_vocabulary",
     "speed",
     "transformation",
 ]

@@ -12,7 +12,7 @@ from jaxprune.arrays.rules import Rule, check, reworded
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.jobs.opening import Beginning, needed_tokenizer, text_beginning
 from jaxprune.lm.jobs.prune_settings import PruneJob
-from jaxprune.lm.jobs.settings import Calibration, Recovery
+from jaxprune.lm.jobs.settings import Calibration, Evaluation, Recovery
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.measure.tables import name_texts
@@ -115,7 +115,11 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
             text_files.hold_out_end(text, most) for text in files
         ]  # of rows no end
         files, ends = [list(part) for part in zip(*parts, strict=True)]
-    drawn = _draw(calibration, files, begins, evaluation.limit) if files else None
+    drawn = (
+        draw_calibration(calibration, files, begins, evaluation.limit)
+        if files
+        else None
+    )
     evaluated, roles = _evaluated(
         evaluation.evaluate, by_path, name_texts(calibration.files), files, ends, drawn
     )
@@ -123,12 +127,10 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
     if trained:
         # Rows that were not drawn are held out, unless other texts are evaluated.
         rows = drawn.parts if drawn and not evaluation.evaluate else ()
-        from_texts = _without_rows([by_path[path] for path in trained], files, rows)
-        training = _draw_training(recovery, calibration, from_texts, begins.token)
+        from_texts = without_rows([by_path[path] for path in trained], files, rows)
+        training = draw_training(recovery, calibration, from_texts, begins.token)
         roles = _roles_of_trained(roles, evaluated, from_texts)
-    windows = _windows(
-        evaluation.context, evaluation.limit, config.context, begins, evaluated
-    )
+    windows = _windows(evaluation, config.context, begins, evaluated, tokenizer)
     return JobTexts(
         *(tokenizer, begins, files, drawn, windows, roles, training),
         vocab_size=config.vocab_size,
@@ -136,20 +138,21 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
 
 
 def _windows(
-    context: int,
-    limit: int,
+    evaluation: Evaluation,
     longest: int,
     begins: Beginning,
     evaluated: Mapping[str, text_files.AnyText],
+    tokenizer: hf.Tokenizer | None,
 ) -> dict[str, perplexity.Windows]:
     """The windows of each text that is evaluated."""
     return {
         name: perplexity.windows_of_text(
             text,
-            context=context,
+            context=evaluation.context,
             bos=begins.token,
-            limit=limit,
+            limit=evaluation.limit,
             longest=longest,
+            tokenizer=tokenizer,
         )
         for name, text in evaluated.items()
     }
@@ -194,13 +197,23 @@ def _check_apart(files: Sequence[text_files.AnyText]) -> None:
     check([_APART], repeated=", ".join(repeated))
 
 
-def _draw(
+def draw_calibration(
     calibration: Calibration,
     files: list[text_files.AnyText],
     begins: Beginning,
     most: int,
 ) -> text_files.Drawn:
-    """The calibration's sequences; `most` of the rows of a text are held out."""
+    """The calibration's sequences.
+
+    Args:
+      calibration: settings of how many, how long, and of the seed.
+      files: texts that are drawn from.
+      begins: what sequences begin with.
+      most: greatest number of rows of a text that are held out.
+
+    Returns:
+      The sequences, and what was not drawn.
+    """
     return text_files.draw_sequences(
         files,
         sequences=calibration.sequences - calibration.self_sequences,
@@ -241,14 +254,21 @@ def _evaluated(
     return evaluated, dict.fromkeys(evaluated, _HELD_OUT)
 
 
-def _without_rows(
+def without_rows(
     trained: Sequence[text_files.AnyText],
     files: Sequence[text_files.AnyText],
     parts: Sequence[np.ndarray],
 ) -> list[text_files.AnyText]:
     """The texts to train on, without what of them is evaluated.
 
-    Of a calibration text its end, or the rows that are not in its part of the draw.
+    Args:
+      trained: texts to train on, whole.
+      files: texts that are calibrated on, without their held-out ends.
+      parts: sequences that were drawn of each; () where nothing is held out.
+
+    Returns:
+      The texts, those that are calibrated on without the end, or without the rows that
+      were not drawn.
     """
     allowed = {text.sha256: text for text in files}
     for text, part in zip(files, parts, strict=False):  # no parts: nothing held out
@@ -272,13 +292,23 @@ def _roles_of_trained(
     }
 
 
-def _draw_training(
+def draw_training(
     recovery: Recovery,
     calibration: Calibration,
     trained: list[text_files.AnyText],
     bos: int | None,
 ) -> Int[np.ndarray, "sequences length"]:
-    """Sequences to train on: all that the texts have, or as many as are used."""
+    """Sequences to train on: all that the texts have, or as many as are used.
+
+    Args:
+      recovery: settings that say how many steps are made.
+      calibration: settings of the sequences' length, the batch and the seed.
+      trained: texts that are drawn from.
+      bos: token that each sequence begins with, or None.
+
+    Returns:
+      int32 (sequences, length).
+    """
     body = calibration.length - (bos is not None)  # tokens of the text
     used = recovery.recover_steps * calibration.batch  # each once, if there are
     share = math.ceil(used / len(trained))

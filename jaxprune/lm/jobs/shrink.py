@@ -1,20 +1,30 @@
 """`jaxprune shrink`: a smaller model, as a directory that every loader reads."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Int
 
 import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
-from jaxprune.lm.jobs import defaults, inputs, progress_dir, provenance
+from jaxprune.lm.jobs import (
+    defaults,
+    inputs,
+    progress_dir,
+    provenance,
+    smaller_vocabulary,
+)
 from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.opening import (
     model_context,
     note_ignored,
@@ -33,9 +43,16 @@ from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.shrinking import search, units
+from jaxprune.lm.vocabulary.new_vocabulary import NewVocabulary
 from jaxprune.structured.budget import OutOfReach
 
 _PROMPT, _STEPS = 256, 32  # tokens, of what is timed
+
+_SEARCHED = Rule(
+    lambda v: v.share < 1,
+    "--budget {budget:g} is met by fewer tokens alone, so nothing is left to search",
+    "give a smaller budget, or leave --search out",
+)
 
 
 def run_shrink(
@@ -70,6 +87,7 @@ def run_shrink(
         check_fits(job.removal, source, model.config)
         texts = inputs.read_texts(job, source)
         progress_dir.check_room(job, job.recovery, source, 1)
+        fewer = smaller_vocabulary.choose_for_job(job, source, texts, console)
     note_ignored(model, console)
     _note_narrowed(job.loading.dtype, source, console)
     if job.plan:
@@ -80,26 +98,48 @@ def run_shrink(
     with progress_dir.hold_progress(job.work, facts):
         # In memory to the end: it teaches, and is timed beside the small one.
         dense = read_dense(model)
-        shrinking = ModelShrinking(job, source, dense, texts, console, costs)
+        shrinking = ModelShrinking(job, source, dense, texts, console, costs, fewer)
         shrinking.transform(page, command)
     return rewrite.read_provenance(job.out)
 
 
+@dataclasses.dataclass
 class ModelShrinking(Transformation[ShrinkJob]):
-    """A model that loses layers, experts, heads and neurons."""
+    """A model that loses tokens, layers, experts, heads and neurons.
+
+    Attributes:
+      fewer: vocabulary that it gets, and the texts by its tokens; None where all stay.
+    """
 
     NAME, STAGE = "shrink", "shrunk"
 
+    fewer: tuple[NewVocabulary, JobTexts] | None = None
+
+    @functools.cached_property
+    def reference(self) -> LoadedModel:
+        """The model that loses more, and teaches: the dense one with its new tokens."""
+        if self.fewer is None:
+            return self.model
+        config, params = hf.keep_tokens(
+            self.model.config, self.model.params, self.fewer[0].kept
+        )
+        graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
+        return self.model._replace(graphdef=graphdef, params=params, config=config)
+
     def change(self) -> Change:
         """Removes what was asked for; the weights that stay are as they are stored."""
+        if self.fewer is not None:  # the dense model was measured by its own tokens
+            self.texts = self.measurements.texts = self.fewer[1]
         tokens = None if self.texts.drawn is None else self.texts.drawn.tokens
         small, record = self._without(tokens)
         if tokens is not None:
             calibration = self.job.calibration
             described = inputs.describe_calibration(calibration, self.texts)
             record["calibration"] = described
+        if self.fewer is not None:
+            record["vocabulary"] = self.fewer[0].facts
         record |= {
-            "pattern": "whole layers, experts, heads and neurons",
+            "pattern": "whole tokens, layers, experts, heads and neurons",
             "sparsity": self.job.removal.asked,
             "ignored_config": list(self.model.ignored),
             "method": "shrink by " + ", ".join(_ways(self.job, "units" in record)),
@@ -111,8 +151,8 @@ class ModelShrinking(Transformation[ShrinkJob]):
         return Change(small, set(named), matrices, record)
 
     def teacher(self, change: Change) -> Decoder:
-        """The model before."""
-        return self.model.decoder()
+        """The model before, which knows the tokens that stay."""
+        return self.reference.decoder()
 
     def finish(self, change: Change) -> None:
         """Adds the sizes of both models, and how fast they are."""
@@ -131,6 +171,7 @@ class ModelShrinking(Transformation[ShrinkJob]):
             change.model.params,
             self.model.names,  # of all layers
             kept=change.record["layers"]["kept"],
+            settings=None if self.fewer is None else self.fewer[0].settings,
             ignore_config=self.job.loading.ignore_config,
             provenance={**change.record, **self.costs.facts()},
             overwrite=self.job.overwrite,
@@ -144,13 +185,18 @@ class ModelShrinking(Transformation[ShrinkJob]):
         removal, batch = self.job.removal, self.job.calibration.batch
         work, note = self.job.work, self.console.note
         layers, narrowing = removal.layers, removal.narrowing
+        dense = self.reference
         possible = units.possible_head_units(self.source.config, self.model.config)
         narrowing = narrowing._replace(head_units=possible)
         record: dict[str, Any] = {}
-        # Layers first, then experts of those that stay, then their heads and neurons.
+        # Tokens went first. Then go layers, then experts of those that stay, then their
+        # heads and neurons.
         if removal.search and tokens is not None:
+            share = _remaining_budget(removal, self.model, dense)
+            check(_SEARCHED, share=share, budget=removal.budget)
+            narrowing = narrowing._replace(budget=share)
             division = search.divide_budget(
-                self.model, narrowing, tokens, batch=batch, work=work, note=note
+                dense, narrowing, tokens, batch=batch, work=work, note=note
             )
             record["search"] = division.tried
             layers = division.layers
@@ -158,14 +204,14 @@ class ModelShrinking(Transformation[ShrinkJob]):
                 budget=division.budget, heads_per_neurons=division.heads
             )
         if layers is None or tokens is None:
-            count = self.model.config.layers
+            count = dense.config.layers
             kept = [i for i in range(count) if i not in removal.drop_layers]
             record["layers"] = {"kept": kept}
         else:
             record["layers"] = units.search_layers(
-                self.model, tokens, layers, batch=batch, work=work, note=note
+                dense, tokens, layers, batch=batch, work=work, note=note
             )._asdict()
-        small = units.keep_layers(self.model, record["layers"]["kept"])
+        small = units.keep_layers(dense, record["layers"]["kept"])
         if removal.experts and tokens is not None:
             share = removal.experts
             small, record["experts"] = units.without_experts(
@@ -236,6 +282,7 @@ def _ways(job: ShrinkJob, narrowed: bool) -> list[str]:
     """What chose what goes, in a word for each."""
     removal = job.removal
     ways = {
+        "token counts": removal.vocab is not None,
         "a search": removal.search,
         "the loss without each layer": removal.layers is not None,
         "the layers named": bool(removal.drop_layers),
@@ -253,6 +300,7 @@ def _sizes(model: LoadedModel) -> dict[str, int]:
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
         "bytes": sum(leaf.size * stored[name] for name, leaf in named.items()),
+        "tokens": config.vocab_size,
         "layers": config.layers,
         "heads": config.heads,
         "kv_heads": config.kv_heads,

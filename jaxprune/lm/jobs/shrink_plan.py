@@ -70,6 +70,8 @@ def _shapes(removal: Removal, config: DecoderConfig) -> list[tuple[str, int, int
         ("neurons a layer", width, neurons_left(removal, width)),
         ("heads a layer", heads, _without_share(heads, removal.heads)),
     ]
+    if removal.vocab:
+        shapes.insert(0, ("tokens", config.vocab_size, removal.vocab))
     if removal.query_heads:
         queries = config.heads // config.kv_heads
         name = "query heads of each key head"

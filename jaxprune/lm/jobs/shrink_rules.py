@@ -18,6 +18,7 @@ from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.shrinking.search import LEAST_SEQUENCES
 from jaxprune.lm.shrinking.units import count_head_units, multiples
 from jaxprune.lm.texts import text_files
+from jaxprune.lm.vocabulary.new_vocabulary import MULTIPLE
 
 _SHARES = ("ffn", "heads", "query_heads", "experts")
 
@@ -49,10 +50,10 @@ _BUDGET = (
         lambda v: (
             # A time is known of a whole model that was timed, not of what left it.
             v.measure != "milliseconds"
-            or not (v.layers is not None or v.drop_layers or v.experts)
+            or not (v.layers is not None or v.drop_layers or v.experts or v.vocab)
         ),
-        "what layers and experts take of a budget is counted, so with them it is not "
-        "of milliseconds; give --measure flops, bytes or parameters",
+        "what tokens, layers and experts take of a budget is counted, so with them it "
+        "is not of milliseconds; give --measure flops, bytes or parameters",
     ),
 )
 _SEARCH = (
@@ -85,7 +86,7 @@ _REMOVAL = (
     Rule(
         lambda v: v.asked,
         "something must be removed; give --ffn, --heads, --query-heads, --experts, "
-        "--layers, --drop-layers or --budget",
+        "--layers, --drop-layers, --budget or --vocab",
     ),
     Rule(
         lambda v: not v.self_sequences,
@@ -111,26 +112,60 @@ _REMOVAL = (
         "or --budget too, or leave it out",
     ),
 )
-RULES = (*map(_share, _SHARES), *_BUDGET, *_SEARCH, *_REMOVAL, *settings.RULES)
+_VOCABULARY = (
+    Rule(
+        lambda v: v.vocab is None or (v.vocab > 0 and v.vocab % MULTIPLE == 0),
+        f"--vocab must be a positive multiple of {MULTIPLE}, got {{vocab}}",
+    ),
+    Rule(
+        lambda v: v.vocab is None or v.calibration,
+        "--vocab needs --calibration FILE..., whose tokens it counts",
+    ),
+    Rule(
+        lambda v: v.vocab is None or not v.ids,
+        "--vocab splits the texts anew, which token ids cannot be, got {ids}; give the "
+        "texts themselves",
+    ),
+    Rule(
+        # Teacher and student would be one model from the first step on.
+        lambda v: (
+            v.vocab is None
+            or not v.recover_steps
+            or v.recover_by != "distillation"
+            or len(v.asked) > 1
+        ),
+        "--vocab alone leaves nothing to distil, since the tokens that stay keep their "
+        "weights; give --recover-by retraining, or remove more",
+    ),
+)
+RULES = (
+    *map(_share, _SHARES),
+    *(*_BUDGET, *_SEARCH, *_REMOVAL, *_VOCABULARY, *settings.RULES),
+)
 """What the options keep among themselves."""
 
 
 def check_shrink(job: ShrinkJob) -> None:
     """Refuses what can be refused without opening the model."""
+    files = job.calibration.files
+    paths = (*files, *job.evaluation.evaluate, *job.recovery.recover_text)
     check(
         RULES,
         **option_values(job),
         asked=job.removal.asked,
-        files=job.calibration.files,
+        files=files,
         self_sequences=job.calibration.self_sequences,
+        ids=", ".join(str(path) for path in paths if text_files.is_ids(path)),
     )
-    text_files.check_text_files(
-        (*job.calibration.files, *job.evaluation.evaluate, *job.recovery.recover_text)
-    )
+    text_files.check_text_files(paths)
     rewrite.check_place(job.out, job.model, overwrite=job.overwrite)
 
 
 _LAYERS = (
+    Rule(
+        lambda v: v.vocab is None or v.vocab < v.vocab_size,
+        "--vocab must be less than the {vocab_size} tokens that there are, got {vocab}",
+    ),
     Rule(
         lambda v: v.layers is None or v.layers <= v.count,
         "--layers must be at most the {count} that there are, got {layers}",
@@ -223,6 +258,7 @@ def check_fits(removal: Removal, source: CheckpointDir, config: DecoderConfig) -
     check(
         _LAYERS,
         **option_values(removal),
+        vocab_size=config.vocab_size,
         count=config.layers,
         last=config.layers - 1,
         dropped=", ".join(map(str, removal.drop_layers)),

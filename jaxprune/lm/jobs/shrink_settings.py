@@ -29,6 +29,8 @@ class Removal:
     """What is removed.
 
     Attributes:
+      vocab: how many tokens to leave, a multiple of 64: those that --calibration needs
+        most, and what any text needs. The texts then are split by the new tokenizer.
       ffn: the share of the neurons of each MLP to remove.
       multiple: the neurons that are left are the nearest multiple of this; 64 or
         128 suits the kernels of GPUs and TPUs.
@@ -49,6 +51,7 @@ class Removal:
         last quarter of the calibration's sequences; that takes several times as long.
     """
 
+    vocab: MaybeCount = None
     ffn: Number = 0.0
     multiple: Count = 1
     heads: Number = 0.0
@@ -64,7 +67,7 @@ class Removal:
     def asked(self) -> dict[str, Any]:
         """What is to go; JSON-able."""
         shares = ("ffn", "heads", "query_heads", "experts", "layers", "drop_layers")
-        names = (*shares, "budget")
+        names = ("vocab", *shares, "budget")
         asked = {name: value for name in names if (value := getattr(self, name))}
         if asked and self.multiple > 1:
             asked["multiple"] = self.multiple

@@ -7,6 +7,7 @@ measured is what will be written.
 import abc
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from jaxprune.lm.measure import perplexity
 from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.measure.tables import (
     describe_windows,
+    format_bits,
     format_perplexity,
     measure_texts,
 )
@@ -77,7 +79,9 @@ class Measurements:
         """Measures the model at a stage, which is noted."""
         for name, result in self.add(stage, decoder).items():
             shown = format_perplexity(result["perplexity"])
-            self.console.note(f"{stage}: perplexity {shown} on {name}")
+            self.console.note(
+                f"{stage}: perplexity {shown} on {name}{_bits_words(result)}"
+            )
 
     def add(self, stage: str, decoder: Decoder) -> dict[str, dict[str, Any]]:
         """Measures the model at a stage; the results by text."""
@@ -103,7 +107,7 @@ class Measurements:
             self.console.note(
                 f"dense: perplexity {format_perplexity(result['perplexity'])} on "
                 f"{name} ({text['role']}; {result['tokens']} tokens, context "
-                f"{text['context']}, {self.texts.begins.why})"
+                f"{text['context']}, {self.texts.begins.why}){_bits_words(result)}"
             )
         self._check_sane()
 
@@ -122,6 +126,12 @@ class Measurements:
         )
         accepted = self.any_perplexity or not texts or any(sane)
         check([_SANE], sane=accepted, results=results, vocab_size=size)
+
+
+def _bits_words(result: Mapping[str, Any]) -> str:
+    """Bits per byte, where the bytes are known."""
+    bits = result["bits_per_byte"]
+    return "" if bits is None else f"; {format_bits(bits)} bits per byte"
 
 
 AnyJob = TypeVar("AnyJob", PruneJob, ShrinkJob)

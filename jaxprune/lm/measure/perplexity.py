@@ -4,6 +4,9 @@ Each window moves on by the stride, and only the tokens that no earlier window p
 count, so that every token of the text counts once (without BOS all but the first one).
 A window begins with BOS where the model wants that; the model does not see the tokens
 before the window. Losses are float32, their sum is float64.
+
+Perplexities of two tokenizers do not compare, since their tokens are not as long. Bits
+per byte do: the loss of the text in bits over the bytes of it that were predicted.
 """
 
 import functools
@@ -19,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from jaxprune.arrays import processes, rules
 from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.decoder.model import Decoder, loss_per_token
+from jaxprune.lm.models.hf.tokenizer import Tokenizer
 from jaxprune.lm.texts.text_files import AnyText, Text
 
 _WINDOWS = (
@@ -57,11 +61,15 @@ class Windows(NamedTuple):
       tokens: int32 (windows, context); all but the first of a window are predicted.
       counted: bool (windows, context - 1), which predictions count.
       facts: JSON-able: context, stride, bos.
+      text: the text itself, up to the last token that counts; None of token ids.
+      bytes: number of bytes in UTF-8 of the tokens that count; None of token ids.
     """
 
     tokens: Int[np.ndarray, "windows context"]
     counted: Bool[np.ndarray, "windows context-1"]
     facts: dict[str, Any]
+    text: str | None = None
+    bytes: int | None = None
 
 
 def slide(
@@ -132,6 +140,7 @@ def windows_of_text(
     bos: int | None = None,
     limit: int | None = None,
     longest: int,
+    tokenizer: Tokenizer | None = None,
 ) -> Windows:
     """The windows of a text's file, or the rows of `.npy` as they are.
 
@@ -142,6 +151,7 @@ def windows_of_text(
       bos: token that each window begins with.
       limit: greatest number of windows or rows.
       longest: context of the model, in tokens.
+      tokenizer: tokenizer that made the tokens of a text, by which its bytes are known.
 
     Returns:
       The windows.
@@ -158,15 +168,56 @@ def windows_of_text(
     else:
         # One window more than is wanted, so that what is seen is that of the whole.
         needed = None if limit is None else (limit + 1) * context + 1
+        tokens = text.first(needed)
         try:
             windows = slide(
-                text.first(needed), context=context, stride=stride, bos=bos, limit=limit
+                tokens, context=context, stride=stride, bos=bos, limit=limit
             )
         except ValueError as error:
             raise ValueError(f"'{text.path}': {error}") from None
+        if tokenizer is not None:
+            windows = _with_text(windows, tokens, tokenizer)
     size = windows.tokens.shape[1] - 1
     rules.check([_CONTEXT], path=text.path, size=size, longest=longest)
     return windows
+
+
+def _with_text(
+    windows: Windows, tokens: Int[np.ndarray, " tokens"], tokenizer: Tokenizer
+) -> Windows:
+    """Windows with the text that their tokens stand for."""
+    first = 0 if windows.facts["bos"] else 1
+    # No position counts twice, and none between two that count is left out.
+    last = first + int(windows.counted.sum())
+    before, text = (
+        # A character that the end cuts is none of the text.
+        tokenizer.decode(part, special=True).rstrip("\ufffd")
+        for part in (tokens[:first], tokens[:last])
+    )
+    size = len(text.encode()) - len(before.encode())
+    return windows._replace(text=text, bytes=size)
+
+
+def retokenize_windows(windows: Windows, tokenizer: Tokenizer) -> Windows:
+    """The windows of the same text as another tokenizer splits it.
+
+    Args:
+      windows: windows of a text, not of token ids.
+      tokenizer: the other tokenizer, whose BOS begins a window where one did.
+
+    Returns:
+      As many windows as the tokens now need, of the same context.
+
+    Raises:
+      ValueError: the windows are of token ids, which are no text.
+    """
+    tokens = np.array(tokenizer.encode(windows.text or "", bos=False), np.int32)
+    facts = windows.facts
+    bos = tokenizer.bos if facts["bos"] else None
+    context, stride = facts["context"], facts["stride"]
+    return _with_text(
+        slide(tokens, context=context, stride=stride, bos=bos), tokens, tokenizer
+    )
 
 
 def measure_perplexity(
@@ -185,8 +236,8 @@ def measure_perplexity(
       progress: function that is called after each batch with the number of its windows.
 
     Returns:
-      "perplexity" and "nats" a token (None where they are not finite), "tokens" and
-      "windows" that count.
+      "perplexity", "nats" a token and "bits_per_byte" (None where they are not finite,
+      the last also of token ids), "tokens" and "windows" that count.
 
     Raises:
       ValueError: there is no window, or the batch is under 1.
@@ -225,9 +276,28 @@ def measure_perplexity(
         if finite and nats < 700
         else None,  # exp overflows past 709
         "nats": nats if finite else None,
+        "bits_per_byte": bits_per_byte(nats, count, windows.bytes) if finite else None,
         "tokens": count,
         "windows": number,
     }
+
+
+def bits_per_byte(nats: float, tokens: int, size: int | None) -> float | None:
+    """Bits for each byte of a text.
+
+    Args:
+      nats: mean loss of a token.
+      tokens: number of tokens that count.
+      size: number of their bytes; None or 0 where there are none.
+
+    Returns:
+      nats tokens / (size log 2), or None without bytes.
+
+    Example:
+      >>> bits_per_byte(math.log(256), 10, 10)  # guessing among all bytes
+      8.0
+    """
+    return nats * tokens / (size * math.log(2)) if size else None
 
 
 def unigram_perplexity(windows: Windows) -> float:

@@ -50,6 +50,11 @@ def format_perplexity(perplexity: float | None) -> str:
     return "not finite" if perplexity is None else f"{perplexity:.5g}"
 
 
+def format_bits(bits: float | None) -> str:
+    """Bits per byte in four places; None is of token ids, or not finite."""
+    return "-" if bits is None else f"{bits:.4f}"
+
+
 def perplexity_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The results of one model, a row for each text, for people."""
     rows = [
@@ -57,6 +62,7 @@ def perplexity_table(results: Mapping[str, Mapping[str, Any]]) -> str:
             name,
             format_perplexity(result["perplexity"]),
             "-" if result["nats"] is None else f"{result['nats']:.4f}",
+            format_bits(result["bits_per_byte"]),
             str(result["tokens"]),
             str(result["context"]),
             str(result["stride"] or "rows"),
@@ -64,14 +70,35 @@ def perplexity_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         ]
         for name, result in results.items()
     ]
-    header = ["text", "perplexity", "nats/token", "tokens", "context", "stride"]
-    return columns([[*header, "by frequency"], *rows], right=True)
+    header = ["text", "perplexity", "nats/token", "bits/byte", "tokens", "context"]
+    return columns([[*header, "stride", "by frequency"], *rows], right=True)
 
 
-def stage_table(stages: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The perplexity on each text at each stage of a job, for people."""
+def stage_table(
+    stages: Sequence[str],
+    results: Mapping[str, Mapping[str, Any]],
+    *,
+    by_bytes: bool = False,
+) -> str:
+    """The perplexity on each text at each stage of a job, for people.
+
+    Args:
+      stages: stages, in order.
+      results: name of a text to its results by stage.
+      by_bytes: whether bits per byte are shown, since the stages have other tokens.
+
+    Returns:
+      A table with a row for each text.
+    """
+
+    def shown(result: Mapping[str, Any]) -> str:
+        if by_bytes:
+            return format_bits(result["bits_per_byte"])
+        return format_perplexity(result["perplexity"])
+
     rows = [
-        [name, *(format_perplexity(text[stage]["perplexity"]) for stage in stages)]
+        [name, *(shown(text[stage]) for stage in stages)]
         for name, text in results.items()
     ]
-    return columns([["perplexity", *stages], *rows], right=True)
+    figure = "bits/byte" if by_bytes else "perplexity"
+    return columns([[figure, *stages], *rows], right=True)

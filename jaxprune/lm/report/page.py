@@ -31,6 +31,7 @@ def templates(*folders: Path) -> jinja2.Environment:
     )
     environment.globals |= {"variables": variables, "picture": picture}
     environment.filters |= {
+        "bits": bits,
         "bytes": size,
         "duration": duration,
         "perplexity": perplexity,
@@ -110,6 +111,11 @@ def perplexity(value: float | None) -> str:
     return f"{value:.4g}" if value < 9999.5 else f"{value:,.0f}"
 
 
+def bits(value: float | None) -> str:
+    """Bits per byte in four places; None is one that is not finite."""
+    return "not finite" if value is None else f"{value:.4f}"
+
+
 def perplexity_change(record: Mapping[str, Any]) -> str:
     """How the perplexity of the first text changed, as a clause; empty without any.
 
@@ -124,6 +130,9 @@ def perplexity_change(record: Mapping[str, Any]) -> str:
     """
     for name, text in (record.get("perplexity") or {}).items():
         stages = ("dense", measured(record)[-1])
+        if "vocabulary" in record:  # the stages have other tokens
+            before, after = (bits(text[stage]["bits_per_byte"]) for stage in stages)
+            return f"{name} went from {before} to {after} bits per byte"
         before, after = (text[stage]["perplexity"] for stage in stages)
         change = (
             f"perplexity on {name} went from {perplexity(before)} to "

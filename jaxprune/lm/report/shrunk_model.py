@@ -64,6 +64,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
     before, after = (record["sizes"][when] for when in ("before", "after"))
     facts = {
         "method": record["method"],
+        "vocabulary": _vocabulary(record.get("vocabulary")),
         "asked": ", ".join(f"{k} {_said(v)}" for k, v in record["sparsity"].items()),
         "calibrated on": page.calibration(record),
         "parameters": f"{after['parameters']:,} of {before['parameters']:,}",
@@ -72,6 +73,16 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
         "device": record["device"],
     }
     return {name: fact for name, fact in facts.items() if fact}
+
+
+def _vocabulary(facts: Mapping[str, Any] | None) -> str:
+    """Which tokens stayed, in a line; empty where all did."""
+    if not facts:
+        return ""
+    return (
+        f"{facts['after']:,} of {facts['before']:,} tokens, "
+        f"{facts['covered']:.2%} of the calibration's"
+    )
 
 
 def _said(value: Any) -> str:
@@ -85,6 +96,7 @@ def _sizes(sizes: Mapping[str, Any]) -> list[list[str]]:
     for key, name in (
         ("parameters", "parameters"),
         ("bytes", "bytes of weights"),
+        ("tokens", "tokens of the vocabulary"),
         ("layers", "layers"),
         ("heads", "query heads a layer"),
         ("kv_heads", "key heads a layer"),

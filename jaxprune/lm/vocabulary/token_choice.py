@@ -72,8 +72,9 @@ def choose_tokens(
     """The tokens that stay.
 
     Added tokens, bytes, single characters and the unknown token stay in any case. Then
-    comes, by its count in the texts, each token with those that it is merged from; of
-    equal counts the lowest id, which in most tokenizers was the more frequent token.
+    comes, by its count in the texts, each token with those that it is merged from. Of
+    equal counts come first those of characters that the texts have, then those of the
+    lowest ids, which in most tokenizers were the more frequent tokens.
 
     Args:
       content: parsed tokenizer.json.
@@ -101,7 +102,16 @@ def choose_tokens(
     kept = _always_kept(content, ids) | needed
     check(_SIZE, size=size, tokens=len(ids), needed=len(kept))
     made_from = _parts_of(model)
-    order = sorted(ids.items(), key=lambda item: (-int(counts[item[1]]), item[1]))
+    # What the texts do not have they would sooner have in their own script.
+    script = {letter for token, i in ids.items() if counts[i] for letter in token}
+    order = sorted(
+        ids.items(),
+        key=lambda item: (
+            -int(counts[item[1]]),
+            not script.issuperset(item[0]),
+            item[1],
+        ),
+    )
     for token, number in order:
         if len(kept) == size:
             break

@@ -6,7 +6,6 @@ its other tensors: a text whose tokens all stay has the same logits at these tok
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,10 +25,11 @@ from jaxprune.lm.checkpoints.directory_writer import Finish
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf.parameters import leaf_shapes
-from jaxprune.lm.vocabulary import token_choice, tokenizer_files
-
-MULTIPLE = 64
-"""What kernels like the number of tokens to be a multiple of."""
+from jaxprune.lm.vocabulary.new_vocabulary import (
+    check_size,
+    choose_vocabulary,
+    count_tokens,
+)
 
 
 class TrimmedVocabulary(NamedTuple):
@@ -87,85 +87,32 @@ def trim_vocabulary(
     """
     loaded = hf.load(source, lazy=True, ignore_config=ignore_config)
     opened, config = open_directory(source), loaded.config
-    check(
-        _FITS, size=size, multiple=MULTIPLE, decoder=isinstance(config, DecoderConfig)
-    )
+    check(_DECODER, decoder=isinstance(config, DecoderConfig))
+    check_size(size)
     tokenizer = hf.load_tokenizer(source)  # refuses files that are not what they say
-    content = {"added_tokens": [], **_read_json(opened, tokenizer_files.TOKENIZER)}
-    token_choice.check_ids(token_choice.token_ids(content), config.vocab_size)
-    settings = {
-        name: _read_json(opened, name)
-        for name in tokenizer_files.SETTINGS
-        if (opened.path / name).is_file()
-    }
-    needed = set().union(*map(tokenizer_files.named_ids, settings.values()))
-    counts = _count_tokens(tokenizer, texts, config.vocab_size)
-    kept = token_choice.choose_tokens(content, counts, size, needed)
+    counts = np.zeros(config.vocab_size, np.int64)
+    for text in texts:
+        counts += count_tokens(tokenizer.encode(text), config.vocab_size)
+    vocabulary = choose_vocabulary(opened, tokenizer, counts, size)
     small = dataclasses.replace(config, vocab_size=size)
-    settings[CONFIG] = hf.smaller_config(
-        opened.config, small, ignore_config=ignore_config
+    settings = dict(vocabulary.settings)
+    new_config = hf.smaller_config(
+        settings.pop(CONFIG), small, ignore_config=ignore_config
     )
-    files = _renumbered(content, settings, kept)
-    left_out = tuple(n for n in tokenizer_files.LEFT_OUT if n in opened.others)
-    covered = float(counts[kept].sum() / max(counts.sum(), 1))
-    facts = {
-        "method": "vocabulary by counts",
-        "vocabulary": {
-            "before": config.vocab_size,
-            "after": size,
-            "covered": covered,
-            "left_out": list(left_out),
-        },
-    }
+    facts = {"method": "vocabulary by counts", "vocabulary": vocabulary.facts}
     paths = new_weights.write_new_weights(
         opened,
         directory,
-        files.pop(CONFIG),
-        _tensors(opened, loaded, small, kept),
+        new_config,
+        _tensors(opened, loaded, small, vocabulary.kept),
         provenance=facts | dict(provenance or {}),
-        settings=files | dict.fromkeys(left_out),
+        settings=settings,
         overwrite=overwrite,
         finish=finish,
     )
-    return TrimmedVocabulary(paths, kept, covered, left_out)
-
-
-def _renumbered(
-    content: Mapping[str, Any],
-    settings: Mapping[str, Mapping[str, Any]],
-    kept: Int[np.ndarray, " size"],
-) -> dict[str, Mapping[str, Any]]:
-    """tokenizer.json and the files of settings with the new ids, by name."""
-    new_ids = {int(number): i for i, number in enumerate(kept)}
-    tokenizer = tokenizer_files.reindexed_tokenizer(content, new_ids)
-    _check_read_back(tokenizer)
-    files: dict[str, Mapping[str, Any]] = {tokenizer_files.TOKENIZER: tokenizer}
-    for name, setting in settings.items():
-        files[name] = tokenizer_files.reindexed_settings(setting, new_ids.__getitem__)
-    return files
-
-
-def _check_read_back(content: Mapping[str, Any]) -> None:
-    """Refuses a tokenizer.json whose ids the package would read otherwise."""
-    import tokenizers
-
-    # It counts added tokens on from the last of the vocabulary.
-    read = tokenizers.Tokenizer.from_str(json.dumps(content)).get_vocab()
-    check([_READ_BACK], same=read == token_choice.token_ids(content))
-
-
-def _read_json(opened: CheckpointDir, name: str) -> dict[str, Any]:
-    return json.loads((opened.path / name).read_text(encoding="utf-8"))
-
-
-def _count_tokens(
-    tokenizer: hf.Tokenizer, texts: Iterable[str], rows: int
-) -> Int[np.ndarray, " rows"]:
-    """How often each token is in some texts."""
-    counts = np.zeros(rows, np.int64)
-    for text in texts:
-        counts += np.bincount(tokenizer.encode(text), minlength=rows)
-    return counts
+    return TrimmedVocabulary(
+        paths, vocabulary.kept, vocabulary.covered, vocabulary.left_out
+    )
 
 
 def _tensors(
@@ -176,14 +123,11 @@ def _tensors(
 ) -> dict[str, new_weights.NewTensor]:
     """All tensors, those with a row for each token without some of the rows."""
     before = leaf_shapes(hf.abstract(loaded.config))
-    after = leaf_shapes(hf.abstract(small))
     axes: dict[str, int] = {}  # tensor to its axis of tokens
-    for leaf, shape in before.items():
-        changed = [i for i, n in enumerate(shape) if n != after[leaf][i]]
+    for leaf, axis in hf.token_axes(loaded.config, small).items():
         origin = loaded.names[leaf]
-        for name in (*origin.names, *origin.copies) if changed else ():
-            rank = len(shape)
-            axes[name] = rank - 1 - changed[0] if origin.transposed else changed[0]
+        for name in (*origin.names, *origin.copies):
+            axes[name] = len(before[leaf]) - 1 - axis if origin.transposed else axis
 
     def read(name: str) -> np.ndarray:
         tensor = opened.read(name)
@@ -200,21 +144,9 @@ def _tensors(
     return tensors
 
 
-_FITS = (
-    Rule(
-        lambda v: v.decoder,
-        "tokens are left out of language models that read text alone, but this one "
-        "reads pictures",
-        "keep its vocabulary whole",
-    ),
-    Rule(
-        lambda v: v.size > 0 and v.size % v.multiple == 0,
-        "the number of tokens must be a positive multiple of {multiple}, got {size}",
-    ),
-)
-_READ_BACK = Rule(
-    lambda v: v.same,
-    "tokenizer.json must number its added tokens behind its vocabulary without a gap, "
-    "but here some would get other ids",
-    "save it anew with transformers",
+_DECODER = Rule(
+    lambda v: v.decoder,
+    "tokens are left out of language models that read text alone, but this one reads "
+    "pictures",
+    "keep its vocabulary whole",
 )

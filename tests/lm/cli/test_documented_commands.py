@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import tiny_cli, tiny_hf
+from tests.support.tiny_tokenizers import model_folder
 
 pytest.importorskip("tyro")
 pytest.importorskip("tokenizers")
@@ -47,13 +48,14 @@ LINES = _lines()
 def place(tmp_path_factory):
     """What the pages name: MODEL, MIXTURE, OUT, a compact file, texts.
 
-    DEEP is the MODEL where layers go.
+    DEEP is the MODEL where layers go, BYTES that which llama.cpp has a tokenizer for.
     """
     root = tmp_path_factory.mktemp("documented")
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
     for name, layers in (("MODEL", 1), ("DEEP", LAYERS)):
         model = tiny_cli.model(root / name, layers=layers)
         tiny_hf.edit(model, max_position_embeddings=512, **heads)
+    model_folder(root / "BYTES", "byte-level")
     mixture = root / "MIXTURE"
     tiny_hf.random_folder("mixtral", mixture)
     tiny_cli.tokenizer(mixture)
@@ -83,9 +85,14 @@ def test_the_line_runs(place, monkeypatch, tmp_path, capsys, line):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     words = [word.replace("~", str(tmp_path)) for word in shlex.split(line)[1:]]
+    if words[0] == "export":
+        pytest.importorskip("gguf")
+    if "--vocab" in words:  # of a model with 97
+        words[words.index("--vocab") + 1] = "64"
     made = {"prune": {"OUT"}, "shrink": {"OUT"}, "compact": {"model.jaxprune"}}
     named = {"packed": "model.jaxprune"}
     named |= {"MODEL": "SMALL", "DEEP": "MODEL"} if "--layers" in words else {}
+    named |= {"MODEL": "WORDS", "BYTES": "MODEL"} if words[0] == "export" else {}
     for path in place.iterdir():
         name = named.get(path.name, path.name)
         if name not in made.get(words[0], set()):

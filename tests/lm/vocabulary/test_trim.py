@@ -193,6 +193,15 @@ def test_a_merge_stays_with_its_parts_and_its_product():
             pending.append(part)
 
 
+def test_tokens_that_no_text_has_come_by_the_characters_of_the_texts():
+    vocabulary = {"<unk>": 0, "жж": 1, "ab": 2, "ba": 3, "bb": 4}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
+    content = {"added_tokens": [], "model": model}
+    counts = np.array([0, 0, 3, 0, 0])
+    kept = token_choice.choose_tokens(content, counts, 3)
+    assert kept.tolist() == [0, 2, 3]  # "ba" has the letters of "ab", "жж" has not
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
 def test_transformers_loads_it_with_nothing_missing(tmp_path, kind):

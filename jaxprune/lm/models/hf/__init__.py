@@ -6,7 +6,9 @@ from jaxprune.lm.models.hf.parameters import Dtype, Shardings, split_over, to_te
 from jaxprune.lm.models.hf.smaller import (
     keep_experts,
     keep_layers,
+    keep_tokens,
     resized,
+    token_axes,
     write_smaller,
 )
 from jaxprune.lm.models.hf.smaller_config import (
@@ -30,6 +32,7 @@ __all__ = [
     "heads_that_fit",
     "keep_experts",
     "keep_layers",
+    "keep_tokens",
     "load",
     "load_tokenizer",
     "resized",
@@ -38,6 +41,7 @@ __all__ = [
     "split_over",
     "tensors",
     "to_tensors",
+    "token_axes",
     "vision_config",
     "when_heads_fit",
     "write_smaller",

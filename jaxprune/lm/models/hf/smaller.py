@@ -1,4 +1,4 @@
-"""A model with fewer layers, experts, heads and neurons: its directory.
+"""A model with fewer tokens, layers, experts, heads and neurons: its directory.
 
 What parameters became smaller decides what config.json says (`smaller_config`): all
 layers must have the same sizes, since that is what a configuration can hold.
@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
 from jaxprune.arrays import lazy, rules, tree
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule
 from jaxprune.lm.checkpoints import new_weights
-from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+from jaxprune.lm.checkpoints.checkpoint_dir import CONFIG, open_directory
 from jaxprune.lm.checkpoints.directory_writer import Finish
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf import families
@@ -28,6 +30,9 @@ from jaxprune.lm.models.hf.loading import abstract
 from jaxprune.lm.models.hf.parameters import leaf_shapes
 from jaxprune.lm.models.hf.smaller_config import smaller_config
 from jaxprune.lm.models.hf.tensor_names import Source
+
+EMBEDDING = "embedding/embedding"
+"""Leaf with a row for each token, (vocab_size, width)."""
 
 _LAYERS = Rule(
     lambda v: v.kept and v.kept == sorted({*v.kept} & {*range(v.last + 1)}),
@@ -62,8 +67,8 @@ _SIZES = (
 )
 _SHAPES = Rule(
     lambda v: not v.wrong,
-    "a configuration can only say fewer layers, experts, heads and neurons, but "
-    "{wrong} became smaller in another way",
+    "a configuration can only say fewer tokens, layers, experts, heads and neurons, "
+    "but {wrong} became smaller in another way",
     "leave them whole",
 )
 _KEPT = Rule(
@@ -174,6 +179,58 @@ def keep_experts(
     return small, jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
+def keep_tokens(
+    config: DecoderConfig, params: Any, kept: Int[np.ndarray, " size"]
+) -> tuple[DecoderConfig, Any]:
+    """A decoder that knows some of its tokens only.
+
+    Args:
+      config: shape of the decoder.
+      params: parameters of it, arrays or lazy ones; those of tokens are read.
+      kept: ids of the tokens that stay, ascending; the place of each is its new id.
+
+    Returns:
+      The smaller shape and its parameters.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxprune.lm.models.decoder.model import Decoder
+      >>> config = DecoderConfig(
+      ...     vocab_size=65, context=32, layers=1, width=16, heads=2, kv_heads=2,
+      ...     head_dim=8, mlp_width=32,
+      ... )
+      >>> params = nnx.state(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param)
+      >>> small, params = keep_tokens(config, params, np.arange(0, 64, 2))
+      >>> small.vocab_size, params["embedding"]["embedding"].shape
+      (32, (32, 16))
+    """
+    small = dataclasses.replace(config, vocab_size=len(kept))
+    axes = token_axes(config, small)
+    leaves = [
+        jnp.take(lazy.array(leaf), kept, axes[name]) if name in axes else leaf
+        for name, leaf in tree.named_leaves(params).items()
+    ]
+    return small, jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def token_axes(before: DecoderConfig, after: DecoderConfig) -> dict[str, int]:
+    """The axis of tokens of each leaf that has one: embedding, head and its bias.
+
+    Args:
+      before: shape of a decoder.
+      after: shape of the same decoder with another number of tokens.
+
+    Returns:
+      Leaf name to axis.
+    """
+    shapes = leaf_shapes(abstract(after))
+    return {
+        leaf: next(i for i, n in enumerate(shape) if n != shapes[leaf][i])
+        for leaf, shape in leaf_shapes(abstract(before)).items()
+        if shape != shapes[leaf]
+    }
+
+
 def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
     """The shape of a decoder whose heads or MLPs became smaller.
 
@@ -182,7 +239,7 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
       params: parameters that it has now.
 
     Returns:
-      The shape with other `experts`, `heads`, `kv_heads` and `mlp_width`.
+      The shape with other `vocab_size`, `experts`, `heads`, `kv_heads` and `mlp_width`.
 
     Raises:
       ValueError: layers have different sizes, or no such decoder has the shapes of the
@@ -207,7 +264,8 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
     rules.check(
         _SIZES, layer=different, first=sizes[0], size=sizes[different], **sizes[0]
     )
-    small = dataclasses.replace(config, **sizes[0])  # type: ignore[arg-type]
+    vocab_size = shapes_now[EMBEDDING][0]
+    small = dataclasses.replace(config, vocab_size=vocab_size, **sizes[0])  # type: ignore[arg-type]
     expected = leaf_shapes(abstract(small))
     wrong = [name for name in expected if expected[name] != shapes_now.get(name)]
     rules.check([_SHAPES], wrong=listed(wrong))
@@ -238,6 +296,7 @@ def write_smaller(
     names: Mapping[str, Source],
     *,
     kept: Sequence[int] | None = None,
+    settings: Mapping[str, Mapping[str, Any] | None] | None = None,
     ignore_config: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -248,10 +307,12 @@ def write_smaller(
     Args:
       source: directory that the model was loaded from.
       directory: path of the new one.
-      params: smaller parameters, of `jp.shrink`, `keep_layers`, `keep_experts` or
-        all of them.
+      params: smaller parameters, of `jp.shrink`, `keep_tokens`, `keep_layers`,
+        `keep_experts` or all of them.
       names: tensor that each leaf came from, as `load` returned it.
       kept: numbers of the layers that stayed, all if left out.
+      settings: name of a JSON file to its content, None where it is left out; of
+        config.json the one that the sizes are put into. Others are copied.
       ignore_config: attributes of config.json that `load` was told not to look at.
       provenance: facts of how it was made, JSON-able, for jaxprune.json.
       overwrite: whether an earlier result may be replaced.
@@ -265,7 +326,8 @@ def write_smaller(
         other layers than `kept` says, or `directory` is taken.
       OSError: the directory could not be written.
     """
-    opened = open_directory(source)
+    opened, settings = open_directory(source), dict(settings or {})
+    checkpoint_config = settings.pop(CONFIG, None) or opened.config
     config_before = families.decoder_config(opened.config, ignore_config=ignore_config)
     kept = list(range(config_before.layers)) if kept is None else list(kept)
     # The shape by the layers alone; the parameters say the rest.
@@ -281,7 +343,7 @@ def write_smaller(
     )
     config_now = resized(fewer_layers, params)
     config = smaller_config(
-        opened.config, config_now, kept, ignore_config=ignore_config
+        checkpoint_config, config_now, kept, ignore_config=ignore_config
     )
     tensors = {}
     for leaf, array in tree.named_leaves(params).items():
@@ -305,6 +367,7 @@ def write_smaller(
         config,
         tensors,
         provenance=provenance or {},
+        settings=settings,
         overwrite=overwrite,
         finish=finish,
     )

@@ -1,0 +1,133 @@
+"""Fewer tokens cost little on text they were chosen for, and decode faster.
+
+`python -m benchmarks.smaller_vocabulary MODEL OUT --sizes 65536 32768` runs `jaxprune
+shrink --vocab` for each size, calibrated on plays and technical prose, and prints
+weights, tokens a second of decoding with the head, and bits per byte of other plays and
+other prose, of news, and of another language. What is in OUT is not run again. It needs
+the packages of `benchmarks.texts`, and for the German
+`pip install --no-deps django==5.2.8`.
+"""
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from benchmarks import measure, texts
+from experiments.datasets import shakespeare_plays
+from jaxprune.arrays.messages import columns
+from jaxprune.lm import cli
+from jaxprune.lm.checkpoints import rewrite
+
+CALIBRATION = ("plays", "technical")
+HELD_OUT = ("other plays", "other technical", "news", "german")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Shrinks the vocabulary and prints the table.
+
+    Attributes:
+      model: a Hugging Face directory with a tokenizer.json.
+      out: the folder to write: texts, smaller models with their records.
+      sizes: how many tokens stay.
+      limit: windows of each text that are evaluated.
+      rounds: how often the models are timed, in turn.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional]
+    sizes: tuple[int, ...] = (65536, 32768)
+    limit: int = 8
+    rounds: int = 5
+
+
+def main(config: Config) -> None:
+    """Runs what is missing, prints the table, then one JSON line."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    paths = _write_texts(config.out)
+    for size in config.sizes:
+        out = config.out / str(size)
+        if not (out / rewrite.NAME).is_file():
+            words = ["shrink", config.model, out, "--vocab", size, "--limit"]
+            words += [config.limit, "--speed-rounds", config.rounds]
+            words += ["--calibration", *(paths[name] for name in CALIBRATION)]
+            words += ["--evaluate", *(paths[name] for name in HELD_OUT)]
+            if code := cli.main([*map(str, words)]):
+                raise SystemExit(code)
+    records = [rewrite.read_provenance(config.out / str(s)) for s in config.sizes]
+    rows = [line for record in records for line in _rows(record)]
+    header = ["tokens", "text", "bits/byte", "was", "change", "tokens of it", "was"]
+    print(columns([header, *rows], right=True))
+    header = ["tokens", "weights, M", "decode, times", "by round", "dense itself"]
+    print(columns([header, *map(_speed_row, records)], right=True))
+    measure.report("smaller_vocabulary", model=config.model.name, texts=rows)
+
+
+def _rows(record: dict[str, Any]) -> list[list[str]]:
+    """A row for each held-out text."""
+    rows = []
+    for name, text in record["perplexity"].items():
+        before, after = text["dense"], text["shrunk"]
+        bits, was = after["bits_per_byte"], before["bits_per_byte"]
+        change = f"{bits / was - 1:+.2%}"
+        size = f"{record['vocabulary']['after']:,}"
+        rows.append([size, name, f"{bits:.4f}", f"{was:.4f}", change])
+        rows[-1] += [f"{after['tokens']:,}", f"{before['tokens']:,}"]
+    return rows
+
+
+def _speed_row(record: dict[str, Any]) -> list[str]:
+    weights = (
+        record["sizes"][when]["parameters"] / 1e6 for when in ("before", "after")
+    )
+    was, now = weights
+    speed = record["speed"]["ratios"]["decode"]
+    return [
+        f"{record['vocabulary']['after']:,}",
+        f"{now:.1f} of {was:.1f}",
+        f"{speed['ratio']:.2f}",
+        f"{speed['low']:.2f} to {speed['high']:.2f}",
+        f"{speed['noise']:.2f}",
+    ]
+
+
+def _write_texts(folder: Path) -> dict[str, Path]:
+    """The texts as files; calibrated and held out share no document."""
+    plays = [shakespeare_plays.render(x) for x in shakespeare_plays.read_plays()]
+    documents = {
+        "plays": [x for n, x in enumerate(plays) if n % 10 != 4],
+        "technical": texts.technical_documents("sympy"),
+        "other plays": plays[4::10],
+        "other technical": texts.technical_documents("networkx"),
+        "news": texts.news_documents(),
+        "german": _german(),
+    }
+    paths = {}
+    for name, parts in documents.items():
+        paths[name] = folder / f"{name.replace(' ', '-')}.txt"
+        paths[name].write_text("\n".join(parts), encoding="utf-8")
+    return paths
+
+
+def _german() -> list[str]:
+    """The messages of Django in German, as its package carries them."""
+    messages = []
+    for path in sorted(
+        texts.package_folder("django").rglob("de/LC_MESSAGES/django.po")
+    ):
+        entries = re.findall(
+            r'^msgstr(?:\[\d\])? ((?:"[^\n]*"\n?)+)', path.read_text("utf-8"), re.M
+        )
+        for entry in entries[1:]:  # the first is the header of the file
+            message = "".join(ast.literal_eval(x) for x in entry.strip().split("\n"))
+            if message:
+                messages.append(message)
+    return messages
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

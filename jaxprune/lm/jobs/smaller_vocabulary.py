@@ -1,0 +1,113 @@
+"""A job's vocabulary: the tokens that its texts need, and its texts split by them.
+
+Both come before the weights are read. The model before is measured by its own tokens;
+all that follows, calibration, search, recovery and the second measurement, is by the
+new ones, on the same stretches of text.
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.jobs import inputs
+from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.jobs.inputs import JobTexts
+from jaxprune.lm.jobs.opening import text_beginning
+from jaxprune.lm.jobs.shrink_settings import ShrinkJob
+from jaxprune.lm.measure import perplexity
+from jaxprune.lm.models.hf import Tokenizer
+from jaxprune.lm.texts import text_files
+from jaxprune.lm.texts.long_text import LongText, encode_text
+from jaxprune.lm.vocabulary.new_vocabulary import (
+    NewVocabulary,
+    choose_vocabulary,
+    count_tokens,
+)
+
+_COUNTED = 2**22  # tokens of a text, from its beginning
+
+
+def choose_for_job(
+    job: ShrinkJob, source: CheckpointDir, texts: JobTexts, console: Console
+) -> tuple[NewVocabulary, JobTexts] | None:
+    """The vocabulary that a job asks for, and its texts by the new tokenizer.
+
+    Args:
+      job: what was asked for.
+      source: directory of the model.
+      texts: texts by the model's tokenizer.
+      console: where it is said what stays.
+
+    Returns:
+      Both, or None where all tokens stay.
+
+    Raises:
+      ValueError: the tokenizer is not understood, or so few tokens cannot stay.
+    """
+    size, tokenizer = job.removal.vocab, texts.tokenizer
+    if size is None or tokenizer is None:  # token ids alone were refused before
+        return None
+    vocabulary = choose_vocabulary(source, tokenizer, _count_mixture(texts), size)
+    console.note(
+        f"{len(vocabulary.kept):,} of {vocabulary.rows:,} tokens stay; of the "
+        f"calibration's tokens they are {vocabulary.covered:.2%}"
+    )
+    return vocabulary, _split_anew(job, texts, tokenizer, vocabulary)
+
+
+def _count_mixture(texts: JobTexts) -> Int[np.ndarray, " rows"]:
+    """How often the calibration has each token, where each text counts alike."""
+    rows = texts.vocab_size
+    counts = [count_tokens(t.first(_COUNTED), rows) for t in texts.calibration]
+    longest = max(int(count.sum()) for count in counts)
+    # A short text of a kind says as much of that kind as a long one.
+    return sum(
+        (count * (longest // max(int(count.sum()), 1)) for count in counts),
+        np.zeros(rows, np.int64),
+    )
+
+
+def _split_anew(
+    job: ShrinkJob, texts: JobTexts, before: Tokenizer, vocabulary: NewVocabulary
+) -> JobTexts:
+    """The same texts as the new tokenizer splits them."""
+    size, tokenizer = len(vocabulary.kept), vocabulary.tokenizer
+    _, begins = text_beginning(tokenizer, job.loading, size)
+    tokenizer = dataclasses.replace(tokenizer, begins=begins.token is not None)
+    calibration = [_retokenized(t, before, tokenizer, size) for t in texts.calibration]
+    calibrating, most = job.calibration, job.evaluation.limit
+    drawn = inputs.draw_calibration(calibrating, calibration, begins, most)
+    training = None
+    if texts.training is not None:
+        paths = job.recovery.recover_text or calibrating.files
+        trained = [text_files.read_text(path, tokenizer, size) for path in paths]
+        # Without the ends that are held out of those that are calibrated on.
+        trained = inputs.without_rows(trained, calibration, ())
+        training = inputs.draw_training(
+            job.recovery, calibrating, trained, begins.token
+        )
+    windows = {
+        name: perplexity.retokenize_windows(text, tokenizer)
+        for name, text in texts.windows.items()
+    }
+    return texts._replace(
+        tokenizer=tokenizer,
+        begins=begins,
+        calibration=calibration,
+        drawn=drawn,
+        windows=windows,
+        training=training,
+        vocab_size=size,
+    )
+
+
+def _retokenized(
+    text: text_files.AnyText, before: Tokenizer, after: Tokenizer, size: int
+) -> text_files.AnyText:
+    """A text as another tokenizer splits it."""
+    if isinstance(text, LongText):
+        return dataclasses.replace(text, tokenizer=after, vocab_size=size)
+    words = before.decode(text.tokens, special=True)
+    return text._replace(tokens=encode_text(words, text.path, after, size))

@@ -1,0 +1,253 @@
+"""`jaxprune shrink --vocab`: fewer tokens, alone and with what else goes."""
+
+import json
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from tests.support import tiny_cli, tiny_hf
+from tests.support.tiny_cli import config_of, logits, run, shrink
+from tests.support.tiny_tokenizers import model_folder, text
+
+pytest.importorskip("tyro")
+pytest.importorskip("tokenizers")
+
+from jaxprune.lm import cli
+from jaxprune.lm.checkpoints import rewrite
+from jaxprune.lm.models import hf
+from jaxprune.lm.texts import text_files
+
+SHORT = ("--length", 32, "--context", 32, "--sequences", 8, "--any-perplexity")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A random model with a tokenizer of bytes, and texts of its language."""
+    root = tmp_path_factory.mktemp("vocabulary")
+    model_folder(root / "model", "byte-level", "llama-3")
+    (root / "a.txt").write_text(text(1500))
+    (root / "b.txt").write_text(text(300, 3))
+    np.save(root / "rows.npy", tiny_hf.tokens(6, 16))
+    return root
+
+
+def trimmed(capsys, place, out, *words, vocab=320):
+    calibrated = ("--calibration", place / "a.txt", *SHORT, *words)
+    return shrink(capsys, place / "model", out, "--vocab", vocab, *calibrated)
+
+
+def test_bits_per_byte_are_the_loss_of_a_text_over_its_bytes(place, capsys):
+    words = ("--text", place / "b.txt", "--context", 32, "--limit", 0)
+    code, record, _ = run(capsys, "eval", place / "model", *words)
+    assert code == 0
+    measured = record["texts"]["b.txt"]
+    bits = measured["nats"] * measured["tokens"] / math.log(2)
+    size = (place / "b.txt").stat().st_size  # the umlauts have two bytes
+    assert measured["bits_per_byte"] == pytest.approx(bits / size)
+
+
+def test_token_ids_have_no_bytes(place, capsys):
+    words = ("--text", place / "rows.npy", "--context", 16)
+    code, record, _ = run(capsys, "eval", place / "model", *words)
+    assert code == 0
+    assert record["texts"]["rows.npy"]["bits_per_byte"] is None
+
+
+@pytest.mark.full
+def test_tokens_alone_go_and_the_rows_that_stay_are_the_same(place, capsys):
+    code, record, err = trimmed(capsys, place, place / "alone")
+    assert code == 0
+    before, after = (
+        load_file(place / name / "model.safetensors") for name in ("model", "alone")
+    )
+    old, new = (hf.load_tokenizer(place / n).tokens for n in ("model", "alone"))
+    ids = new.get_vocab()
+    assert len(ids) == config_of(place / "alone")["vocab_size"] == 320
+    kept = [old.token_to_id(token) for token in sorted(ids, key=ids.get)]
+    for name, tensor in after.items():
+        expected = before[name]
+        rows = expected[kept] if len(expected) != len(tensor) else expected
+        np.testing.assert_array_equal(tensor, rows)
+    assert record["vocabulary"]["after"] == 320
+    assert "320 of 448 tokens stay; of the calibration's tokens they are" in err
+    assert record["method"] == "shrink by token counts"
+    assert record["sizes"]["after"]["tokens"] == 320
+    assert not (place / "alone" / "vocab.json").exists()
+    page = (place / "alone" / "report.html").read_text()
+    assert "<h2>Bits per byte</h2>" in page
+    assert re.search(r"a.txt went from \d\.\d{4} to \d\.\d{4} bits per byte", page)
+
+
+@pytest.mark.full
+def test_both_models_are_measured_on_the_same_text(place, capsys):
+    words = ("--evaluate", place / "b.txt", "--limit", 4)
+    code, record, _ = trimmed(capsys, place, place / "same", *words)
+    assert code == 0
+    # The words of four windows of the dense model, as the smaller one splits them.
+    stream = hf.load_tokenizer(place / "model").encode(text(300, 3), bos=False)
+    part = hf.load_tokenizer(place / "model").decode(stream[: 4 * 31])
+    (place / "part.txt").write_text(part.rstrip("\ufffd"))
+    for stage, folder in (("dense", "model"), ("shrunk", "same")):
+        words = ("--text", place / "part.txt", "--context", 32, "--limit", 0)
+        again = run(capsys, "eval", place / folder, *words)[1]["texts"]["part.txt"]
+        measured = record["perplexity"]["b.txt"][stage]
+        assert measured["bits_per_byte"] == pytest.approx(
+            again["bits_per_byte"], rel=1e-3
+        )
+    assert measured["tokens"] > record["perplexity"]["b.txt"]["dense"]["tokens"]
+
+
+@pytest.mark.full
+def test_tokens_go_with_neurons_heads_and_layers_and_a_distillation(place, capsys):
+    words = ("--ffn", 0.5, "--layers", 1, "--recover-steps", 2)
+    code, record, _ = trimmed(capsys, place, place / "all", *words)
+    assert code == 0
+    config = config_of(place / "all")
+    before = config_of(place / "model")
+    assert config["vocab_size"] == 320
+    assert config["num_hidden_layers"] == 1
+    assert config["intermediate_size"] == before["intermediate_size"] // 2
+    assert len(record["distillation"]["losses"]) == 2
+    code, again, _ = run(
+        capsys, "eval", place / "all", "--text", place / "b.txt", "--context", 32
+    )
+    assert code == 0
+    assert again["texts"]["b.txt"]["bits_per_byte"] > 0
+    assert {"dense", "shrunk", "distilled"} <= {*record["perplexity"]["a.txt"]}
+
+
+@pytest.mark.full
+def test_a_budget_counts_the_tokens_that_went(place, capsys):
+    words = ("--budget", 0.6)
+    code, record, _ = trimmed(capsys, place, place / "budget", *words)
+    assert code == 0
+    params = nnx.state(hf.load(place / "budget").model, nnx.Param)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert size <= 0.6 * record["sizes"]["before"]["parameters"]
+    assert "units" in record
+
+
+@pytest.mark.full
+def test_a_long_text_is_split_anew_where_it_is_drawn(place, capsys, monkeypatch):
+    monkeypatch.setattr(text_files, "_WHOLE", 1000)
+    words = ("--ffn", 0.5)
+    code, record, _ = trimmed(capsys, place, place / "long", *words)
+    assert code == 0
+    assert record["vocabulary"]["covered"] > 0.5
+
+
+@pytest.mark.full
+def test_files_of_several_shards_and_a_chat_template_stay(place, tmp_path, capsys):
+    model_folder(tmp_path / "model", "byte-level")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    config = config_of(tmp_path / "model")
+    names = sorted(tensors)
+    files = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    for file, part in zip(files, (names[:5], names[5:]), strict=True):
+        tiny_hf.save(tmp_path / "model", config, {n: tensors[n] for n in part}, file)
+    weight_map = {n: files[i >= 5] for i, n in enumerate(names)}
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    template = "{% for m in messages %}{{ m.content }}<end_of_turn>{% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    words = ("--vocab", 320, "--calibration", place / "a.txt", *SHORT)
+    code, _, _ = shrink(capsys, tmp_path / "model", tmp_path / "out", *words)
+    assert code == 0
+    rewrite.read_provenance(tmp_path / "out", verify=True)
+    assert json.loads((tmp_path / "out" / index.name).read_text())["weight_map"] == (
+        weight_map
+    )
+    tokenizer = hf.load_tokenizer(tmp_path / "out")
+    assert tokenizer.chat is not None
+    assert tokenizer.tokens.token_to_id("<end_of_turn>") in tokenizer.eos
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", tiny_hf.CONFIGS)
+def test_every_family_gives_the_same_logits_at_the_tokens_that_stay(name, tmp_path):
+    tiny_hf.random_folder(name, tmp_path, "float32")
+    loaded = hf.load(tmp_path)
+    kept = np.arange(1, loaded.config.vocab_size, 2)
+    params = nnx.state(loaded.model, nnx.Param)
+    config, fewer = hf.keep_tokens(loaded.config, params, kept)
+    small = nnx.merge(nnx.split(hf.abstract(config), nnx.Param)[0], fewer)
+    tokens = np.arange(12).reshape(1, 12)
+    np.testing.assert_allclose(
+        tiny_cli.called(small, tokens),
+        logits(tmp_path, kept[tokens])[..., kept],
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    assert hf.resized(loaded.config, fewer) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--vocab", "100"), "--vocab must be a positive multiple of 64, got 100"),
+        (("--vocab", "320"), "--vocab needs --calibration FILE"),
+        (
+            ("--vocab", "320", "--calibration", "rows.npy"),
+            "token ids cannot be, got .*rows.npy; give the texts",
+        ),
+        (
+            ("--vocab", "320", "--calibration", "a.txt", "--recover-steps", "2"),
+            "leaves nothing to distil.*--recover-by retraining",
+        ),
+        (
+            ("--vocab", "448", "--calibration", "a.txt", "--length", "32"),
+            "--vocab must be less than the 448 tokens that there are",
+        ),
+        (
+            ("--vocab", "128", "--calibration", "a.txt", "--length", "32"),
+            r"\d+ tokens must stay: added tokens, bytes",
+        ),
+        (
+            ("--vocab", "320", "--budget", "0.5", "--measure", "milliseconds"),
+            "what tokens, layers and experts take of a budget is counted",
+        ),
+    ],
+)
+def test_bad_words_are_refused_and_nothing_is_written(words, sentence, place, capsys):
+    before = sorted(path.name for path in place.iterdir())
+    words = [str(place / w) if w.endswith((".npy", ".txt")) else w for w in words]
+    code = cli.main(["shrink", str(place / "model"), str(place / "free"), *words])
+    err = capsys.readouterr().err
+    assert code == 1
+    assert re.search(sentence, err)
+    assert sorted(path.name for path in place.iterdir()) == before
+
+
+@pytest.mark.full
+def test_a_plan_says_how_many_tokens_stay(place, capsys):
+    code, record, _ = trimmed(capsys, place, place / "planned", "--plan")
+    assert code == 0
+    assert record["plan"]["tokens"] == [448, 320]
+    assert not (place / "planned").exists()
+
+
+@pytest.mark.parity
+@pytest.mark.full
+def test_transformers_loads_it_with_nothing_missing(place, capsys):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    code, _, _ = trimmed(capsys, place, place / "read", "--ffn", 0.5)
+    assert code == 0
+    model, about = transformers.AutoModelForCausalLM.from_pretrained(
+        place / "read", output_loading_info=True
+    )
+    assert not any(about[key] for key in ("missing_keys", "unexpected_keys"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "read")
+    line = text(300, 3).splitlines()[0]
+    tokens = tokenizer(line).input_ids
+    assert tokens == hf.load_tokenizer(place / "read").encode(line)
+    with torch.no_grad():
+        scores = model(torch.tensor([tokens])).logits.numpy()
+    expected = logits(place / "read", np.array([tokens]))
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
