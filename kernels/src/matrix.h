@@ -55,6 +55,11 @@ extern const Kernels kAvx2;
 extern const Kernels kNeon;
 extern const Kernels kPlain;
 
+// Memory of this thread for so many bytes of one of the rows that are read together.
+uint8_t* scratch(int slot, int64_t bytes);
+// Rows that are read together at most.
+constexpr int kMostRows = 4;
+
 // The kernels that are used: the best of those that run here.
 const Kernels& chosen();
 // Takes the kernels of a name instead; false where they do not run here.
