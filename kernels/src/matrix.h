@@ -14,6 +14,10 @@ constexpr int kMostVectors = 8;
 // How values are stored; the numbers are those of jaxprune/sparse/cpu_kernels.py.
 enum Encoding : int64_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
+constexpr int bits_of(Encoding encoding) {
+  return encoding == kFloat32 ? 32 : encoding == kBfloat16 ? 16 : encoding == kInt8 ? 8 : 4;
+}
+
 struct Matrix {
   Encoding encoding;
   int64_t words_of_row;
