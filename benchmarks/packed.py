@@ -93,7 +93,9 @@ class Config:
       steps: tokens that are decoded in a measured call.
       layers: number of layers of the decoder; None for those of the shape.
       llama: GGUF files that llama.cpp decodes with too, one sequence.
-      repeats: measured rounds.
+      repeats: number of measured rounds.
+      clock: "wall", or "cpu" for what all threads of the process worked, where other
+        programs have the processor too.
     """
 
     what: Annotated[Literal["matrices", "decode"], tyro.conf.Positional]
@@ -108,6 +110,7 @@ class Config:
     layers: int | None = None
     llama: tuple[Path, ...] = ()
     repeats: int = 7
+    clock: measure.Clock = "wall"
 
 
 def main(config: Config) -> None:
@@ -115,7 +118,9 @@ def main(config: Config) -> None:
     before = os.getloadavg()
     make = _matrices if config.what == "matrices" else _decoders
     candidates, sizes = make(config)
-    timings = measure.interleaved(candidates, config.repeats)
+    timings = measure.interleaved(
+        candidates, config.repeats, clock=measure.CLOCKS[config.clock]
+    )
     times = {name: measure.median_and_spread(t) for name, t in timings.items()}
     measure.report(
         f"packed_{config.what}",
