@@ -1,19 +1,22 @@
 """Zeros make decoding faster: packed matrices and whole decode, candidates in turn.
 
     python -m benchmarks.packed matrices --vectors 1
-    python -m benchmarks.packed decode --batch 1
+    python -m benchmarks.packed decode --model smollm2 --batch 1
 
 Matrices of 4096 x 11008 beyond the last-level cache, and decoding with the shapes of
-SmolLM2 135M (random weights, masks at random, the head stored whole), in one process:
-XLA in float32 and bfloat16, the dense kernel of the same encoding, which is the
-control, and packed weights. torch's products where it is installed. One JSON line:
+SmolLM2 135M, Gemma 3 270M or the GPT of the experiments (random weights, masks at
+random, the head stored whole), in one process: XLA in float32 and bfloat16, the dense
+kernel of the same encoding, which is the control, and packed weights. torch's products
+where it is installed, and llama.cpp of GGUF files that are named. One JSON line:
 medians with their spread, ratios of medians, the path of the kernels and the load.
 """
 
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -24,6 +27,8 @@ from flax import nnx
 
 import jaxprune as jp
 from benchmarks import measure
+from experiments.gpt.config import preset
+from experiments.gpt.model import GPT
 from jaxprune.lm.models.decoder import rope
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.decoder.model import Decoder
@@ -45,6 +50,31 @@ SMOLLM2 = DecoderConfig(
     ropes=(rope.linear(100000.0, 64),),
     tie_weights=True,
 )
+# At so few tokens its local layers see as far as its global ones.
+GEMMA3 = DecoderConfig(
+    vocab_size=262144,
+    context=2048,
+    layers=18,
+    width=640,
+    heads=4,
+    kv_heads=1,
+    head_dim=256,
+    mlp_width=2048,
+    activation="gelu_tanh",
+    norm="rms_plus_one",
+    qk_norm="head",
+    block="sandwich",
+    ropes=(rope.linear(1000000.0, 256),),
+    embedding_scale=640**0.5,
+    tie_weights=True,
+)
+MODELS: dict[str, tuple[Any, Any]] = {
+    "smollm2": (Decoder, SMOLLM2),
+    "gemma3": (Decoder, GEMMA3),
+    "gpt": (GPT, preset("cpu", vocab_size=65)),
+}
+"""Name to class and shape."""
+_CACHE = 64  # positions that a cache has room for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +88,14 @@ class Config:
       vectors: number of vectors of a product.
       shape: (out, in) of a matrix; of each candidate there are `copies`.
       copies: matrices of a candidate that are multiplied in turn.
+      model: name of a shape in `MODELS`.
       batch: sequences that are decoded together.
       steps: tokens that are decoded in a measured call.
-      layers: number of layers of the decoder.
-      repeats: measured rounds.
+      layers: number of layers of the decoder; None for those of the shape.
+      llama: GGUF files that llama.cpp decodes with too, one sequence.
+      repeats: number of measured rounds.
+      clock: "wall", or "cpu" for what all threads of the process worked, where other
+        programs have the processor too.
     """
 
     what: Annotated[Literal["matrices", "decode"], tyro.conf.Positional]
@@ -70,10 +104,13 @@ class Config:
     vectors: int = 1
     shape: tuple[int, int] = (4096, 11008)
     copies: int = 3
+    model: Literal["smollm2", "gemma3", "gpt"] = "smollm2"
     batch: int = 1
     steps: int = 8
-    layers: int = 30
+    layers: int | None = None
+    llama: tuple[Path, ...] = ()
     repeats: int = 7
+    clock: measure.Clock = "wall"
 
 
 def main(config: Config) -> None:
@@ -81,15 +118,23 @@ def main(config: Config) -> None:
     before = os.getloadavg()
     make = _matrices if config.what == "matrices" else _decoders
     candidates, sizes = make(config)
-    timings = measure.interleaved(candidates, config.repeats)
+    timings = measure.interleaved(
+        candidates, config.repeats, clock=measure.CLOCKS[config.clock]
+    )
     times = {name: measure.median_and_spread(t) for name, t in timings.items()}
     measure.report(
         f"packed_{config.what}",
-        config=dataclasses.asdict(config),
+        config=json.loads(json.dumps(dataclasses.asdict(config), default=str)),
         path=str(cpu_kernels.path()),
         milliseconds={
             name: {key: 1e3 * t[key] for key in ("median", "min", "q1", "q3")}
             for name, t in times.items()
+        },
+        # Of all sequences together.
+        tokens_per_second={
+            name: config.steps * config.batch / t["median"]
+            for name, t in times.items()
+            if config.what == "decode"
         },
         bytes=sizes,
         # Of the dense kernel of the same encoding, and of XLA in float32.
@@ -158,20 +203,21 @@ def _torch_products(copies: Any, vectors: Any) -> None:
 
 
 def _decoders(config: Config) -> Candidates:
-    shape = dataclasses.replace(SMOLLM2, layers=config.layers)
+    model_class, shape = MODELS[config.model]
+    shape = dataclasses.replace(shape, layers=config.layers or shape.layers)
     candidates: dict[str, Callable[[], Any]] = {}
     sizes: dict[str, int] = {}
     for dtype in ("float32", "bfloat16"):
-        model = Decoder(shape.with_dtype(dtype), rngs=nnx.Rngs(0))
+        model = model_class(dataclasses.replace(shape, dtype=dtype), rngs=nnx.Rngs(0))
         graphdef, params = nnx.split(model, nnx.Param)
         params = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype), params)
-        cache = model.init_cache(config.batch, 64)
+        cache = model.init_cache(config.batch, _CACHE)
         _add_decoder(
             f"XLA {dtype}", _step(graphdef), params, cache, config, candidates, sizes
         )
-    model = Decoder(shape, rngs=nnx.Rngs(0))
+    model = model_class(shape, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model, nnx.Param)
-    cache = model.init_cache(config.batch, 64)
+    cache = model.init_cache(config.batch, _CACHE)
     step = _step(graphdef)
     first = (jnp.zeros(config.batch, jnp.int32), cache)
     for name in config.encodings:
@@ -183,7 +229,29 @@ def _decoders(config: Config) -> Candidates:
             _add_decoder(
                 label, packed.fn, packed.params, cache, config, candidates, sizes
             )
+    if config.llama:
+        _add_llama(config, candidates, sizes)
     return candidates, sizes
+
+
+def _add_llama(
+    config: Config, candidates: dict[str, Callable[[], Any]], sizes: dict[str, int]
+) -> None:
+    """Decoding by llama.cpp, of files whose weights are others and as many."""
+    from llama_cpp import Llama
+
+    for path in config.llama:
+        threads = len(os.sched_getaffinity(0))
+        llama = Llama(str(path), n_ctx=_CACHE, n_threads=threads, verbose=False)
+        name = f"llama.cpp {path.stem}"
+        candidates[name] = functools.partial(_llama_tokens, llama, config.steps)
+        sizes[name] = path.stat().st_size
+
+
+def _llama_tokens(llama: Any, steps: int) -> None:
+    llama.reset()
+    for _ in range(steps):
+        llama.eval([1])
 
 
 def _step(graphdef: Any) -> Callable[[Any, Any], Any]:

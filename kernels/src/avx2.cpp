@@ -82,9 +82,10 @@ inline __m256i row_of(const void* table, uint64_t offset) {
 }
 
 // Byte `part` of the mask times 32: it has as many bits set, so one number does for the
-// table and for the count.
+// table and for the count. A rotation leaves the mask as it is, and a shift would not.
 inline uint64_t offset_of(uint64_t mask, int part) {
-  return (part ? mask >> (8 * part - 5) : mask << 5) & 0x1fe0;
+  const int count = (8 * part - 5) & 63;
+  return (mask >> count | mask << (64 - count)) & 0x1fe0;
 }
 
 template <Encoding E, bool kPacked>
@@ -95,8 +96,8 @@ struct Reader<kBfloat16, true> {
   static constexpr float kUnit = 1.0f;
   const uint16_t* at;
   Reader() = default;
-  Reader(const uint8_t* values, int64_t start)
-      : at(reinterpret_cast<const uint16_t*>(values) + start) {}
+  Reader(const Matrix& a, int64_t row, int)
+      : at(reinterpret_cast<const uint16_t*>(a.values) + a.start(row)) {}
   uint32_t mask;
   void begin(uint32_t next) { mask = next; }
   Vector part(int p) {
@@ -123,7 +124,8 @@ struct Reader<kInt8, true> {
   const uint8_t* at;
   uint32_t mask;
   Reader() = default;
-  Reader(const uint8_t* values, int64_t start) : at(values + start) {}
+  Reader(const uint8_t* bytes) : at(bytes) {}
+  Reader(const Matrix& a, int64_t row, int) : at(a.values + a.start(row)) {}
   void begin(uint32_t next) { mask = next; }
   Vector part(int p) {
     const uint64_t offset = offset_of(mask, p);
@@ -133,40 +135,32 @@ struct Reader<kInt8, true> {
   }
 };
 
-// 32 nibbles as the highest four bits of 32 bytes.
-inline __m256i bytes_of_nibbles(const uint8_t* from) {
-  const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  const __m128i highest = _mm_set1_epi8(static_cast<char>(0xf0));
-  const __m128i odd = _mm_and_si128(pairs, highest);
-  const __m128i even = _mm_and_si128(_mm_slli_epi16(pairs, 4), highest);
-  return _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+// The nibbles of a row, each as the highest four bits of a byte: all at once, since those
+// of a word begin anywhere in a byte and are few.
+inline const uint8_t* bytes_of_row(const Matrix& a, int64_t row, int slot) {
+  const int64_t start = a.start(row), odd = start & 1;
+  const int64_t count = a.start(row + 1) - start + odd;
+  const uint8_t* from = a.values + start / 2;
+  uint8_t* bytes = scratch(slot, count + 2 * kWord);
+  const __m256i highest = _mm256_set1_epi8(static_cast<char>(0xf0));
+  for (int64_t i = 0; i < count; i += 32) {
+    // A pair in 16 bits; then the first of it in the lower byte, the second in the upper.
+    const __m256i pairs = _mm256_cvtepu8_epi16(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i / 2)));
+    const __m256i both =
+        _mm256_or_si256(_mm256_slli_epi16(pairs, 4), _mm256_slli_epi16(pairs, 8));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes + i),
+                        _mm256_and_si256(both, highest));
+  }
+  return bytes + odd;
 }
 
 template <>
-struct Reader<kInt4, true> {
+struct Reader<kInt4, true> : Reader<kInt8, true> {
   static constexpr float kUnit = 0x1p-28f;
-  const uint8_t* values;
-  int64_t position;
   Reader() = default;
-  Reader(const uint8_t* values, int64_t start) : values(values), position(start) {}
-  const uint8_t* at;
-  uint32_t mask;
-  alignas(32) uint8_t bytes[64];
-  void begin(uint32_t next) {
-    // 32 nibbles may begin in the middle of a byte, and then reach into a 17th.
-    const uint8_t* from = values + position / 2;
-    _mm256_store_si256(reinterpret_cast<__m256i*>(bytes), bytes_of_nibbles(from));
-    bytes[32] = static_cast<uint8_t>(from[16] << 4);
-    at = bytes + (position & 1);
-    mask = next;
-    position += _mm_popcnt_u32(mask);
-  }
-  Vector part(int p) {
-    const uint64_t offset = offset_of(mask, p);
-    const Vector eight = bytes_at(at, offset);
-    at += _mm_popcnt_u64(offset);
-    return eight;
-  }
+  Reader(const Matrix& a, int64_t row, int slot)
+      : Reader<kInt8, true>(bytes_of_row(a, row, slot)) {}
 };
 
 template <>
@@ -174,8 +168,8 @@ struct Reader<kFloat32, true> {
   static constexpr float kUnit = 1.0f;
   const float* at;
   Reader() = default;
-  Reader(const uint8_t* values, int64_t start)
-      : at(reinterpret_cast<const float*>(values) + start) {}
+  Reader(const Matrix& a, int64_t row, int)
+      : at(reinterpret_cast<const float*>(a.values) + a.start(row)) {}
   uint32_t mask;
   void begin(uint32_t next) { mask = next; }
   Vector part(int p) {
@@ -195,7 +189,8 @@ struct Reader<E, false> {
   static constexpr int kBits = E == kFloat32 ? 32 : E == kBfloat16 ? 16 : E == kInt8 ? 8 : 4;
   const uint8_t* at;
   Reader() = default;
-  Reader(const uint8_t* values, int64_t start) : at(values + start * kBits / 8) {}
+  Reader(const Matrix& a, int64_t row, int)
+      : at(a.values + a.start(row) * kBits / 8) {}
   void begin(uint32_t) {}
   Vector part(int) {
     const uint8_t* from = at;

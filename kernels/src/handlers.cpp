@@ -19,19 +19,6 @@ constexpr int64_t kBytesOfPart = 24 << 10;
 // Parts for each thread, so that one that is held up does not hold up the others.
 constexpr int64_t kPartsOfThread = 4;
 
-int bits_of(Encoding encoding) {
-  switch (encoding) {
-    case kFloat32:
-      return 32;
-    case kBfloat16:
-      return 16;
-    case kInt8:
-      return 8;
-    default:
-      return 4;
-  }
-}
-
 ffi::Error invalid(const std::string& message) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, message);
 }

@@ -14,6 +14,10 @@ constexpr int kMostVectors = 8;
 // How values are stored; the numbers are those of jaxprune/sparse/cpu_kernels.py.
 enum Encoding : int64_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
+constexpr int bits_of(Encoding encoding) {
+  return encoding == kFloat32 ? 32 : encoding == kBfloat16 ? 16 : encoding == kInt8 ? 8 : 4;
+}
+
 struct Matrix {
   Encoding encoding;
   int64_t words_of_row;
@@ -54,6 +58,11 @@ extern const Kernels kAvx512;
 extern const Kernels kAvx2;
 extern const Kernels kNeon;
 extern const Kernels kPlain;
+
+// Memory of this thread for so many bytes of one of the rows that are read together.
+uint8_t* scratch(int slot, int64_t bytes);
+// Rows that are read together at most.
+constexpr int kMostRows = 4;
 
 // The kernels that are used: the best of those that run here.
 const Kernels& chosen();
