@@ -9,6 +9,8 @@ import tyro
 
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check
+from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+from jaxprune.lm.cli import summary
 from jaxprune.lm.cli.options import Options
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.opening import (
@@ -19,7 +21,13 @@ from jaxprune.lm.jobs.opening import (
     text_beginning,
 )
 from jaxprune.lm.jobs.option_rules import at_least, option_values
-from jaxprune.lm.jobs.option_types import Count, MaybeCount, ModelPath
+from jaxprune.lm.jobs.option_types import (
+    Count,
+    MaybeCount,
+    MaybePath,
+    MaybeText,
+    ModelPath,
+)
 from jaxprune.lm.jobs.settings import (
     CONTEXT,
     WINDOWS,
@@ -35,6 +43,7 @@ from jaxprune.lm.measure.tables import (
     perplexity_table,
 )
 from jaxprune.lm.texts import text_files
+from jaxprune.lm.torch_models import routing
 
 _RULES = (
     at_least("limit", 0),
@@ -44,6 +53,14 @@ _RULES = (
         lambda v: v.stride is None or 1 <= v.stride <= v.context,
         "--stride must be 1 <= stride <= context, got --stride {stride} and --context "
         "{context}",
+    ),
+    *(
+        Rule(
+            lambda v, option=option: getattr(v, option) is None or v.through_torch,
+            f"--{option} is for models that go through torch, which are those of no "
+            "family of ours; leave it out",
+        )
+        for option in ("dense", "metric")
     ),
 )
 
@@ -67,6 +84,9 @@ class Evaluate(Options):
       limit: how many windows of each text are evaluated, from its beginning; 0 takes
         all.
       batch: how many windows the model sees at once.
+      dense: of a model that goes through torch, the directory that its outputs are
+        compared with. --text then takes what --calibration of prune takes.
+      metric: of such a model, a measure of your own, MODULE:FUNCTION, as for prune.
     """
 
     EXAMPLE: ClassVar = "jaxprune eval MODEL --text prose.txt code.jsonl"
@@ -77,12 +97,17 @@ class Evaluate(Options):
     stride: MaybeCount = None
     limit: Count = WINDOWS
     batch: Count = 4
+    dense: MaybePath = None
+    metric: MaybeText = None
     loading: LoadingGroup = dataclasses.field(default_factory=Loading)
     devices: Devices = dataclasses.field(default_factory=Devices)
 
     def run(self, console: Console, words: list[str]) -> dict[str, Any]:
         """Measures the model; the results by text."""
-        check(_RULES, **option_values(self))
+        through_torch = routing.is_foreign_directory(self.model)
+        check(_RULES, **option_values(self), through_torch=through_torch)
+        if through_torch:
+            return self._run_through_torch(console)
         text_files.check_text_files(self.text)
         model = open_for_job(self.model, self.loading, self.devices)
         vocab_size, longest = model.config.vocab_size, model.config.context
@@ -122,6 +147,20 @@ class Evaluate(Options):
             "texts": results,
             "ignored_config": model.ignored,
         }
+
+    def _run_through_torch(self, console: Console) -> dict[str, Any]:
+        routing.check_installed(open_directory(self.model).config)
+        from jaxprune.lm.torch_models.evaluate import Evaluation, run_torch_eval
+
+        asked = Evaluation(
+            inputs=self.text,
+            **{n: getattr(self, n) for n in Evaluation._fields if n != "inputs"},
+        )
+        result = run_torch_eval(asked, console)
+        for table in summary.likeness_tables(result):
+            console.say(table)
+        _note_limit(result["texts"], self.limit, console)
+        return result
 
 
 def _note_limit(results: Mapping[str, Any], limit: int, console: Console) -> None:

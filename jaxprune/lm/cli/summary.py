@@ -1,7 +1,7 @@
 """What `prune` and `shrink` say for people when they are done."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxprune.arrays.messages import columns
@@ -36,12 +36,32 @@ def say_done(
         return record
     if record.get("perplexity"):
         console.say(stage_table(measured(record), record["perplexity"]))
+    for table in likeness_tables(record):
+        console.say(table)
     console.say("\n".join(lines))
     console.say(f"'{job.out}': the model, jaxprune.json, report.html")
     # Files of other formats, which a loader may miss.
     if omitted := open_directory(job.model).uncopied:
         console.note(f"not copied: {', '.join(omitted)}")
     return {**record, "out": str(job.out)}
+
+
+def likeness_tables(record: Mapping[str, Any]) -> list[str]:
+    """What was measured of a model that is no language model, if anything."""
+    rows = [
+        [name, stage, f"{value['error']:.4g}", f"{value['agreement']:.2%}"]
+        for name, entry in (record.get("outputs") or {}).items()
+        for stage, value in entry.items()
+        if isinstance(value, Mapping)
+    ]
+    header = ["outputs", "", "error", "top answers the same"]
+    tables = [columns([header, *rows], right=True)] if rows else []
+    numbers = [
+        [name, stage, f"{value:.5g}"]
+        for stage, values in (record.get("metric") or {}).items()
+        for name, value in values.items()
+    ]
+    return [*tables, columns(numbers, right=True)] if numbers else tables
 
 
 def prune_lines(record: dict[str, Any]) -> list[str]:

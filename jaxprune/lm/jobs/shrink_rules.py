@@ -123,6 +123,7 @@ def check_shrink(job: ShrinkJob) -> None:
         asked=job.removal.asked,
         files=job.calibration.files,
         self_sequences=job.calibration.self_sequences,
+        through_torch=False,
     )
     text_files.check_text_files(
         (*job.calibration.files, *job.evaluation.evaluate, *job.recovery.recover_text)
