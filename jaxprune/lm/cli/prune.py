@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.cli import launch, summary
 from jaxprune.lm.cli.options import Options
 from jaxprune.lm.jobs.console import Console
@@ -31,6 +32,7 @@ class Prune(PruneJob, Options):
             # The same in all processes, so that a run resumes with another number.
             command = summary.command_line(launch.without_start(words))
             if routing.prunes_through_torch(self):
+                routing.check_installed(open_directory(self.model).config)
                 from jaxprune.lm.torch_models.prune import run_torch_prune as run
             else:
                 run = run_prune

@@ -46,6 +46,10 @@ def say_done(
     return {**record, "out": str(job.out)}
 
 
+def _left(before: Mapping[str, int], after: Mapping[str, int], name: str) -> str:
+    return f"{after[name]:,} of {before[name]:,} {name}"
+
+
 def likeness_tables(record: Mapping[str, Any]) -> list[str]:
     """What was measured of a model that is no language model, if anything."""
     rows = [
@@ -83,8 +87,12 @@ def shrink_lines(record: dict[str, Any]) -> list[str]:
     if speed := record.get("speed"):
         lines.append(columns([speeds.HEADER, *speeds.speed_rows(speed)], right=True))
     before, after = (record["sizes"][when] for when in ("before", "after"))
-    lines.append(
-        f"{after['parameters']:,} of {before['parameters']:,} parameters, "
-        f"{after['layers']} of {before['layers']} layers; {record['seconds']:.1f} s"
-    )
+    # Of a model that went through torch the entries of config.json, which has others.
+    counts = {
+        name: _left(before, after, name)
+        for name in before
+        if name == "layers" or (record.get("through") and name != "bytes")
+    }
+    counts = {"parameters": _left(before, after, "parameters"), **counts}
+    lines.append(f"{', '.join(counts.values())}; {record['seconds']:.1f} s")
     return lines

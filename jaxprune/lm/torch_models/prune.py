@@ -145,7 +145,8 @@ def begin_pruning(job: PruneJob, chosen: passes.Pass) -> TorchPruning:
     progress_dir.check_room(job, job.recovery, source, 2)
     model = open_torch_model(source, job.loading.dtype)
     inputs = read_inputs(job, model)
-    fn, params = traced_function(model, inputs)
+    samples = inputs.calibration or next(iter(inputs.measured.values())).samples
+    fn, params = traced_function(model, next(samples.batches(1)))
     # A convolution is pruned too, where its use is known.
     check_globs(
         job.pruning.exclude,
@@ -160,12 +161,12 @@ def begin_pruning(job: PruneJob, chosen: passes.Pass) -> TorchPruning:
     return TorchPruning(job, chosen, model, inputs, fn, params, prunable)
 
 
-def traced_function(model: TorchModel, inputs: JobInputs) -> Any:
+def traced_function(model: TorchModel, batch: Mapping[str, Any]) -> Any:
     """The module as a JAX function, tried in torch and traced on one batch.
 
     Args:
       model: directory and module.
-      inputs: what it is called with.
+      batch: {argument: array}, what it is called with.
 
     Returns:
       The function and its parameters.
@@ -174,11 +175,10 @@ def traced_function(model: TorchModel, inputs: JobInputs) -> Any:
       ValueError: the module cannot be called with the inputs, or cannot be traced; the
         sentence names the operation and the submodule.
     """
-    samples = inputs.calibration or next(iter(inputs.measured.values())).samples
-    example = as_tensors(next(samples.batches(1)))
+    example = as_tensors(batch)
     module, class_name = model.module, model.class_name
     try:
-        measures.run_module(module, next(samples.batches(1)))
+        measures.run_module(module, batch)
     except Exception as failure:
         reason = (str(failure).strip().splitlines() or [""])[0]
         raise ValueError(

@@ -1,9 +1,9 @@
 """Which sizes of a model config.json can say, by its model type.
 
-A row is of an entry of config.json and of the groups of `jp.axis_groups` that have so
-many units: those with a member that a glob matches. Whether an entry means what the row
-says is checked by loading what was written. Where heads are as wide as the width over
-their number, config.json cannot say that there are fewer: no row has them.
+A row is of an entry of config.json and of the parameters that have so many units. The
+groups of `jp.axis_groups` with such a member lose some. Whether the entry then means
+what the row says is checked by loading what was written. Where a head is as wide as the
+width over the heads, config.json cannot say that there are fewer, so no row has them.
 """
 
 from collections.abc import Mapping
@@ -16,63 +16,63 @@ class Size(NamedTuple):
     Attributes:
       unit: "neurons" or "heads".
       entry: name of the entry.
-      glob: pattern on the names of the parameters that have the units.
+      globs: patterns on the names of the parameters that have the units.
     """
 
     unit: str
     entry: str
-    glob: str
+    globs: tuple[str, ...]
 
 
-def _neurons(entry: str, *globs: str) -> tuple[Size, ...]:
-    return tuple(Size("neurons", entry, glob) for glob in globs)
+def _neurons(*globs: str, entry: str = "intermediate_size") -> Size:
+    return Size("neurons", entry, globs)
 
 
-def _heads(entry: str, *globs: str) -> tuple[Size, ...]:
-    return tuple(Size("heads", entry, glob) for glob in globs)
-
-
-_BERT = _neurons("intermediate_size", "*layer.*.intermediate.dense.weight")
 _T5 = (
-    *_neurons("d_ff", "*DenseReluDense.wi.weight", "*DenseReluDense.wi_0.weight"),
-    *_heads("num_heads", "*Attention.q.weight"),
-)
-_FFN = (
-    *_neurons("encoder_ffn_dim", "*encoder.layers.*.fc1.weight"),
-    *_neurons("decoder_ffn_dim", "*decoder.layers.*.fc1.weight"),
-)
-_WAV = _neurons(
-    "intermediate_size", "*encoder.layers.*.feed_forward.intermediate_dense.weight"
-)
-_FC1 = _neurons("intermediate_size", "*layers.*.mlp.fc1.weight")
-_GATED = _neurons("intermediate_size", "*layers.*.mlp.up_proj.weight")
-
-SIZES: dict[str, tuple[Size, ...]] = {
-    **dict.fromkeys(
-        (
-            *("bert", "roberta", "xlm-roberta", "electra", "camembert", "ernie"),
-            *("deberta-v2", "deberta", "mpnet", "layoutlm", "splinter", "nezha"),
-            *("deit", "beit", "data2vec-text", "audio-spectrogram-transformer"),
-        ),
-        _BERT,
+    _neurons(
+        "*.DenseReluDense.wi.weight", "*.DenseReluDense.wi_0.weight", entry="d_ff"
     ),
-    "vit": (*_BERT, *_FC1),
-    "dinov2": _neurons("mlp_ratio_neurons", "*.mlp.fc1.weight")[:0],
-    "distilbert": _neurons("hidden_dim", "*transformer.layer.*.ffn.lin1.weight"),
-    "t5": _T5,
-    "mt5": _T5,
-    "umt5": _T5,
-    "longt5": _T5,
-    **dict.fromkeys(("bart", "mbart", "marian", "pegasus", "blenderbot"), _FFN),
-    **dict.fromkeys(("whisper", "m2m_100", "speech_to_text", "plbart"), _FFN),
-    **dict.fromkeys(("wav2vec2", "hubert", "wavlm"), _WAV),
-    **dict.fromkeys(
-        ("clip_vision_model", "siglip_vision_model", "clip_text_model"), _FC1
+    # d_kv says how wide a head is, whatever their number.
+    Size("heads", "num_heads", ("*Attention.q.weight",)),
+)
+_ENCODER_DECODER = (
+    _neurons("*encoder.layers.*.fc1.weight", entry="encoder_ffn_dim"),
+    _neurons("*decoder.layers.*.fc1.weight", entry="decoder_ffn_dim"),
+)
+_BY_SIZES: dict[tuple[Size, ...], tuple[str, ...]] = {
+    (_neurons("*layer.*.intermediate.dense.weight"),): (
+        *("bert", "roberta", "xlm-roberta", "xmod", "camembert", "ernie", "electra"),
+        *("deberta", "deberta-v2", "mpnet", "layoutlm", "splinter", "data2vec-text"),
+        *("fnet", "nystromformer", "megatron-bert", "roformer", "rembert", "big_bird"),
+        *("convbert", "yolos", "data2vec-vision"),
     ),
-    **dict.fromkeys(("modernbert",), ()),
-    **dict.fromkeys(("gemma", "glm", "qwen3_next", "ministral"), _GATED),
+    (_neurons("*layers.*.mlp.fc1.weight"),): (
+        *("vit", "deit", "beit", "ijepa", "vivit", "audio-spectrogram-transformer"),
+        *("clip_vision_model", "clip_text_model"),
+    ),
+    # Its pooling is an attention with an MLP of the same width.
+    (_neurons("*.mlp.fc1.weight"),): ("siglip_vision_model",),
+    (_neurons("*layer*.mlp.up_proj.weight"),): (
+        *("dinov3_vit", "gemma", "stablelm", "helium", "olmo", "exaone4", "ernie4_5"),
+    ),
+    (_neurons("*layers.*.mlp.down_proj.weight"),): ("glm",),
+    (_neurons("*layers.*.mlp.dense_h_to_4h.weight"),): ("persimmon",),
+    (_neurons("*albert_layers.*.ffn.weight"),): ("albert",),
+    (_neurons("*transformer.layer.*.ffn.lin1.weight", entry="hidden_dim"),): (
+        "distilbert",
+    ),
+    (_neurons("*.feed_forward.intermediate_dense.weight"),): (
+        *("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "sew"),
+        "data2vec-audio",
+    ),
+    _T5: ("t5", "mt5", "umt5", "longt5"),
+    _ENCODER_DECODER: (
+        *("bart", "mbart", "marian", "pegasus", "blenderbot", "m2m_100", "plbart"),
+        *("whisper", "speech_to_text"),
+    ),
 }
-"""The entries by `model_type`."""
+SIZES = {family: sizes for sizes, names in _BY_SIZES.items() for family in names}
+"""The rows by `model_type`."""
 
 
 def shrinkable_units(config: Mapping[str, Any]) -> list[str]:
@@ -85,4 +85,4 @@ def shrinkable_units(config: Mapping[str, Any]) -> list[str]:
       Some of "neurons" and "heads".
     """
     sizes = SIZES.get(str(config.get("model_type")), ())
-    return list(dict.fromkeys(size.unit for size in sizes if size.entry in config))
+    return list(dict.fromkeys(size.unit for size in sizes))
