@@ -13,5 +13,6 @@ __all__ = [
     "report",
     "shrinking",
     "texts",
+    "torch_models",
     "vocabulary",
 ]

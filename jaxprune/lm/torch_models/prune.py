@@ -8,9 +8,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 import jaxprune as jp
 from jaxprune.arrays.messages import columns
-from jaxprune.arrays.rules import reworded
+from jaxprune.arrays.rules import Rule, check, reworded
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.jobs import passes, progress_dir, provenance
@@ -30,6 +33,7 @@ from jaxprune.lm.torch_models.option_rules import check_torch_prune
 from jaxprune.lm.torch_models.outcome import describe_inputs, job_facts, torch_versions
 from jaxprune.lm.torch_models.routing import begin_through_torch
 from jaxprune.lm.torch_models.samples import JobInputs
+from jaxprune.torch.comparison import relative_difference
 from jaxprune.typing import Prunable
 
 
@@ -178,7 +182,7 @@ def traced_function(model: TorchModel, batch: Mapping[str, Any]) -> Any:
     example = as_tensors(batch)
     module, class_name = model.module, model.class_name
     try:
-        measures.run_module(module, batch)
+        reference = measures.run_module(module, batch)
     except Exception as failure:
         reason = (str(failure).strip().splitlines() or [""])[0]
         raise ValueError(
@@ -186,9 +190,27 @@ def traced_function(model: TorchModel, batch: Mapping[str, Any]) -> Any:
             f"({type(failure).__name__}: {reason}); give all its arguments, as .npz"
         ) from failure
     try:
-        return jp.torch.function(module, example)
+        fn, params = jp.torch.function(module, example)
     except TypeError as failure:  # which is a defect where nobody expects it
         raise reworded(failure, ValueError, f"{class_name}: ") from failure
+    # What is pruned is the function, and what is written is the module.
+    result = fn(params, jp.torch.as_arrays(example))
+    difference = relative_difference(result, reference)
+    check(
+        [_SAME],
+        same=difference <= _tolerance(reference),
+        class_name=class_name,
+        difference=f"{difference:.1e}",
+    )
+    return fn, params
+
+
+def _tolerance(reference: Any) -> float:
+    """Largest difference of outputs, relative to the largest, by their dtypes."""
+    leaves = jax.tree.leaves(reference)
+    floating = [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+    # Layer after layer rounds what the one before has rounded.
+    return max([1e-3, *(64 * float(jnp.finfo(dtype).eps) for dtype in floating)])
 
 
 def _record(pruning: TorchPruning, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,3 +272,11 @@ def _plan(pruning: TorchPruning, console: Console) -> dict[str, Any]:
         "allocation": pruning.job.pruning.allocation,
         "disk_bytes": disk,
     }
+
+
+_SAME = Rule(
+    lambda v: v.same,
+    "JAX must compute what torch computes, but the outputs of {class_name} differ by "
+    "{difference} of the largest; it may write in place into what it reads later",
+    "prune it by magnitude, without --calibration",
+)
