@@ -247,7 +247,8 @@ def _plan(pruning: TorchPruning, console: Console) -> dict[str, Any]:
     batch = jp.torch.as_arrays(
         as_tensors(next(pruning.inputs.calibration.batches(1)))  # type: ignore[union-attr]
     )
-    seen = dict.fromkeys(op.leaf for op in jp.trace(pruning.fn, pruning.params, batch))
+    trace = jp.trace(pruning.fn, pruning.params, batch)
+    seen = dict.fromkeys(op.leaf for op in trace.linear_ops)
     rows = [
         {"tensor": name, "shape": list(leaf.shape), "count": 1, "weights": leaf.size}
         for name in seen
