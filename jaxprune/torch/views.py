@@ -65,7 +65,7 @@ def note_views(name: str, operands: tuple[Any, ...], results: list[Any]) -> None
     if name.removeprefix("aten::").partition(".")[0] not in _NAMES:
         return
     # A view by indexing is no tensor of its own, and is followed by torchax.
-    if not hasattr(base, "_elem"):
+    if base is None or not hasattr(base, "_elem"):
         return
     for view in results:
         if view is not base:

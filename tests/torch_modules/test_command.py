@@ -6,7 +6,9 @@ hold what the library gives for the same batches.
 
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -254,6 +256,22 @@ def test_inspect_says_what_is_possible_through_torch(place, capsys):
     assert found["through"] == "torch, as BertForMaskedLM"
     assert found["methods"] == ["magnitude", "wanda", "ria", "sparsegpt", "alps"]
     assert found["shrinkable"] == ["neurons"]
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "torch.md"
+LINES = re.findall(r"^jaxprune .*$", PAGE.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_the_documented_line_runs(place, capsys, monkeypatch, tmp_path, line):
+    names = {"BERT": "bert", "VIT": "vit", "PICTURES": "pictures"}
+    for name, source in {**names, "prose.txt": "text.txt"}.items():
+        (tmp_path / name).symlink_to(place / source)
+    monkeypatch.chdir(tmp_path)
+    words = line.split()[1:]
+    plan = ["--plan"] if words[0] in ("prune", "shrink") else []
+    code, _, err = run(capsys, *words, *plan)
+    assert code == 0, err
 
 
 PRUNE = ["prune", "bert", "out", "--sparsity", "0.5", "--calibration", "text.txt"]

@@ -104,10 +104,9 @@ class Evaluate(Options):
 
     def run(self, console: Console, words: list[str]) -> dict[str, Any]:
         """Measures the model; the results by text."""
-        through_torch = routing.is_foreign_directory(self.model)
-        check(_RULES, **option_values(self), through_torch=through_torch)
-        if through_torch:
+        if routing.is_foreign_directory(self.model):
             return self._run_through_torch(console)
+        check(_RULES, **option_values(self), through_torch=False)
         text_files.check_text_files(self.text)
         model = open_for_job(self.model, self.loading, self.devices)
         vocab_size, longest = model.config.vocab_size, model.config.context
@@ -149,7 +148,9 @@ class Evaluate(Options):
         }
 
     def _run_through_torch(self, console: Console) -> dict[str, Any]:
+        check(_RULES, **option_values(self), through_torch=True)
         routing.check_installed(open_directory(self.model).config)
+        # Imports torch, so only now.
         from jaxprune.lm.torch_models.evaluate import Evaluation, run_torch_eval
 
         asked = Evaluation(

@@ -59,6 +59,8 @@ class Inspect(Options):
             zeros = _zeros_after(rows, self.sparsity)
             totals["compact_bytes_pruned"] = packed_bytes(source, zeros)
         possible = _possible(source)
+        if possible.get("through"):
+            console.note(f"the model would go through {possible['through']}")
         provenance = _provenance(self.model)
         console.say(_table(rows))
         console.say(_totals(totals, self.sparsity))

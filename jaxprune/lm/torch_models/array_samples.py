@@ -39,6 +39,7 @@ def read_arrays(path: Path) -> Samples:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    # Objects would be unpickled, which can run code.
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
@@ -50,6 +51,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    # Views of the file: nothing is read until a batch is made.
     infos, _ = safetensors_file.read_header(path)
     return {name: safetensors_file.view(path, info) for name, info in infos.items()}
 

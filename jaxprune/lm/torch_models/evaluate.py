@@ -66,6 +66,7 @@ def run_torch_eval(asked: Evaluation, console: Console) -> dict[str, Any]:
         stride=asked.stride,
         inputs=asked.inputs,
     )
+    # Files and the user's module before the model, which takes long to read.
     check_input_files(asked.inputs)
     metric = load_metric(asked.metric)
     begin_through_torch(asked.model, console)
@@ -83,8 +84,9 @@ def run_torch_eval(asked: Evaluation, console: Console) -> dict[str, Any]:
     if asked.dense is not None:
         dense = open_torch_model(open_directory(asked.dense), asked.loading.dtype)
         measurements.measure("dense", dense.module)
-        del dense
+        del dense  # two models need not be in memory
     measurements.measure("model", model.module)
+    # As `jaxprune eval` has them of the families of ours.
     texts = {
         name: {k: v for k, v in text.items() if k not in ("role", "model")}
         | text["model"]

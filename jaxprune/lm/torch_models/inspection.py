@@ -19,8 +19,10 @@ def possible_through_torch(source: CheckpointDir) -> dict[str, Any]:
       "methods", "shrinkable", "through" and "unsupported", as `jaxprune inspect` has.
     """
     magnitude = {"methods": ["magnitude"], "shrinkable": [], "through": None}
+    # Magnitude needs no torch.
     try:
         check_installed(source.config)
+        # The class alone: no weight is read, and no module made.
         from jaxprune.lm.torch_models.opening import class_of
 
         name = class_of(source.config).__name__

@@ -135,6 +135,7 @@ class TorchMeasurements:
         texts = self.perplexity
         if any_perplexity or not texts:
             return
+        # Uniform guessing has the perplexity of the vocabulary.
         size = module.get_input_embeddings().num_embeddings
         results = ", ".join(
             f"{format_perplexity(text['dense']['perplexity'])} on {name}, where "
@@ -161,6 +162,7 @@ class TorchMeasurements:
             main_output(run_module(module, batch))
             for batch in item.samples.batches(self.batch)
         ]
+        # Kept for the stages that follow: (batch, ..., values) each.
         dense = self._dense.setdefault(name, results)
         if dense is results:  # there is nothing to compare it with
             return
@@ -176,6 +178,7 @@ class TorchMeasurements:
             for batch in item.samples.batches(self.batch)
         ]
         value = metric(module.eval(), batches)
+        # One number has no name of its own.
         pairs = value if isinstance(value, Mapping) else {"metric": value}
         numbers = {str(n): _as_number(number) for n, number in pairs.items()}
         check([_NUMBERS], numbers=numbers, value=value)
@@ -214,6 +217,7 @@ def main_output(result: Any) -> np.ndarray:
     Returns:
       float32 (batch, ...).
     """
+    # A ModelOutput has its hidden states and caches beside.
     if isinstance(result, Mapping):
         for name in ("logits", "last_hidden_state"):
             if name in result:
@@ -240,6 +244,7 @@ def output_likeness(
       share of positions whose greatest value is the same one.
     """
     pairs = list(zip(results, dense, strict=True))
+    # Sums in 64 bits: a batch has millions of outputs.
     lost = sum(float(((a - b).astype(np.float64) ** 2).sum()) for a, b in pairs)
     norm = sum(float((b.astype(np.float64) ** 2).sum()) for _, b in pairs)
     agreeing = [(a.argmax(-1) == b.argmax(-1)).ravel() for a, b in pairs]
@@ -272,6 +277,7 @@ def token_perplexity(module: Any, item: Measured, batch: int) -> dict[str, Any]:
     total, start = 0.0, 0
     with torch.no_grad():
         for arrays in item.samples.batches(batch):
+            # (batch, length, vocabulary)
             logits = module(**as_tensors(arrays)).logits.float()
             rows = targets[start : start + len(logits)]  # (batch, length)
             start += len(logits)
@@ -282,6 +288,7 @@ def token_perplexity(module: Any, item: Measured, batch: int) -> dict[str, Any]:
                 reduction="sum",
             )
             total += float(losses)
+    # Tokens that count, so that texts of any length compare.
     count = int((targets >= 0).sum())
     nats = total / count
     finite = math.isfinite(nats)

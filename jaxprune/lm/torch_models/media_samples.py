@@ -77,6 +77,7 @@ def _picture_samples(files: Sequence[Path], model: TorchModel) -> Samples:
     from PIL import Image
 
     processor = _processor(transformers.AutoImageProcessor, model, "a picture")
+    # Models of gray pictures say so in their configuration.
     gray = getattr(model.module.config, "num_channels", 3) == 1
     images = []
     for file in files:
@@ -87,7 +88,7 @@ def _picture_samples(files: Sequence[Path], model: TorchModel) -> Samples:
 
 def _sound_samples(files: Sequence[Path], model: TorchModel, most: int) -> Samples:
     extractor = _processor(transformers.AutoFeatureExtractor, model, "sound")
-    rate = extractor.sampling_rate
+    rate = extractor.sampling_rate  # values a second
     waves = [read_wave(file, rate) for file in files]
     # One program serves all samples, so all have one length.
     length = min(_SECONDS * rate, *(len(values) for values in waves))
@@ -124,6 +125,7 @@ def read_wave(path: Path, rate: int) -> np.ndarray:
     dtype: Any = {1: np.uint8, 2: "<i2", 4: "<i4"}[width]
     values = np.frombuffer(frames, dtype).astype(np.float32)
     values = (values - (128 if width == 1 else 0)) / _SCALES[width]
+    # (values, channels)
     mono: np.ndarray = values.reshape(-1, channels).mean(axis=1)
     return mono
 
@@ -147,11 +149,14 @@ def decoder_start(model: TorchModel, samples: Samples, steps: int) -> Samples:
     start = getattr(config, "decoder_start_token_id", None)
     check([_DECODER], class_name=model.class_name, start=start)
     texts = []
+    # Not `generate`, which stops a text at its end: all must be of one length.
     write: Callable[..., Any] = module
     with torch.no_grad():
         for batch in samples.batches(4):
             inputs = {name: torch.as_tensor(array) for name, array in batch.items()}
+            # The encoder runs once, the decoder once a token.
             inputs |= {"encoder_outputs": module.get_encoder()(**inputs)}
+            # (batch, 1)
             ids = torch.full((len(next(iter(batch.values()))), 1), start)
             for _ in range(steps - 1):
                 logits = write(**inputs, decoder_input_ids=ids).logits[:, -1]

@@ -81,6 +81,7 @@ def read_inputs(job: PruneJob | ShrinkJob, model: TorchModel) -> JobInputs:
     """
     calibration, evaluation = job.calibration, job.evaluation
     paths = (*calibration.files, *evaluation.evaluate)
+    # A shrinking by magnitude looks at nothing.
     if not paths:
         return JobInputs(None, {}, (), None, "")
     if _kind(paths[0]) == "texts":
@@ -94,6 +95,7 @@ def read_inputs(job: PruneJob | ShrinkJob, model: TorchModel) -> JobInputs:
     }
     if not calibration.files:
         return JobInputs(None, measured, (), None, "")
+    # Files of one call are one set of samples, from which some are held out.
     samples, held = divide_samples(
         join_samples([read.samples[path] for path in calibration.files]),
         sequences=calibration.sequences,
@@ -131,7 +133,7 @@ def read_measured(
     Raises:
       ValueError: a file does not fit the model.
     """
-    limit = limit or 2**31
+    limit = limit or 2**31  # all that there are
     if _kind(paths[0]) != "texts":
         read = _read_files(paths, model, Calibration(sequences=limit), limit)
         return {
@@ -164,18 +166,9 @@ def _read_texts(job: PruneJob | ShrinkJob, reader: TextReader) -> JobInputs:
         (name, texts[path], _role(job, path))
         for name, path in _named(evaluation.evaluate)
     ]
-    if not evaluated:  # the end of each text
-        ends = [
-            text_files.hold_out_end(text, evaluation.limit * reader.body(context))
-            for text in drawn_from
-        ]
-        drawn_from = [text for text, _ in ends]
-        names = name_texts(calibration.files)
-        evaluated = [
-            (name, end, _HELD_OUT)
-            for name, (_, end) in zip(names, ends, strict=True)
-            if end is not None
-        ]
+    if not evaluated:
+        most = evaluation.limit * reader.body(context)
+        drawn_from, evaluated = _without_ends(calibration.files, drawn_from, most)
     measured = {
         name: reader.measured(text, role, context, evaluation.limit, calibration.seed)
         for name, text, role in evaluated
@@ -197,6 +190,19 @@ def _read_texts(job: PruneJob | ShrinkJob, reader: TextReader) -> JobInputs:
     return JobInputs(samples, measured, files, length, reader.special)
 
 
+def _without_ends(
+    paths: Sequence[Path], texts: Sequence[text_files.AnyText], most: int
+) -> tuple[list[Any], list[tuple[str, Any, str]]]:
+    """Texts without their ends, and the ends, which measure the model."""
+    parts = [text_files.hold_out_end(text, most) for text in texts]
+    ends = [
+        (name, end, _HELD_OUT)
+        for name, (_, end) in zip(name_texts(paths), parts, strict=True)
+        if end is not None  # of rows and of very short texts there is none
+    ]
+    return [text for text, _ in parts], ends
+
+
 def _read_files(
     paths: Sequence[Path], model: TorchModel, calibration: Calibration, limit: int
 ) -> ReadFiles:
@@ -207,6 +213,7 @@ def _read_files(
     for path in dict.fromkeys(paths):
         sources = [path]
         if path.is_dir():
+            # (samples, channels, height, width) or (samples, values)
             samples[path], sources = media_samples.read_folder(path, model, most)
         else:
             samples[path] = array_samples.read_arrays(path)
@@ -222,6 +229,7 @@ def _with_decoder(
     samples: dict[Path, Samples], model: TorchModel
 ) -> dict[Path, Samples]:
     """The samples of an encoder and a decoder with something for the decoder."""
+    # Whoever gives .npz may have given the decoder's inputs too.
     names = {name for part in samples.values() for name in part.arrays}
     module = model.module
     main = module.main_input_name
@@ -244,6 +252,7 @@ def _role(job: PruneJob | ShrinkJob, path: Path) -> str:
 
 
 def _kind(path: Path) -> str:
+    # What a folder holds is looked at with the model, whose processor it is for.
     if path.is_dir():
         return "folders"
     return "arrays" if path.suffix in array_samples.SUFFIXES else "texts"

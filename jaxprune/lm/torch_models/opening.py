@@ -69,8 +69,10 @@ def open_torch_model(source: CheckpointDir, dtype: str | None = None) -> TorchMo
     )
     # Caches of keys and values are for generation, and only in the way here.
     module.config.use_cache = False
+    # Every tensor must be known again, or it could not be written.
     stored = stored_tensors(module)
     unread = [name for name in source.tensors if name not in stored]
+    # What transformers does not expect, as a pooler that the class has not, is copied.
     foreign = [name for name in unread if name not in info["unexpected_keys"]]
     changed = changed_tensors(source, stored)
     check(_KNOWN, names=listed([*foreign, *changed]), class_name=type(module).__name__)
@@ -139,7 +141,7 @@ def load_module(path: Any, module_class: Any, dtype: str | None = None) -> Any:
 @contextlib.contextmanager
 def silent_transformers() -> Iterator[None]:
     """Without transformers' bars and warnings, which are not the command's."""
-    logger = transformers.utils.logging
+    logger = transformers.utils.logging  # settings of the process, put back below
     verbosity, bars = logger.get_verbosity(), logger.is_progress_bar_enabled()
     logger.set_verbosity_error()
     logger.disable_progress_bar()
@@ -160,6 +162,7 @@ def stored_tensors(module: Any) -> dict[str, Any]:
     Returns:
       {name: tensor}, tied ones under all their names.
     """
+    # Both names of a tied tensor, since directories have one or the other.
     with silent_transformers(), torch.no_grad():
         return dict(revert_weight_conversion(module, module.state_dict()))
 

@@ -46,7 +46,9 @@ def job_facts(
       A JSON-able record; a run goes on only with the progress of an equal one.
     """
     source = model.source
+    # Of the tokenizer and the processor too, which make the inputs.
     configs = [name for name in source.others if name.endswith(".json")]
+    # By size and time: to hash the weights would take as long as to read them.
     files = {n: (source.path / n).stat() for n in (*source.metadata, *configs)}
     return {
         "model": str(source.path),

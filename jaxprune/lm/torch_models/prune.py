@@ -113,6 +113,7 @@ def run_torch_prune(
         job, pruning=dataclasses.replace(job.pruning, method=method)
     )
     chosen = check_torch_prune(job)
+    # A module of the user's that is not there is said before the model is read.
     metric = measures.load_metric(job.evaluation.metric)
     costs = Costs()
     with costs.phase("read"):
@@ -129,12 +130,14 @@ def run_torch_prune(
     )
     with progress_dir.hold_progress(job.work, pruning.facts()):
         module = pruning.model.module
+        # A run that goes on measures the dense model again, which is cheap.
         with costs.phase("evaluate before"):
             measurements.measure("dense", module)
             measurements.check_sane(module, job.evaluation.any_perplexity)
         with costs.phase("prune"):
             result = pruning.prune()
             jp.torch.load(module, result.params)
+        # The same module by now, with the weights that will be written.
         with costs.phase("evaluate after"):
             measurements.measure("pruned", module)
         record = _record(pruning, result.report) | measurements.facts()
@@ -146,9 +149,11 @@ def run_torch_prune(
 def begin_pruning(job: PruneJob, chosen: passes.Pass) -> TorchPruning:
     """Reads model and inputs, traces the model, and refuses what does not fit."""
     source = open_directory(job.model)
+    # The result and the progress.
     progress_dir.check_room(job, job.recovery, source, 2)
     model = open_torch_model(source, job.loading.dtype)
     inputs = read_inputs(job, model)
+    # One sample shows the program; its batches may be larger.
     samples = inputs.calibration or next(iter(inputs.measured.values())).samples
     fn, params = traced_function(model, next(samples.batches(1)))
     # A convolution is pruned too, where its use is known.
@@ -181,6 +186,7 @@ def traced_function(model: TorchModel, batch: Mapping[str, Any]) -> Any:
     """
     example = as_tensors(batch)
     module, class_name = model.module, model.class_name
+    # In torch first: what fails there is no fault of the tracing.
     try:
         reference = measures.run_module(module, batch)
     except Exception as failure:
@@ -232,6 +238,7 @@ def _record(pruning: TorchPruning, report: Mapping[str, Any]) -> dict[str, Any]:
             "positions": report["positions"],
         },
         "unseen": report["unseen"],
+        # The page names rows by the tensors, which here are called as the parameters.
         "weights": [{**row, "leaf": row["name"]} for row in report["weights"]],
         "refine": solver.refine
         and {
@@ -248,10 +255,10 @@ def _plan(pruning: TorchPruning, console: Console) -> dict[str, Any]:
         as_tensors(next(pruning.inputs.calibration.batches(1)))  # type: ignore[union-attr]
     )
     trace = jp.trace(pruning.fn, pruning.params, batch)
-    seen = dict.fromkeys(op.leaf for op in trace.linear_ops)
+    matrices = dict.fromkeys(op.leaf for op in trace.linear_ops)
     rows = [
         {"tensor": name, "shape": list(leaf.shape), "count": 1, "weights": leaf.size}
-        for name in seen
+        for name in matrices
         if pruning.prunable(name, leaf := pruning.params[name])
     ]
     cells = [

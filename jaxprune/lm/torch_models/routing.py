@@ -28,6 +28,7 @@ def is_foreign(config: Mapping[str, Any]) -> bool:
     Returns:
       True where transformers may know it.
     """
+    # A file that names no class is one that transformers cannot load either.
     names = config.get("architectures")
     return config.get("model_type") not in FAMILIES and isinstance(names, list | tuple)
 
@@ -56,6 +57,7 @@ def prunes_through_torch(job: PruneJob) -> bool:
     Returns:
       False too for magnitude without calibration, which needs no code of any model.
     """
+    # Magnitude reads no program, and streams through any directory.
     by_weights = job.pruning.method in (None, "magnitude")
     # What these do takes the model's code.
     runs_model = (

@@ -117,9 +117,11 @@ def divide_samples(
     Raises:
       ValueError: there is not a batch of them.
     """
+    # (samples,)
     order = np.random.default_rng(seed).permutation(samples.count)
     held = min(held_out, max(1, samples.count // HELD_OUT)) if held_out else 0
     available = samples.count - held
+    # Batches have one shape, so that one program serves all.
     count = min(sequences, available) // batch * batch
     check([_ENOUGH], count=count, samples=samples.count, batch=batch, held=held)
     # In their own order, so that a text's or a folder's is kept.
@@ -137,6 +139,7 @@ def digest_files(paths: Sequence[Path]) -> str:
       Hexadecimal digits.
     """
     sink = hashlib.sha256()
+    # Of a folder the files in the order in which they are samples.
     for path in paths:
         sink.update(path.read_bytes())
     return sink.hexdigest()

@@ -72,6 +72,7 @@ class TorchShrinking:
         """The smaller module and the report of `jp.torch.shrink`."""
         samples, removal = self.inputs.calibration, self.job.removal
         settings: dict[str, Any] = {}
+        # A rule for neurons alone: heads are not counted in 64s.
         if removal.multiple > 1:
             settings["sizes"] = {
                 name: range(removal.multiple, 2**31, removal.multiple)
@@ -79,6 +80,7 @@ class TorchShrinking:
                 if entry in _entries_of(self.model.source, "neurons")
             }
         scores: Any = jp.scores.magnitude
+        # With samples the solver chooses, and updates what reads the units.
         if samples is not None:
             scores = None
             batches = samples.batches(self.job.calibration.batch)
@@ -115,6 +117,7 @@ def run_torch_shrink(
     progress_dir.refuse_done(job, command)
     begin_through_torch(job.model, console)
     check_torch_shrink(job)
+    # A module of the user's that is not there is said before the model is read.
     metric = measures.load_metric(job.evaluation.metric)
     costs = Costs()
     with costs.phase("read"):
@@ -166,12 +169,14 @@ def begin_shrinking(
     fn, params = traced_function(model, batch)
     groups = jp.axis_groups(fn, params, jp.torch.as_arrays(as_tensors(batch)))
     shares, entries = {}, {}
+    # Several entries for an encoder and a decoder, each with groups of its own.
     for size in _asked_sizes(job.removal, model.source):
         count = model.source.config.get(size.entry)
         share = _share(job.removal, size)
         names = [
             group.name
             for group in groups
+            # A head inside of which units lie is no neuron, whatever its name.
             if group.default and group.units == count and _is_counted(group, size)
         ]
         check(
@@ -219,6 +224,7 @@ def _any_sample(model: TorchModel) -> Samples:
         return Samples({name: tokens, **more})
     size = getattr(config, "image_size", None)
     check([_EXAMPLE], class_name=model.class_name, name=name, known=size is not None)
+    # Squares, or (height, width).
     height, width = size if isinstance(size, list | tuple) else (size, size)
     shape = (1, getattr(config, "num_channels", 3), height, width)
     return Samples({name: np.random.default_rng(0).normal(size=shape).astype("f4")})
@@ -287,9 +293,11 @@ def _write(
     model, job = shrinking.model, shrinking.job
     source, stored = model.source, stored_tensors(small)
     sizes = record["sizes"]["after"]
+    # The groups of an entry have lost as many units each.
     config = {**source.config, **{entry: sizes[entry] for entry in shrinking.entries}}
     tensors = {}
     for name, info in source.tensors.items():
+        # What the class does not read is as it was.
         read = functools.partial(source.read, name)
         shape = info.shape
         if name in stored:

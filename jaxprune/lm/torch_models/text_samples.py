@@ -57,6 +57,7 @@ class TextReader(NamedTuple):
     def fitted(self, length: int, usual: int) -> int:
         """A length that the model takes; one that was asked for must be such."""
         check([_LENGTH], length=length, usual=usual, longest=self.longest)
+        # A length that nobody asked for gives way.
         length = min(length, self.longest or length)
         check([_BODY], length=length, special=len(self.before) + len(self.after))
         return length
@@ -68,7 +69,7 @@ class TextReader(NamedTuple):
         special = len(self.before) + len(self.after)
         read = max(1, (bodies.shape[1] - special) // 2)  # with them half of the tokens
         # The decoder is given each token of its half to predict the next one.
-        begin = np.full((len(bodies), 1), self.start)
+        begin = np.full((len(bodies), 1), self.start)  # (sequences, 1)
         written = np.concatenate([begin, bodies[:, read:-1]], axis=1)
         return Samples(
             {
@@ -105,6 +106,7 @@ class TextReader(NamedTuple):
     def _framed(
         self, bodies: Int[np.ndarray, "sequences body"]
     ) -> Int[np.ndarray, "sequences length"]:
+        # (sequences, special)
         ends = [np.tile(ids, (len(bodies), 1)) for ids in (self.before, self.after)]
         return np.concatenate([ends[0], bodies, ends[1]], axis=1).astype(np.int64)
 
@@ -126,8 +128,10 @@ class TextReader(NamedTuple):
     def _masked(self, samples: Samples, role: str, seed: int) -> Measured:
         """The same tokens are hidden from every model that is measured."""
         tokens = samples.arrays["input_ids"]
+        # (samples, length)
         chance = np.random.default_rng(seed)
         hidden = chance.random(tokens.shape) < _MASKED
+        # Special tokens are the same in every sequence.
         hidden[:, : len(self.before)] = False
         if self.after:
             hidden[:, -len(self.after) :] = False
@@ -164,6 +168,7 @@ def text_reader(model: TorchModel, files: tuple[Path, ...]) -> TextReader:
         tokens, (before, after) = _plain_tokenizer(model, made), _special_tokens(made)
         mask = made.mask_token_id
     task = _task(model, mask)
+    # T5 begins with padding, and its configuration may leave that unsaid.
     start = getattr(config, "decoder_start_token_id", None)
     if start is None:
         start = getattr(config, "pad_token_id", None) or 0
@@ -182,6 +187,7 @@ def text_reader(model: TorchModel, files: tuple[Path, ...]) -> TextReader:
 def _task(model: TorchModel, mask: int | None) -> str:
     if getattr(model.module.config, "is_encoder_decoder", False):
         return "decoder"
+    # By the names that transformers gives to classes, which are its own convention.
     if model.class_name.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal"
     is_masked = model.class_name.endswith("ForMaskedLM") and mask is not None
@@ -217,6 +223,7 @@ def _special_tokens(made: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The tokens that a tokenizer puts before and behind a text."""
     plain = list(made("a a", add_special_tokens=False)["input_ids"])
     framed = list(made("a a")["input_ids"])
+    # Where the words stand, in what the tokenizer makes of them.
     for start in range(len(framed) - len(plain) + 1):
         end = start + len(plain)
         if framed[start:end] == plain:

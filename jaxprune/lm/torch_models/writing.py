@@ -34,11 +34,13 @@ def write_pruned(
     """
     source = model.source
     stored = stored_tensors(model.module)
+    # By their bits: what is written is what differs.
     replaced = {
         name: as_numpy(stored[name]) for name in changed_tensors(source, stored)
     }
     # Norms and biases that a refinement moved have no sparsity.
     vectors = [name for name, array in replaced.items() if array.ndim < 2]
+    # (zeros, size) of each matrix, for the sizes on the page.
     counts = {
         name: (int(array.size - (array != 0).sum()), int(array.size))
         for name, array in replaced.items()
