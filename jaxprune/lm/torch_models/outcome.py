@@ -57,8 +57,10 @@ def job_facts(
         "dtype": job.loading.dtype,
         "calibration": describe_inputs(job.calibration, inputs),
         "batch": job.calibration.batch,
-        "held_out": [*job.evaluation.evaluate] == []
-        and [job.evaluation.limit, job.evaluation.context],
+        # Where other files are evaluated, nothing is held out.
+        "held_out": None
+        if job.evaluation.evaluate
+        else [job.evaluation.limit, job.evaluation.context],
         "versions": torch_versions(),
     }
 
