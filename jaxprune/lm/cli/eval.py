@@ -20,7 +20,7 @@ from jaxprune.lm.jobs.opening import (
     read_dense,
     text_beginning,
 )
-from jaxprune.lm.jobs.option_rules import at_least, option_values
+from jaxprune.lm.jobs.option_rules import at_least, not_while, option_values
 from jaxprune.lm.jobs.option_types import (
     Count,
     MaybeCount,
@@ -55,10 +55,12 @@ _RULES = (
         "{context}",
     ),
     *(
-        Rule(
-            lambda v, option=option: getattr(v, option) is None or v.through_torch,
-            f"--{option} is for models that go through torch, which are those of no "
-            "family of ours; leave it out",
+        not_while(
+            "ours",
+            option,
+            "{flag} is for models that go through torch, which are those of no family "
+            "of ours",
+            "leave it out",
         )
         for option in ("dense", "metric")
     ),
@@ -106,7 +108,7 @@ class Evaluate(Options):
         """Measures the model; the results by text."""
         if routing.is_foreign_directory(self.model):
             return self._run_through_torch(console)
-        check(_RULES, **option_values(self), through_torch=False)
+        check(_RULES, **option_values(self), ours=True)
         text_files.check_text_files(self.text)
         model = open_for_job(self.model, self.loading, self.devices)
         vocab_size, longest = model.config.vocab_size, model.config.context
@@ -148,7 +150,7 @@ class Evaluate(Options):
         }
 
     def _run_through_torch(self, console: Console) -> dict[str, Any]:
-        check(_RULES, **option_values(self), through_torch=True)
+        check(_RULES, **option_values(self), ours=False)
         routing.check_installed(open_directory(self.model).config)
         # Imports torch, so only now.
         from jaxprune.lm.torch_models.evaluate import Evaluation, run_torch_eval

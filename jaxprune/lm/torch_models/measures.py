@@ -38,7 +38,7 @@ _SANE = Rule(  # one text that it knows is enough
 )
 _METRIC = (
     Rule(
-        lambda v: re.fullmatch(r"[\w.]+:\w+", v.word),
+        lambda v: bool(re.fullmatch(r"[\w.]+:\w+", v.word)),
         "--metric must be module:function, got {word}",
     ),
     Rule(

@@ -124,7 +124,8 @@ def read_wave(path: Path, rate: int) -> np.ndarray:
     # 8 bits have no sign, and their zero is 128.
     dtype: Any = {1: np.uint8, 2: "<i2", 4: "<i4"}[width]
     values = np.frombuffer(frames, dtype).astype(np.float32)
-    values = (values - (128 if width == 1 else 0)) / _SCALES[width]
+    values -= np.float32(128 if width == 1 else 0)
+    values /= np.float32(_SCALES[width])
     # (values, channels)
     mono: np.ndarray = values.reshape(-1, channels).mean(axis=1)
     return mono

@@ -4,6 +4,7 @@ The first axis of each array is that of the samples. Samples are told apart by a
 those that calibrate never measure, unless other files are evaluated.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ HELD_OUT = 10
 """One in so many samples is held out from calibration."""
 
 
-class Samples(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Samples:
     """Inputs of a model.
 
     Attributes:

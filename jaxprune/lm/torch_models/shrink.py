@@ -168,7 +168,8 @@ def begin_shrinking(
     batch = _first_batch(inputs, model, job.calibration.batch)
     fn, params = traced_function(model, batch)
     groups = jp.axis_groups(fn, params, jp.torch.as_arrays(as_tensors(batch)))
-    shares, entries = {}, {}
+    shares: dict[str, float] = {}
+    entries: dict[str, str] = {}
     # Several entries for an encoder and a decoder, each with groups of its own.
     for size in _asked_sizes(job.removal, model.source):
         count = model.source.config.get(size.entry)

@@ -137,7 +137,7 @@ class TextReader(NamedTuple):
             hidden[:, -len(self.after) :] = False
         # One token at least, in the middle, where the text is very short.
         hidden[0, tokens.shape[1] // 2] |= not hidden.any()
-        inputs = np.where(hidden, self.mask, tokens)
+        inputs = np.where(hidden, np.int64(self.mask or 0), tokens)
         targets = np.where(hidden, tokens, -1)
         # Each token counts as the one that follows nothing: a column before the first.
         padded = np.concatenate([np.zeros_like(tokens[:, :1]), tokens], axis=1)
@@ -161,7 +161,10 @@ def text_reader(model: TorchModel, files: tuple[Path, ...]) -> TextReader:
     """
     module, config = model.module, model.module.config
     check([_TAKES_TOKENS], class_name=model.class_name, name=module.main_input_name)
-    tokens, before, after, mask = None, (), (), None
+    tokens: hf.Tokenizer | None = None
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    mask: int | None = None
     ids_alone = all(map(text_files.is_ids, files))
     if not ids_alone or (model.source.path / "tokenizer_config.json").is_file():
         made = _load_tokenizer(model)
@@ -211,7 +214,7 @@ def _load_tokenizer(model: TorchModel) -> Any:
 
 def _plain_tokenizer(model: TorchModel, made: Any) -> hf.Tokenizer:
     """The tokenizer as texts are read with it here: without special tokens."""
-    backend = getattr(made, "backend_tokenizer", None)
+    backend: Any = getattr(made, "backend_tokenizer", None)
     check([_BACKEND], class_name=type(made).__name__, has=hasattr(backend, "encode"))
     # A sequence is made of pieces of a long text, which is not cut or padded.
     backend.no_truncation()
