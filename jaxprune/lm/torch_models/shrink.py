@@ -54,14 +54,14 @@ class TorchShrinking:
       model: directory and module.
       inputs: what is calibrated on and measured.
       shares: name of a group to the share of its units that it loses.
-      entries: entry of config.json to a group whose units it counts.
+      entries: entry of config.json to the groups whose units it counts.
     """
 
     job: ShrinkJob
     model: TorchModel
     inputs: JobInputs
     shares: Mapping[str, float]
-    entries: Mapping[str, str]
+    entries: Mapping[str, tuple[str, ...]]
 
     @property
     def batch(self) -> dict[str, np.ndarray]:
@@ -74,10 +74,12 @@ class TorchShrinking:
         settings: dict[str, Any] = {}
         # A rule for neurons alone: heads are not counted in 64s.
         if removal.multiple > 1:
+            source, multiple = self.model.source, removal.multiple
             settings["sizes"] = {
-                name: range(removal.multiple, 2**31, removal.multiple)
-                for entry, name in self.entries.items()
-                if entry in _entries_of(self.model.source, "neurons")
+                name: range(multiple, source.config[entry] + 1, multiple)
+                for entry, names in self.entries.items()
+                for name in names
+                if entry in _entries_of(source, "neurons")
             }
         scores: Any = jp.scores.magnitude
         # With samples the solver chooses, and updates what reads the units.
@@ -169,7 +171,7 @@ def begin_shrinking(
     fn, params = traced_function(model, batch)
     groups = jp.axis_groups(fn, params, jp.torch.as_arrays(as_tensors(batch)))
     shares: dict[str, float] = {}
-    entries: dict[str, str] = {}
+    entries: dict[str, tuple[str, ...]] = {}
     # Several entries for an encoder and a decoder, each with groups of its own.
     for size in _asked_sizes(job.removal, model.source):
         count = model.source.config.get(size.entry)
@@ -191,7 +193,7 @@ def begin_shrinking(
             lost=round(share * (count or 0)),
         )
         shares |= dict.fromkeys(names, share)
-        entries[size.entry] = names[0]
+        entries[size.entry] = tuple(names)
     return TorchShrinking(job, model, inputs, shares, entries)
 
 
@@ -266,7 +268,7 @@ def _record(shrinking: TorchShrinking, report: Mapping[str, Any]) -> dict[str, A
     sizes = {
         when: {
             **{name: report[when][name] for name in ("parameters", "bytes")},
-            **{e: report["groups"][n][when] for e, n in shrinking.entries.items()},
+            **{e: report["groups"][n[0]][when] for e, n in shrinking.entries.items()},
         }
         for when in ("before", "after")
     }
