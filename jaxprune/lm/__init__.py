@@ -15,5 +15,6 @@ __all__ = [
     "report",
     "shrinking",
     "texts",
+    "torch_models",
     "vocabulary",
 ]

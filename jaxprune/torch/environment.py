@@ -9,18 +9,22 @@ Differences of `Environment` from torchax's own:
    constant of the program; torchax refuses to mix them.
 2. An operation that fails says its name, so that an error can name it.
 3. The grouped product of mixtures of experts is there, as JAX's ragged product.
+4. What torchax would get wrong without a word is refused: random numbers, results that
+   are written to `out=`, and, where it is watched, writes into views (`views`).
 """
 
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arrays.rules import Rule, error
+from jaxprune.arrays.rules import Rule
+from jaxprune.torch import views
+from jaxprune.torch.views import Limit
 
 try:
     import torch
@@ -97,8 +101,31 @@ TracedTensor: Any = torchax.tensor.Tensor
 TracedView: Any = torchax.view.View
 
 
+class _DispatchMode(torchax.tensor.XLADispatchMode):  # type: ignore[misc]
+    """torchax's mode, which asks the environment for operations of others too."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Runs an operation; a custom one is one that the environment lacks."""
+        # torchax would call it on its tensors, whose refusal does not name it.
+        if _traced_leaves((args, kwargs)) and func.namespace not in ("prim", "prims"):
+            return self.env.dispatch(func, types, args, kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 class Environment(_Environment):
     """torchax's environment with the differences that the module lists."""
+
+    # Whether views are watched: links between tensors keep all of them in memory.
+    watching = False
+    running: Sequence[str] = ()
+    """The submodules that run, the innermost last, while a failure is looked for."""
+
+    def __init__(self) -> None:
+        """Makes the environment, in which operations of any namespace are looked up."""
+        super().__init__()
+        self._dispatch_mode = _DispatchMode(self)
 
     def load_ops(self) -> None:
         """Loads torchax's operations, and those that it lacks."""
@@ -129,7 +156,11 @@ class Environment(_Environment):
         operands = (args, kwargs or {})
         try:
             args, kwargs = self._without_mixture(func, operands)
-            return super().dispatch(func, types, args, kwargs)
+            self.check_read((args, kwargs))
+            result = super().dispatch(func, types, args, kwargs)
+            if self.watching:
+                self._watch(func, args, result)
+            return result
         except torchax.tensor.OperatorNotFound as failure:
             failure.operation = operation_name(func)
             raise
@@ -139,17 +170,65 @@ class Environment(_Environment):
                 failure.operation = operation_name(func)  # type: ignore[attr-defined]
             raise
 
+    def get_and_rotate_prng_key(self, generator: Any = None) -> Any:
+        """Refuses random numbers: a function of JAX gives the same each time.
+
+        Args:
+          generator: torch's generator, or None.
+
+        Raises:
+          TypeError: always.
+        """
+        raise Limit(_RANDOM)
+
+    @contextlib.contextmanager
+    def watching_views(self) -> Iterator[None]:
+        """Refuses writes into views that are read elsewhere, inside of it.
+
+        Yields:
+          Nothing.
+        """
+        self.watching = True
+        try:
+            yield
+        finally:
+            self.watching = False
+
+    def check_read(self, tree: Any) -> None:
+        """Refuses what would have another value in torch, where views are watched.
+
+        Args:
+          tree: tensors in containers.
+
+        Raises:
+          TypeError: memory that one of them shares in torch was written to.
+        """
+        if self.watching:
+            views.check_views(_traced_leaves(tree))
+
+    def _watch(self, func: Any, args: Any, result: Any) -> None:
+        name = operation_name(func)
+        views.note_views(name, args, _traced_leaves(result))
+        schema = getattr(func, "_schema", None)
+        # Of a function without a schema the name says it: "mul_", "__imul__".
+        by_name = name.endswith("_") and (name[-2:] != "__" or name.startswith("__i"))
+        if args and (schema.is_mutable if schema is not None else by_name):
+            place = self.running[-1] if self.running else None
+            views.note_write(name, place, args[0])
+
     def _without_mixture(self, func: Any, operands: Any) -> Any:
         """Operands that are all traced, where at least one of them is."""
         leaves = torch_tree.tree_leaves(operands)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         traced = [isinstance(leaf, TracedTensor | TracedView) for leaf in tensors]
+        if any(traced) and operands[1].get("out") is not None:
+            raise Limit(_WRITTEN_OUT)
         if not any(traced) or all(traced):
             return operands
         schema = getattr(func, "_schema", None)
         if schema is not None and schema.is_mutable and not traced[0]:
             # The constant's copy would change, and the module would never see it.
-            raise error(_WRITTEN_CONSTANT)
+            raise Limit(_WRITTEN_CONSTANT)
         return torch_tree.tree_map_only(torch.Tensor, self._as_traced, operands)
 
     def _as_traced(self, tensor: Any) -> Any:
@@ -158,6 +237,11 @@ class Environment(_Environment):
         # Inside the environment's modes every operation would come back here.
         with torch._C.DisableTorchFunction(), torch.utils._mode_utils.no_dispatch():
             return TracedTensor(self.t2j_copy(tensor), self)
+
+
+def _traced_leaves(tree: Any) -> list[Any]:
+    leaves = torch_tree.tree_leaves(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, TracedTensor)]
 
 
 def _grouped_product(
@@ -221,7 +305,21 @@ def slow_attention() -> Iterator[None]:
 
 _WRITTEN_CONSTANT = Rule(
     lambda v: False,
-    "a module must not write into a tensor that it made on the CPU",
+    "a module must not write into a tensor that it made on the CPU, but {operation} in "
+    "{place!r} does",
     "make it on the device of the inputs (device=x.device)",
+    error=TypeError,
+)
+_WRITTEN_OUT = Rule(
+    lambda v: False,
+    "a module must not have results written to out=, but {operation} in {place!r} has",
+    "take the result that the operation returns",
+    error=TypeError,
+)
+_RANDOM = Rule(
+    lambda v: False,
+    "a module must give the same for the same inputs, but {operation} in {place!r} "
+    "draws random numbers",
+    "draw them outside, and give them as an argument",
     error=TypeError,
 )

@@ -17,6 +17,7 @@ from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check, error, finds_none
 from jaxprune.torch import conversion
 from jaxprune.torch.environment import (
+    Limit,
     TracedTensor,
     environment,
     slow_attention,
@@ -120,6 +121,7 @@ class ModuleFunction:
                 result = torch.func.functional_call(
                     self.module, tensors, args, kwargs, tie_weights=True
                 )
+            environment().check_read(result)
             return conversion.as_result(result)
 
     def check_traceable(self, params: Mapping[str, Any], example: Any) -> None:
@@ -134,7 +136,8 @@ class ModuleFunction:
         """
         batch = conversion.as_arrays(example)
         try:
-            jax.eval_shape(self, params, batch)
+            with environment().watching_views():
+                jax.eval_shape(self, params, batch)
         except Exception as failure:
             # Hooks cost time, so they are set only where there is something to find.
             place = _failing_module(self, params, batch)
@@ -206,6 +209,7 @@ def _wrapped(arrays: Any) -> Any:
 def _failing_module(fn: ModuleFunction, params: Mapping[str, Any], batch: Any) -> str:
     """The innermost submodule in which a trace fails, by name; empty for the root."""
     running: list[str] = []
+    environment().running = running  # for what is noted while it runs
     handles = []
     for name, part in fn.module.named_modules():
 
@@ -221,9 +225,15 @@ def _failing_module(fn: ModuleFunction, params: Mapping[str, Any], batch: Any) -
         ]
     try:
         # What is left of the stack when it fails are the parts that did not end.
-        with contextlib.suppress(Exception):
+        with environment().watching_views():
             jax.eval_shape(fn, params, batch)
+    except Limit as failure:
+        if failure.place is not None:
+            return failure.place
+    except Exception:
+        return running[-1] if running else ""
     finally:
+        environment().running = ()
         for handle in handles:
             handle.remove()
     return running[-1] if running else ""
@@ -233,10 +243,14 @@ def _explained(failure: Exception, place: str) -> Exception:
     """The sentence for a failed trace: operation, submodule, reason, way out."""
     missing = isinstance(failure, torchax.tensor.OperatorNotFound)
     by_values = isinstance(
-        failure, jax.errors.ConcretizationTypeError | jax.errors.JAXIndexError
+        failure,
+        jax.errors.ConcretizationTypeError
+        | jax.errors.JAXIndexError
+        | jax.errors.TracerArrayConversionError,
     )
     # JAX names its own reasons, and torchax an operation that it has not.
     rule = _LACKING if missing else _BY_VALUES if by_values else _UNTRACEABLE
+    rule = failure.rule if isinstance(failure, Limit) else rule
     reason = str(failure).strip().splitlines() or [""]
     return error(
         rule,

@@ -48,6 +48,7 @@ FLOORS: dict[str, set[str]] = {
     "lm.vocabulary": {"tokenizers"},
     "lm.export": {"gguf"},
     "lm.jobs": {"flax", "tyro"},
+    "lm.torch_models": {"torch", "transformers", "PIL"},
     "lm.report": {"jinja2", "matplotlib"},
     "lm.cli": {"tyro"},
     "lm.__init__": set(),
@@ -304,7 +305,8 @@ def test_a_file_holds_one_idea(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_references_are_for_tests_benchmarks_and_their_own_folder(path):
-    if path.parent.name == "benchmarks" or path.parent == ROOT / PACKAGE / "torch":
+    own = (ROOT / PACKAGE / "torch", ROOT / PACKAGE / "lm" / "torch_models")
+    if path.parent.name == "benchmarks" or path.parent in own:
         return
     tops = {name.split(".")[0] for name in _imports("cli", path.read_text())}
     assert not tops & TESTS_ONLY

@@ -9,8 +9,9 @@ import tyro
 
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check
-from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.checkpoints.compact_source import open_source
+from jaxprune.lm.cli import summary
 from jaxprune.lm.cli.options import Options
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.opening import (
@@ -18,8 +19,14 @@ from jaxprune.lm.jobs.opening import (
     note_ignored,
     text_beginning,
 )
-from jaxprune.lm.jobs.option_rules import at_least, option_values
-from jaxprune.lm.jobs.option_types import Count, MaybeCount, ModelPath
+from jaxprune.lm.jobs.option_rules import at_least, not_while, option_values
+from jaxprune.lm.jobs.option_types import (
+    Count,
+    MaybeCount,
+    MaybePath,
+    MaybeText,
+    ModelPath,
+)
 from jaxprune.lm.jobs.packing import (
     PACKING_RULES,
     Packing,
@@ -41,6 +48,7 @@ from jaxprune.lm.measure.tables import (
     perplexity_table,
 )
 from jaxprune.lm.texts import text_files
+from jaxprune.lm.torch_models import routing
 
 _RULES = (
     *PACKING_RULES,
@@ -51,6 +59,22 @@ _RULES = (
         lambda v: v.stride is None or 1 <= v.stride <= v.context,
         "--stride must be 1 <= stride <= context, got --stride {stride} and --context "
         "{context}",
+    ),
+    *(
+        not_while(
+            "ours",
+            option,
+            "{flag} is for models that go through torch, which are those of no family "
+            "of ours",
+            "leave it out",
+        )
+        for option in ("dense", "metric")
+    ),
+    Rule(
+        lambda v: v.ours or not (v.packed or v.values),
+        "--packed and --values are for the families of ours, and this model goes "
+        "through torch",
+        "leave them out",
     ),
 )
 
@@ -74,6 +98,9 @@ class Evaluate(Options):
       limit: how many windows of each text are evaluated, from its beginning; 0 takes
         all.
       batch: how many windows the model sees at once.
+      dense: of a model that goes through torch, the directory that its outputs are
+        compared with. --text then takes what --calibration of prune takes.
+      metric: of such a model, a measure of your own, MODULE:FUNCTION, as for prune.
     """
 
     EXAMPLE: ClassVar = "jaxprune eval MODEL --text prose.txt code.jsonl"
@@ -84,13 +111,17 @@ class Evaluate(Options):
     stride: MaybeCount = None
     limit: Count = WINDOWS
     batch: Count = 4
+    dense: MaybePath = None
+    metric: MaybeText = None
     loading: LoadingGroup = dataclasses.field(default_factory=Loading)
     devices: Devices = dataclasses.field(default_factory=Devices)
     packing: Packing = dataclasses.field(default_factory=Packing)
 
     def run(self, console: Console, words: list[str]) -> dict[str, Any]:
         """Measures the model; the results by text."""
-        check(_RULES, **option_values(self))
+        if routing.is_foreign_directory(self.model):
+            return self._run_through_torch(console)
+        check(_RULES, **option_values(self), ours=True)
         text_files.check_text_files(self.text)
         with open_source(self.model) as source:
             return self._run(console, source)
@@ -137,6 +168,22 @@ class Evaluate(Options):
             "ignored_config": model.ignored,
             "packed": packed,
         }
+
+    def _run_through_torch(self, console: Console) -> dict[str, Any]:
+        check(_RULES, **option_values(self), ours=False)
+        routing.check_installed(open_directory(self.model).config)
+        # Imports torch, so only now.
+        from jaxprune.lm.torch_models.evaluate import Evaluation, run_torch_eval
+
+        asked = Evaluation(
+            inputs=self.text,
+            **{n: getattr(self, n) for n in Evaluation._fields if n != "inputs"},
+        )
+        result = run_torch_eval(asked, console)
+        for table in summary.likeness_tables(result):
+            console.say(table)
+        _note_limit(result["texts"], self.limit, console)
+        return result
 
 
 def _note_limit(results: Mapping[str, Any], limit: int, console: Console) -> None:

@@ -16,6 +16,8 @@ from jaxprune.lm.jobs.option_types import MaybeNumber, ModelPath, Names
 from jaxprune.lm.jobs.prune_settings import MethodName
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.torch_models import routing
+from jaxprune.lm.torch_models.inspection import possible_through_torch
 from jaxprune.masking import counts
 
 
@@ -57,6 +59,8 @@ class Inspect(Options):
             zeros = _zeros_after(rows, self.sparsity)
             totals["compact_bytes_pruned"] = packed_bytes(source, zeros)
         possible = _possible(source)
+        if possible.get("through"):
+            console.note(f"the model would go through {possible['through']}")
         provenance = _provenance(self.model)
         console.say(_table(rows))
         console.say(_totals(totals, self.sparsity))
@@ -112,6 +116,8 @@ def _zeros_after(rows: list[dict[str, Any]], sparsity: float) -> dict[str, int]:
 
 def _possible(source: CheckpointDir) -> dict[str, Any]:
     """The methods that a directory can have, what it can be shrunk by, and why not."""
+    if routing.is_foreign(source.config):
+        return possible_through_torch(source)
     # Magnitude needs no model, so that it prunes what nothing here can run.
     magnitude = {"methods": ["magnitude"], "shrinkable": []}
     try:
@@ -133,9 +139,10 @@ def _possible(source: CheckpointDir) -> dict[str, Any]:
 def _possible_words(possible: dict[str, Any]) -> str:
     if possible["unsupported"]:
         return f"can be pruned by magnitude alone: {possible['unsupported']}"
+    way = f" through {possible['through']}" if possible.get("through") else ""
     return (
-        f"can be pruned by {', '.join(possible['methods'])}; `jaxprune shrink` can "
-        f"remove {', '.join(possible['shrinkable'])}"
+        f"can be pruned{way} by {', '.join(possible['methods'])}; `jaxprune shrink` "
+        f"can remove {', '.join(possible['shrinkable']) or 'nothing'}"
     )
 
 

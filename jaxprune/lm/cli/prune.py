@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.cli import launch, summary
 from jaxprune.lm.cli.options import Options
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.prune import run_prune
 from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.torch_models import routing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,12 @@ class Prune(PruneJob, Options):
         with launch.join_processes(self.devices, console, words):
             # The same in all processes, so that a run resumes with another number.
             command = summary.command_line(launch.without_start(words))
-            record = run_prune(self, console, command, _page)
+            if routing.prunes_through_torch(self):
+                routing.check_installed(open_directory(self.model).config)
+                from jaxprune.lm.torch_models.prune import run_torch_prune as run
+            else:
+                run = run_prune
+            record = run(self, console, command, _page)
             lines = [] if self.plan else summary.prune_lines(record)
             return summary.say_done(self, record, lines, console)
 

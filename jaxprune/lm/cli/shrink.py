@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.cli import summary
 from jaxprune.lm.cli.options import Options
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.shrink import run_shrink
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
+from jaxprune.lm.torch_models import routing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,12 @@ class Shrink(ShrinkJob, Options):
 
     def run(self, console: Console, words: list[str]) -> dict[str, Any]:
         """Shrinks the model; the record."""
-        record = run_shrink(self, console, summary.command_line(words), _page)
+        if routing.is_foreign_directory(self.model):
+            routing.check_installed(open_directory(self.model).config)
+            from jaxprune.lm.torch_models.shrink import run_torch_shrink as run
+        else:
+            run = run_shrink
+        record = run(self, console, summary.command_line(words), _page)
         lines = [] if self.plan else summary.shrink_lines(record)
         return summary.say_done(self, record, lines, console)
 

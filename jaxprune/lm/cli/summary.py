@@ -1,7 +1,7 @@
 """What `prune` and `shrink` say for people when they are done."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxprune.arrays.messages import columns
@@ -38,12 +38,36 @@ def say_done(
         stages, texts = measured(record), record["perplexity"]
         # A text has other tokens then, of which perplexities do not compare.
         console.say(stage_table(stages, texts, by_bytes="vocabulary" in record))
+    for table in likeness_tables(record):
+        console.say(table)
     console.say("\n".join(lines))
     console.say(f"'{job.out}': the model, jaxprune.json, report.html")
     # Files of other formats, which a loader may miss.
     if omitted := open_directory(job.model).uncopied:
         console.note(f"not copied: {', '.join(omitted)}")
     return {**record, "out": str(job.out)}
+
+
+def _left(before: Mapping[str, int], after: Mapping[str, int], name: str) -> str:
+    return f"{after[name]:,} of {before[name]:,} {name}"
+
+
+def likeness_tables(record: Mapping[str, Any]) -> list[str]:
+    """What was measured of a model that is no language model, if anything."""
+    rows = [
+        [name, stage, f"{value['error']:.4g}", f"{value['agreement']:.2%}"]
+        for name, entry in (record.get("outputs") or {}).items()
+        for stage, value in entry.items()
+        if isinstance(value, Mapping)
+    ]
+    header = ["outputs", "", "error", "top answers the same"]
+    tables = [columns([header, *rows], right=True)] if rows else []
+    numbers = [
+        [name, stage, f"{value:.5g}"]
+        for stage, values in (record.get("metric") or {}).items()
+        for name, value in values.items()
+    ]
+    return [*tables, columns(numbers, right=True)] if numbers else tables
 
 
 def prune_lines(record: dict[str, Any]) -> list[str]:
@@ -65,10 +89,13 @@ def shrink_lines(record: dict[str, Any]) -> list[str]:
     if speed := record.get("speed"):
         lines.append(columns([speeds.HEADER, *speeds.speed_rows(speed)], right=True))
     before, after = (record["sizes"][when] for when in ("before", "after"))
-    tokens = f"{after['tokens']:,} of {before['tokens']:,} tokens, "
-    lines.append(
-        f"{after['parameters']:,} of {before['parameters']:,} parameters, "
-        f"{tokens if 'vocabulary' in record else ''}"
-        f"{after['layers']} of {before['layers']} layers; {record['seconds']:.1f} s"
-    )
+    # Of a model that went through torch the entries of config.json, which has others.
+    shown = {"layers", *(["tokens"] if "vocabulary" in record else [])}
+    counts = {
+        name: _left(before, after, name)
+        for name in before
+        if name in shown or (record.get("through") and name != "bytes")
+    }
+    counts = {"parameters": _left(before, after, "parameters"), **counts}
+    lines.append(f"{', '.join(counts.values())}; {record['seconds']:.1f} s")
     return lines

@@ -50,9 +50,13 @@ _RULES = (
 )
 
 
-def check_globs(globs: Sequence[str], tensors: Mapping[str, TensorInfo]) -> None:
+def check_globs(
+    globs: Sequence[str],
+    tensors: Mapping[str, Any],
+    why: Callable[[str, Any], str | None] = why_kept,
+) -> None:
     """Refuses a glob that excludes nothing, and globs that exclude all."""
-    reasons = {name: why_kept(name, info) for name, info in tensors.items()}
+    reasons = {name: why(name, info) for name, info in tensors.items()}
     # Before any exclusion.
     free = [name for name, why in reasons.items() if why is None]
     unused = [g for g in globs if not any(matches_any(name, [g]) for name in free)]

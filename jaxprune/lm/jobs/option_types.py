@@ -49,6 +49,9 @@ MaybeCount: TypeAlias = Annotated[int | None, _arg(metavar="N", help_behavior_hi
 MaybeText: TypeAlias = Annotated[
     str | None, _arg(metavar="TEXT", help_behavior_hint="")
 ]
+MaybePath: TypeAlias = Annotated[
+    Path | None, _arg(metavar="MODEL", help_behavior_hint="")
+]
 Files: TypeAlias = Annotated[
     tuple[Path, ...], _arg(metavar="FILE [FILE ...]", help_behavior_hint="")
 ]

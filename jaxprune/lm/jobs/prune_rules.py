@@ -227,6 +227,28 @@ def check_prune(job: PruneJob) -> passes.Pass:
     Raises:
       ValueError: a rule is broken; the sentence names the option.
     """
+    chosen = check_pruning(job)
+    # Last, since it looks at the disk.
+    text_files.check_text_files(
+        (*job.calibration.files, *job.evaluation.evaluate, *job.recovery.recover_text)
+    )
+    rewrite.check_place(job.out, job.model, overwrite=job.overwrite)
+    return chosen
+
+
+def check_pruning(job: PruneJob, *, through_torch: bool = False) -> passes.Pass:
+    """Refuses settings that do not agree, without looking at a file.
+
+    Args:
+      job: what was asked for.
+      through_torch: whether the model is of no family of ours.
+
+    Returns:
+      What its words mean.
+
+    Raises:
+      ValueError: a rule is broken; the sentence names the option.
+    """
     method = job.pruning.method or "sparsegpt"
     values = option_values(job) | {
         "method": method,
@@ -234,6 +256,7 @@ def check_prune(job: PruneJob) -> passes.Pass:
         "files": job.calibration.files,
         "self_sequences": job.calibration.self_sequences,
         "streams": job.streams,
+        "through_torch": through_torch,
     }
     check(WORDS, **values)
     # Only now, since these refuse what they cannot read.
@@ -246,10 +269,4 @@ def check_prune(job: PruneJob) -> passes.Pass:
         fixed=pattern.sparsity,
         device_count=None if mesh is None else mesh.size,
     )
-    chosen = passes.choose_pass(job)
-    # Last, since it looks at the disk.
-    text_files.check_text_files(
-        (*job.calibration.files, *job.evaluation.evaluate, *job.recovery.recover_text)
-    )
-    rewrite.check_place(job.out, job.model, overwrite=job.overwrite)
-    return chosen
+    return passes.choose_pass(job)

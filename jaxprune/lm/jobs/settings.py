@@ -121,12 +121,16 @@ class Evaluation:
       context: tokens of a window, BOS included; the model's context where that is less.
       limit: how many windows of each text are evaluated.
       any_perplexity: go on even with a model that is worse than guessing by frequency.
+      metric: a measure of your own, MODULE:FUNCTION, of a model that goes through
+        torch: called with the torch module and a list of batches of its arguments, it
+        returns a number or {name: number}.
     """
 
     evaluate: Files = ()
     context: Count = CONTEXT
     limit: Count = WINDOWS
     any_perplexity: Switch = False
+    metric: MaybeText = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,6 +229,11 @@ RULES = (
         lambda v: not v.recover_hidden or v.recover_by == "distillation",
         "--recover-hidden compares with the model before, so it needs --recover-by "
         "distillation",
+    ),
+    Rule(
+        lambda v: v.metric is None or v.through_torch,
+        "--metric is for models that go through torch, which are those of no family of "
+        "ours; leave it out",
     ),
     Rule(
         lambda v: v.calibration.count(SELF) <= 1,

@@ -156,6 +156,7 @@ def check_shrink(job: ShrinkJob) -> None:
         files=files,
         self_sequences=job.calibration.self_sequences,
         ids=", ".join(str(path) for path in paths if text_files.is_ids(path)),
+        through_torch=False,
     )
     text_files.check_text_files(paths)
     rewrite.check_place(job.out, job.model, overwrite=job.overwrite)

@@ -94,7 +94,9 @@ def calibration(record: Mapping[str, Any]) -> str:
         return ""
     texts = [f"{of['name']} {of['sequences']}" for of in used["files"]]
     texts += [f"its own text {used['self']}"] if used.get("self") else []
-    return f"{', '.join(texts)} (sequences of {used['length']} tokens)"
+    # Pictures, sound and arrays have no length in tokens.
+    length = f" (sequences of {used['length']} tokens)" if used["length"] else ""
+    return f"{', '.join(texts)}{length}"
 
 
 def duration(seconds: float) -> str:

@@ -93,16 +93,19 @@ def _said(value: Any) -> str:
 
 def _sizes(sizes: Mapping[str, Any]) -> list[list[str]]:
     rows = []
-    for key, name in (
-        ("parameters", "parameters"),
-        ("bytes", "bytes of weights"),
-        ("tokens", "tokens of the vocabulary"),
-        ("layers", "layers"),
-        ("heads", "query heads a layer"),
-        ("kv_heads", "key heads a layer"),
-        ("mlp_width", "neurons a layer"),
-        ("experts", "experts a layer"),
-    ):
+    names = {
+        "parameters": "parameters",
+        "bytes": "bytes of weights",
+        "tokens": "tokens of the vocabulary",
+        "layers": "layers",
+        "heads": "query heads a layer",
+        "kv_heads": "key heads a layer",
+        "mlp_width": "neurons a layer",
+        "experts": "experts a layer",
+    }
+    # Of a model that went through torch the entries of its config.json.
+    names |= {key: key for key in sizes["before"] if key not in names}
+    for key, name in names.items():
         before, after = (sizes[when].get(key) for when in ("before", "after"))
         if not before:  # no experts
             continue

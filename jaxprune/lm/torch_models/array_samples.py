@@ -1,0 +1,79 @@
+"""Inputs of a model from .npz and .safetensors: arrays by the names of arguments."""
+
+from pathlib import Path
+
+import numpy as np
+
+from jaxprune.arrays.rules import Rule, check
+from jaxprune.files import safetensors_file
+from jaxprune.lm.torch_models.samples import Samples
+
+SUFFIXES = (".npz", ".safetensors")
+
+
+def read_arrays(path: Path) -> Samples:
+    """The inputs that a file holds.
+
+    Args:
+      path: path of .npz, as `numpy.savez` writes it, or of .safetensors; the names of
+        its arrays are those of the model's arguments, and the first axis of each is
+        that of the samples.
+
+    Returns:
+      The samples.
+
+    Raises:
+      ValueError: the file is not what its name says, or its arrays have other numbers
+        of samples.
+      OSError: it cannot be read.
+    """
+    arrays = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
+    check(
+        _ARRAYS,
+        path=path,
+        arrays=arrays,
+        counts={name: np.shape(array)[:1] for name, array in arrays.items()},
+        nonfinite=[name for name, array in arrays.items() if _has_nonfinite(array)],
+    )
+    return Samples(arrays)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    # Objects would be unpickled, which can run code.
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, AttributeError) as error:
+        raise ValueError(
+            f"'{path}' must be an archive that numpy.savez wrote, of numbers alone "
+            f"({error})"
+        ) from None
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    # Views of the file: nothing is read until a batch is made.
+    infos, _ = safetensors_file.read_header(path)
+    return {name: safetensors_file.view(path, info) for name, info in infos.items()}
+
+
+def _has_nonfinite(array: np.ndarray) -> bool:
+    floating = np.issubdtype(array.dtype, np.floating)
+    return bool(floating and not np.isfinite(array).all())
+
+
+_ARRAYS = (
+    Rule(
+        lambda v: v.arrays and len({*v.counts.values()}) == 1,
+        "arrays of inputs must have as many samples each along their first axis, but "
+        "'{path}' has {counts}",
+        "give one array for each argument of the model",
+    ),
+    Rule(
+        lambda v: min(v.counts.values())[0] > 0,
+        "'{path}' must hold samples, but has none",
+    ),
+    Rule(
+        lambda v: not v.nonfinite,
+        "inputs must be finite, but '{path}' has NaN or infinity in {nonfinite}",
+    ),
+)

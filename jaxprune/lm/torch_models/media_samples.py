@@ -1,0 +1,197 @@
+"""Pictures and sound as inputs: a folder of files, by the model's own processor.
+
+The processor's files lie in the directory of the model. Of sound all samples have one
+length, that of the shortest file up to ten seconds, and longer files give several.
+"""
+
+import wave
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+
+from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule, check
+from jaxprune.lm.torch_models.opening import TorchModel, silent_transformers
+from jaxprune.lm.torch_models.samples import Samples
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+SOUND = ".wav"
+_SECONDS = 10  # of a sample of sound, at most
+_SCALES = {1: 2**7, 2: 2**15, 4: 2**31}  # bytes of a PCM value to its full scale
+
+
+def read_folder(path: Path, model: TorchModel, most: int) -> tuple[Samples, list[Path]]:
+    """The inputs that a folder of pictures or of wav files makes.
+
+    Args:
+      path: the folder; sub-folders are not looked into.
+      model: directory of the model, with its processor.
+      most: greatest number of files that are read, by their names in order.
+
+    Returns:
+      The samples, and the files that they were made of.
+
+    Raises:
+      ValueError: it holds neither, or the directory has no processor for them.
+    """
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    sound = [file for file in files if file.suffix.lower() == SOUND]
+    pictures = [file for file in files if file.suffix.lower() in PICTURES]
+    check(
+        [_FOLDER],
+        path=path,
+        holds=bool(sound) != bool(pictures),
+        suffixes=listed(PICTURES),
+    )
+    if sound:
+        sound = sound[:most]
+        return _sound_samples(sound, model, most), sound
+    pictures = pictures[:most]
+    return _picture_samples(pictures, model), pictures
+
+
+def _processor(loader: Any, model: TorchModel, what: str) -> Any:
+    path = model.source.path
+    with silent_transformers():
+        try:
+            return loader.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, ImportError, KeyError) as failure:
+            reason = (str(failure).strip().splitlines() or [""])[0]
+            raise ValueError(
+                f"{what} needs the model's own processor, but '{path}' has none that "
+                f"transformers can load ({reason}); give its inputs as .npz"
+            ) from failure
+
+
+def _main_input(model: TorchModel, processed: Any) -> Samples:
+    """What the model is called with: its main input, without masks of padding."""
+    name = model.module.main_input_name
+    check([_MAIN], name=name, names=listed(processed), has=name in processed)
+    return Samples({name: np.asarray(processed[name])})
+
+
+def _picture_samples(files: Sequence[Path], model: TorchModel) -> Samples:
+    from PIL import Image
+
+    processor = _processor(transformers.AutoImageProcessor, model, "a picture")
+    # Models of gray pictures say so in their configuration.
+    gray = getattr(model.module.config, "num_channels", 3) == 1
+    images = []
+    for file in files:
+        with Image.open(file) as image:
+            images.append(image.convert("L" if gray else "RGB"))
+    return _main_input(model, processor(images=images, return_tensors="np"))
+
+
+def _sound_samples(files: Sequence[Path], model: TorchModel, most: int) -> Samples:
+    extractor = _processor(transformers.AutoFeatureExtractor, model, "sound")
+    rate = extractor.sampling_rate  # values a second
+    waves = [read_wave(file, rate) for file in files]
+    # One program serves all samples, so all have one length.
+    length = min(_SECONDS * rate, *(len(values) for values in waves))
+    pieces = [
+        values[start : start + length]
+        for values in waves
+        for start in range(0, len(values) - length + 1, length)
+    ]
+    processed = extractor(pieces[:most], sampling_rate=rate, return_tensors="np")
+    return _main_input(model, processed)
+
+
+def read_wave(path: Path, rate: int) -> np.ndarray:
+    """A wav file of PCM as one channel.
+
+    Args:
+      path: the file.
+      rate: values a second that the model takes.
+
+    Returns:
+      float32 (values,) in [-1, 1], the mean of its channels.
+
+    Raises:
+      ValueError: it is no PCM of 8, 16 or 32 bits, or has another rate.
+    """
+    try:
+        with wave.open(str(path)) as file:
+            width, channels = file.getsampwidth(), file.getnchannels()
+            own_rate, frames = file.getframerate(), file.readframes(file.getnframes())
+    except (wave.Error, EOFError) as error:
+        raise ValueError(f"'{path}' must be a wav file of PCM ({error})") from None
+    check(_WAVE, path=path, width=width, rate=rate, own_rate=own_rate)
+    # 8 bits have no sign, and their zero is 128.
+    dtype: Any = {1: np.uint8, 2: "<i2", 4: "<i4"}[width]
+    values = np.frombuffer(frames, dtype).astype(np.float32)
+    values -= np.float32(128 if width == 1 else 0)
+    values /= np.float32(_SCALES[width])
+    # (values, channels)
+    mono: np.ndarray = values.reshape(-1, channels).mean(axis=1)
+    return mono
+
+
+def decoder_start(model: TorchModel, samples: Samples, steps: int) -> Samples:
+    """The samples with what the decoder of the model writes itself, greedily.
+
+    A decoder is calibrated on what it is given later, and that is its own text.
+
+    Args:
+      model: encoder and decoder.
+      samples: inputs of the encoder.
+      steps: tokens that the decoder writes.
+
+    Returns:
+      The samples with "decoder_input_ids".
+    """
+    import torch
+
+    module, config = model.module, model.module.config
+    start = getattr(config, "decoder_start_token_id", None)
+    check([_DECODER], class_name=model.class_name, start=start)
+    texts = []
+    # Not `generate`, which stops a text at its end: all must be of one length.
+    write: Callable[..., Any] = module
+    with torch.no_grad():
+        for batch in samples.batches(4):
+            inputs = {name: torch.as_tensor(array) for name, array in batch.items()}
+            # The encoder runs once, the decoder once a token.
+            inputs |= {"encoder_outputs": module.get_encoder()(**inputs)}
+            # (batch, 1)
+            ids = torch.full((len(next(iter(batch.values()))), 1), start)
+            for _ in range(steps - 1):
+                logits = write(**inputs, decoder_input_ids=ids).logits[:, -1]
+                ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+            texts.append(ids.numpy())  # (batch, steps)
+    return Samples({**samples.arrays, "decoder_input_ids": np.concatenate(texts)})
+
+
+_FOLDER = Rule(
+    lambda v: v.holds,
+    "a folder of inputs must hold either pictures ({suffixes}) or .wav files, but "
+    "'{path}' does not",
+    "give a folder of one of them, or the inputs as .npz",
+)
+_MAIN = Rule(
+    lambda v: v.has,
+    "the model takes {name}, but its processor makes {names}",
+    "give its inputs as .npz",
+)
+_WAVE = (
+    Rule(
+        lambda v: v.width in _SCALES,
+        "sound must be PCM of 8, 16 or 32 bits, but '{path}' has {width} bytes a value",
+        "convert it",
+    ),
+    Rule(
+        lambda v: v.rate == v.own_rate,
+        "the model takes {rate} values a second, but '{path}' has {own_rate}",
+        "resample it",
+    ),
+)
+_DECODER = Rule(
+    lambda v: v.start is not None,
+    "the decoder of {class_name} needs a token to begin with, but config.json has no "
+    "decoder_start_token_id",
+    "give decoder_input_ids beside its inputs, as .npz",
+)

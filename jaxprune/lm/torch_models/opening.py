@@ -1,0 +1,251 @@
+"""A directory as the torch module of the class that its config.json names.
+
+Which tensor of the directory a parameter is, transformers says: it reverts the changes
+of names and layouts that it made when it loaded them. That is held against the files
+before anything is done, so what is written later has the names that were read.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from transformers.core_model_loading import revert_weight_conversion
+
+from jaxprune import leaves
+from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import Rule, check, finds_none
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.checkpoints.finite import check_names, nonfinite_tensors
+from jaxprune.lm.jobs.exclusions import matches_any
+from jaxprune.torch.conversion import as_numpy
+from jaxprune.typing import Prunable
+
+
+class TorchModel(NamedTuple):
+    """A directory and the module that it holds.
+
+    Attributes:
+      source: the directory.
+      module: torch module in eval mode.
+      unread: names of tensors that the class does not read; they are copied.
+    """
+
+    source: CheckpointDir
+    module: Any
+    unread: tuple[str, ...]
+
+    @property
+    def class_name(self) -> str:
+        """Name of the module's class, as config.json has it."""
+        return type(self.module).__name__
+
+
+def open_torch_model(source: CheckpointDir, dtype: str | None = None) -> TorchModel:
+    """Loads the module of a directory.
+
+    Args:
+      source: directory whose weights are finite.
+      dtype: dtype of the parameters; None as they are stored.
+
+    Returns:
+      The module, with all parameters in memory.
+
+    Raises:
+      ValueError: transformers has no such class, a weight of it is missing or has
+        another shape, a tensor is NaN, or it is not known what became of one.
+    """
+    check_names(nonfinite_tensors(source))
+    module, info = load_module(source.path, class_of(source.config), dtype)
+    check(
+        _LOADED,
+        class_name=type(module).__name__,
+        path=source.path,
+        missing=sorted(map(str, info["missing_keys"])),
+        mismatched=sorted(map(str, info["mismatched_keys"])),
+    )
+    # Caches of keys and values are for generation, and only in the way here.
+    module.config.use_cache = False
+    # Every tensor must be known again, or it could not be written.
+    stored = stored_tensors(module)
+    unread = [name for name in source.tensors if name not in stored]
+    # What transformers does not expect, as a pooler that the class has not, is copied.
+    foreign = [name for name in unread if name not in info["unexpected_keys"]]
+    changed = changed_tensors(source, stored)
+    check(_KNOWN, names=listed([*foreign, *changed]), class_name=type(module).__name__)
+    return TorchModel(source, module, tuple(unread))
+
+
+def class_of(config: Any) -> Any:
+    """The class of transformers that a config.json names.
+
+    Args:
+      config: content of the config.json.
+
+    Returns:
+      The class.
+
+    Raises:
+      ValueError: transformers has none of that name.
+    """
+    name = config["architectures"][0] if config["architectures"] else ""
+    found_class = getattr(transformers, str(name), None)
+    # Code that a directory brings itself is never run.
+    is_model = inspect.isclass(found_class) and hasattr(found_class, "from_pretrained")
+    check(
+        [_CLASS],
+        name=name,
+        is_model=is_model,
+        version=transformers.__version__,
+        family=config.get("model_type"),
+    )
+    return found_class
+
+
+def load_module(path: Any, module_class: Any, dtype: str | None = None) -> Any:
+    """The module of a directory and what transformers says of its loading.
+
+    Args:
+      path: the directory.
+      module_class: class of transformers.
+      dtype: dtype of the parameters; None as they are stored.
+
+    Returns:
+      The module in eval mode, and the loading info.
+
+    Raises:
+      ValueError: transformers refuses the directory.
+    """
+    with silent_transformers():
+        try:
+            module, info = module_class.from_pretrained(
+                path,
+                dtype="auto" if dtype is None else getattr(torch, dtype),
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                # Reported with all others, not raised in transformers' own words.
+                ignore_mismatched_sizes=True,
+            )
+        except (TypeError, KeyError, AttributeError, RuntimeError) as failure:
+            raise ValueError(
+                f"{module_class.__name__} of transformers cannot be loaded from "
+                f"'{path}' ({type(failure).__name__}: {failure}); look at config.json"
+            ) from failure
+    return module.eval(), info
+
+
+@contextlib.contextmanager
+def silent_transformers() -> Iterator[None]:
+    """Without transformers' bars and warnings, which are not the command's."""
+    logger = transformers.utils.logging  # settings of the process, put back below
+    verbosity, bars = logger.get_verbosity(), logger.is_progress_bar_enabled()
+    logger.set_verbosity_error()
+    logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.set_verbosity(verbosity)
+        if bars:
+            logger.enable_progress_bar()
+
+
+def stored_tensors(module: Any) -> dict[str, Any]:
+    """The tensors of a module as they are stored, by the names of its directory.
+
+    Args:
+      module: torch module that `from_pretrained` loaded.
+
+    Returns:
+      {name: tensor}, tied ones under all their names.
+    """
+    # Both names of a tied tensor, since directories have one or the other.
+    with silent_transformers(), torch.no_grad():
+        return dict(revert_weight_conversion(module, module.state_dict()))
+
+
+def changed_tensors(source: CheckpointDir, stored: Any) -> list[str]:
+    """The names of a directory's tensors that a module has other values for.
+
+    Args:
+      source: the directory.
+      stored: {name: tensor} of `stored_tensors`.
+
+    Returns:
+      Names, in the order of the files.
+    """
+    return [
+        name
+        for name in source.tensors
+        if name in stored and not _is_equal(source.read(name), stored[name])
+    ]
+
+
+def _is_equal(array: np.ndarray, tensor: Any) -> bool:
+    values = as_numpy(tensor)
+    # In the stored dtype: one that was widened on the way in comes back whole.
+    return values.shape == array.shape and bool(
+        (values.astype(array.dtype) == array).all()
+    )
+
+
+def prunable_parameter(module: Any, exclude: tuple[str, ...]) -> Prunable:
+    """The rule for parameters of a module: matrices and convolutions of its layers.
+
+    Args:
+      module: torch module of transformers.
+      exclude: globs on the names of parameters.
+
+    Returns:
+      Whether a parameter, by its name and shape, may be pruned.
+    """
+    kept = _embedding_names(module)
+
+    def may_be_pruned(name: str, leaf: Any) -> bool:
+        # Names have dots in torch, where the rule on names has slashes.
+        by_rule = leaves.prunable(name.replace(".", "/"), leaf)
+        return by_rule and name not in kept and not matches_any(name, exclude)
+
+    return may_be_pruned
+
+
+def _embedding_names(module: Any) -> set[str]:
+    """The parameters of embeddings and of the head that predicts tokens."""
+    parts = [part for part in module.modules() if isinstance(part, torch.nn.Embedding)]
+    getter = getattr(module, "get_output_embeddings", None)
+    if getter is not None and getter() is not None:
+        parts.append(getter())
+    # By identity: a tied head is called as the embedding is.
+    shared = {id(parameter) for part in parts for parameter in part.parameters()}
+    return {n for n, parameter in module.named_parameters() if id(parameter) in shared}
+
+
+_CLASS = Rule(
+    lambda v: v.is_model,
+    "config.json must name a class of transformers, but {version} has no {name!r} "
+    "(model_type {family})",
+    "install the transformers that has it; code that a directory brings is not run",
+)
+_LOADED = [
+    finds_none(
+        lambda v: v.missing,
+        "'{path}' must hold all weights of {class_name}, but lacks {names}",
+        "bring the files back from a copy, or name the class that they are of in "
+        "config.json",
+    ),
+    finds_none(
+        lambda v: v.mismatched,
+        "'{path}' must hold weights of the shapes that {class_name} has, but {names} "
+        "differ",
+        "repair the sizes in config.json",
+    ),
+]
+_KNOWN = Rule(
+    lambda v: not v.names,
+    "each tensor must be one that {class_name} has read as it is stored, but it has "
+    "other values for {names}",
+    "load the directory in transformers, save it with save_pretrained, and give that",
+)

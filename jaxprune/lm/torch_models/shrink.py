@@ -1,0 +1,388 @@
+"""`jaxprune shrink` of a model that goes through torch: fewer neurons and heads.
+
+`jp.torch.shrink` removes them, and config.json says the new sizes. What was written is
+loaded and run beside the smaller module before it takes its place.
+"""
+
+import dataclasses
+import fnmatch
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import jaxprune as jp
+from jaxprune.arrays.rules import Rule, check, reworded
+from jaxprune.lm.checkpoints import new_weights, rewrite
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
+from jaxprune.lm.jobs import progress_dir, provenance
+from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.jobs.provenance import Page
+from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
+from jaxprune.lm.measure.machine import Costs
+from jaxprune.lm.torch_models import measures
+from jaxprune.lm.torch_models.model_inputs import as_tensors, read_inputs
+from jaxprune.lm.torch_models.opening import (
+    TorchModel,
+    load_module,
+    open_torch_model,
+    stored_tensors,
+)
+from jaxprune.lm.torch_models.option_rules import check_torch_shrink
+from jaxprune.lm.torch_models.outcome import describe_inputs, job_facts, torch_versions
+from jaxprune.lm.torch_models.prune import traced_function
+from jaxprune.lm.torch_models.routing import begin_through_torch
+from jaxprune.lm.torch_models.samples import JobInputs, Samples
+from jaxprune.lm.torch_models.shrink_sizes import SIZES, Size
+from jaxprune.torch.comparison import TOLERANCE, relative_difference
+from jaxprune.torch.conversion import as_numpy
+
+_PYTHON = (
+    "jp.torch.shrink(module, example, ...) in Python makes a smaller module, which is "
+    "saved by its state_dict"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchShrinking:
+    """A shrinking that has been checked, with all that it needs in memory.
+
+    Attributes:
+      job: settings.
+      model: directory and module.
+      inputs: what is calibrated on and measured.
+      shares: name of a group to the share of its units that it loses.
+      entries: entry of config.json to the groups whose units it counts.
+    """
+
+    job: ShrinkJob
+    model: TorchModel
+    inputs: JobInputs
+    shares: Mapping[str, float]
+    entries: Mapping[str, tuple[str, ...]]
+
+    @property
+    def batch(self) -> dict[str, np.ndarray]:
+        """What the module is called with: a batch of the calibration, or one sample."""
+        return _first_batch(self.inputs, self.model, self.job.calibration.batch)
+
+    def shrink(self) -> tuple[Any, dict[str, Any]]:
+        """The smaller module and the report of `jp.torch.shrink`."""
+        samples, removal = self.inputs.calibration, self.job.removal
+        settings: dict[str, Any] = {}
+        # A rule for neurons alone: heads are not counted in 64s.
+        if removal.multiple > 1:
+            source, multiple = self.model.source, removal.multiple
+            settings["sizes"] = {
+                name: range(multiple, source.config[entry] + 1, multiple)
+                for entry, names in self.entries.items()
+                for name in names
+                if entry in _entries_of(source, "neurons")
+            }
+        scores: Any = jp.scores.magnitude
+        # With samples the solver chooses, and updates what reads the units.
+        if samples is not None:
+            scores = None
+            batches = samples.batches(self.job.calibration.batch)
+            settings |= {
+                "batches": map(as_tensors, batches),
+                "directory": self.job.work / "shrink",
+            }
+        return jp.torch.shrink(
+            self.model.module,
+            as_tensors(self.batch),
+            scores,
+            dict(self.shares),
+            **settings,
+        )
+
+
+def run_torch_shrink(
+    job: ShrinkJob, console: Console, command: str, page: Page
+) -> dict[str, Any]:
+    """Writes a smaller directory of transformers, through torch.
+
+    Args:
+      job: what was asked for.
+      console: where the job speaks.
+      command: words that the record says made it.
+      page: function that makes report.html of the record.
+
+    Returns:
+      The record, as in jaxprune.json; with `plan`, what would be done.
+
+    Raises:
+      ValueError: something does not fit; nothing was written.
+    """
+    progress_dir.refuse_done(job, command)
+    begin_through_torch(job.model, console)
+    check_torch_shrink(job)
+    # A module of the user's that is not there is said before the model is read.
+    metric = measures.load_metric(job.evaluation.metric)
+    costs = Costs()
+    with costs.phase("read"):
+        source = open_directory(job.model)
+        _check_sizes(job.removal, source)
+        progress_dir.check_room(job, job.recovery, source, 1)
+        model = open_torch_model(source, job.loading.dtype)
+        inputs = read_inputs(job, model)
+        shrinking = begin_shrinking(job, model, inputs)
+    if job.plan:
+        shown = ", ".join(f"{share:g} of {n}" for n, share in shrinking.shares.items())
+        console.say(f"would be removed: {shown}")
+        return {"plan": dict(shrinking.shares), "asked": job.removal.asked}
+    measurements = measures.TorchMeasurements(
+        inputs.measured, job.calibration.batch, metric, console
+    )
+    facts = job_facts(job, model, inputs) | {"asked": job.removal.asked}
+    with progress_dir.hold_progress(job.work, facts):
+        with costs.phase("evaluate before"):
+            measurements.measure("dense", model.module)
+            measurements.check_sane(model.module, job.evaluation.any_perplexity)
+        with costs.phase("shrink"):
+            small, report = shrinking.shrink()
+        with costs.phase("evaluate after"):
+            measurements.measure("shrunk", small)
+        record = _record(shrinking, report) | measurements.facts()
+        record |= provenance.environment(command) | {"versions": torch_versions()}
+        _write(shrinking, small, {**record, **costs.facts()}, page)
+    return rewrite.read_provenance(job.out)
+
+
+def begin_shrinking(
+    job: ShrinkJob, model: TorchModel, inputs: JobInputs
+) -> TorchShrinking:
+    """Finds the groups that are to lose units, by the table of sizes.
+
+    Args:
+      job: what was asked for.
+      model: directory and module.
+      inputs: what it is called with.
+
+    Returns:
+      The shrinking.
+
+    Raises:
+      ValueError: an entry counts no group that can lose units, or would keep none.
+    """
+    batch = _first_batch(inputs, model, job.calibration.batch)
+    fn, params = traced_function(model, batch)
+    groups = jp.axis_groups(fn, params, jp.torch.as_arrays(as_tensors(batch)))
+    shares: dict[str, float] = {}
+    entries: dict[str, tuple[str, ...]] = {}
+    # Several entries for an encoder and a decoder, each with groups of its own.
+    for size in _asked_sizes(job.removal, model.source):
+        count = model.source.config.get(size.entry)
+        share = _share(job.removal, size)
+        names = [
+            group.name
+            for group in groups
+            # A head inside of which units lie is no neuron, whatever its name.
+            if group.default and group.units == count and _is_counted(group, size)
+        ]
+        check(
+            _GROUPS,
+            names=names,
+            unit=size.unit,
+            entry=size.entry,
+            family=model.source.config["model_type"],
+            share=share,
+            units=count,
+            lost=round(share * (count or 0)),
+        )
+        shares |= dict.fromkeys(names, share)
+        entries[size.entry] = tuple(names)
+    return TorchShrinking(job, model, inputs, shares, entries)
+
+
+def _is_counted(group: Any, size: Size) -> bool:
+    return any(
+        fnmatch.fnmatchcase(member.leaf, glob)
+        for member in group.members
+        for glob in size.globs
+    )
+
+
+def _first_batch(
+    inputs: JobInputs, model: TorchModel, size: int
+) -> dict[str, np.ndarray]:
+    samples = inputs.calibration
+    if samples is not None:
+        return next(samples.batches(size))
+    for item in inputs.measured.values():
+        return next(item.samples.batches(1))
+    # Nothing is calibrated or measured: any input shows the program.
+    return dict(_any_sample(model).arrays)
+
+
+def _any_sample(model: TorchModel) -> Samples:
+    """An input of the right shape, where config.json says it."""
+    config, name = model.module.config, model.module.main_input_name
+    if name == "input_ids":
+        tokens = np.arange(8, dtype=np.int64)[None] % config.vocab_size  # (1, 8)
+        is_decoder = getattr(config, "is_encoder_decoder", False)
+        more = {"decoder_input_ids": tokens} if is_decoder else {}
+        return Samples({name: tokens, **more})
+    size = getattr(config, "image_size", None)
+    check([_EXAMPLE], class_name=model.class_name, name=name, known=size is not None)
+    # Squares, or (height, width).
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    shape = (1, getattr(config, "num_channels", 3), height, width)
+    return Samples({name: np.random.default_rng(0).normal(size=shape).astype("f4")})
+
+
+def _asked_sizes(removal: Removal, source: CheckpointDir) -> list[Size]:
+    sizes = SIZES.get(str(source.config.get("model_type")), ())
+    return [size for size in sizes if _share(removal, size)]
+
+
+def _entries_of(source: CheckpointDir, unit: str) -> list[str]:
+    sizes = SIZES.get(str(source.config.get("model_type")), ())
+    return [size.entry for size in sizes if size.unit == unit]
+
+
+def _share(removal: Removal, size: Size) -> float:
+    return removal.ffn if size.unit == "neurons" else removal.heads
+
+
+def _check_sizes(removal: Removal, source: CheckpointDir) -> None:
+    """Refuses units that config.json cannot count, before the weights are read."""
+    units = {"neurons": removal.ffn, "heads": removal.heads}
+    check(
+        [_COUNTED],
+        family=source.config.get("model_type"),
+        uncounted=" and ".join(
+            unit
+            for unit, share in units.items()
+            if share and not _entries_of(source, unit)
+        ),
+    )
+
+
+def _record(shrinking: TorchShrinking, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What jaxprune.json says besides what was measured."""
+    job, inputs = shrinking.job, shrinking.inputs
+    solves = inputs.calibration is not None
+    sizes = {
+        when: {
+            **{name: report[when][name] for name in ("parameters", "bytes")},
+            **{e: report["groups"][n[0]][when] for e, n in shrinking.entries.items()},
+        }
+        for when in ("before", "after")
+    }
+    after, before = (sizes[when]["parameters"] for when in ("after", "before"))
+    record: dict[str, Any] = {
+        "through": f"torch, as {shrinking.model.class_name}",
+        "pattern": "whole neurons and heads",
+        "sparsity": job.removal.asked,
+        "method": f"shrink by {'obs' if solves else 'magnitude'}",
+        "achieved": 1 - after / before,
+        "sizes": sizes,
+        "layers": {},
+        "removed": {"groups": report["groups"], "kept": report["kept"]},
+        "error": report["error"],
+    }
+    if solves:
+        record["calibration"] = describe_inputs(job.calibration, inputs)
+    return record
+
+
+def _write(
+    shrinking: TorchShrinking, small: Any, record: dict[str, Any], page: Page
+) -> None:
+    """Writes the smaller directory, once what was written has been run."""
+    model, job = shrinking.model, shrinking.job
+    source, stored = model.source, stored_tensors(small)
+    sizes = record["sizes"]["after"]
+    # The groups of an entry have lost as many units each.
+    config = {**source.config, **{entry: sizes[entry] for entry in shrinking.entries}}
+    tensors = {}
+    for name, info in source.tensors.items():
+        # What the class does not read is as it was.
+        read = functools.partial(source.read, name)
+        shape = info.shape
+        if name in stored:
+            read = functools.partial(as_numpy, stored[name])
+            shape = tuple(stored[name].shape)
+        tensors[name] = new_weights.NewTensor(info.file, info.dtype, shape, read)
+
+    def finish(
+        place: Path, facts: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
+        check_loads(place, small, shrinking.batch, job.loading.dtype)
+        return {}, provenance.page_file(page, facts)
+
+    new_weights.write_new_weights(
+        source,
+        job.out,
+        config,
+        tensors,
+        provenance=record,
+        overwrite=job.overwrite,
+        finish=finish,
+    )
+
+
+def check_loads(place: Path, small: Any, batch: Any, dtype: str | None = None) -> None:
+    """Loads what was written, and runs it beside the module that it was written of.
+
+    Args:
+      place: the directory.
+      small: the smaller module.
+      batch: {argument: array}.
+      dtype: dtype of the parameters; None as they are stored.
+
+    Raises:
+      ValueError: a weight is missing or misshapen, or outputs differ.
+    """
+    class_name = type(small).__name__
+    try:
+        module, info = load_module(place, type(small), dtype)
+    except ValueError as failure:
+        raise reworded(failure, ValueError, "the smaller directory: ") from failure
+    module.config.use_cache = False
+    wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
+    results = [measures.run_module(part, batch) for part in (module, small)]
+    difference = relative_difference(*results)
+    # In half precision the two run in the same order, so they are equal too.
+    check(
+        [_LOADS],
+        wrong=wrong,
+        equal=difference <= TOLERANCE,
+        class_name=class_name,
+        difference=f"{difference:.1e}",
+    )
+
+
+_COUNTED = Rule(
+    lambda v: not v.uncounted,
+    "config.json of model_type {family} cannot say that there are fewer {uncounted}",
+    f"leave them out; {_PYTHON}",
+)
+_GROUPS = (
+    Rule(
+        lambda v: v.names,
+        "{entry} of model_type {family} must count {unit} that can go, but no group of "
+        "the model has {units} of them",
+        _PYTHON,
+    ),
+    Rule(
+        lambda v: 0 < v.lost < v.units,
+        "of {units} {unit} some must go and some stay, but a share of {share:g} takes "
+        "{lost}",
+        "give another share",
+    ),
+)
+_EXAMPLE = Rule(
+    lambda v: v.known,
+    "{class_name} takes {name}, whose shape config.json does not say",
+    "give --calibration, or --evaluate",
+)
+_LOADS = Rule(
+    lambda v: v.equal,
+    "the smaller directory must give what the smaller model gives, but loaded as "
+    "{class_name} it differs by {difference}",
+    _PYTHON,
+)

@@ -1,0 +1,125 @@
+"""Writes into views: torch shares their memory, torchax gives them a copy.
+
+`x.view(-1).mul_(2)` changes x in torch, and a copy of it in torchax. While a module is
+traced for the first time, views are watched: a tensor that is read after a view of it
+was written to, or after it was written to itself where it is a view's, is refused. A
+write that nobody reads, such as that into a fresh activation, passes. Views by indexing
+(`x[:, 0] = 1`) are followed by torchax itself.
+"""
+
+from typing import Any, NamedTuple
+
+from jaxprune.arrays.rules import Rule
+
+_NAMES = {
+    *("view", "view_as", "transpose", "t", "permute", "squeeze", "unsqueeze"),
+    *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "select"),
+    *("narrow", "expand", "expand_as", "swapaxes", "swapdims", "movedim"),
+    *("diagonal", "unfold", "slice", "alias", "detach"),
+}
+
+
+_WRITER = "_jaxprune_writer"  # attribute of a tensor: who wrote last, and where
+
+
+class Limit(TypeError):
+    """What torchax cannot do, or would do otherwise than torch.
+
+    Attributes:
+      rule: rule that is broken; its sentence has places for the operation and the
+        submodule.
+      operation: name of the operation, once it is known.
+      place: submodule that it is in, where that is not the one that fails.
+    """
+
+    operation: str
+    place: str | None = None
+
+    def __init__(self, rule: Rule) -> None:
+        """Keeps the rule, whose sentence is filled in where the submodule is known."""
+        super().__init__(rule.sentence)
+        self.rule = rule
+
+
+class _Link(NamedTuple):
+    """A tensor that shares memory with another one in torch.
+
+    Attributes:
+      tensor: the view, or what it is a view of.
+      value: what it held when the view was made.
+    """
+
+    tensor: Any
+    value: Any
+
+
+def note_views(name: str, operands: tuple[Any, ...], results: list[Any]) -> None:
+    """Links the views that an operation made with what they are views of.
+
+    Args:
+      name: name of the operation, "aten::view" or "view".
+      operands: positional operands of the operation.
+      results: traced tensors that it gave.
+    """
+    base = operands[0] if operands else None
+    if name.removeprefix("aten::").partition(".")[0] not in _NAMES:
+        return
+    # A view by indexing is no tensor of its own, and is followed by torchax.
+    if base is None or not hasattr(base, "_elem"):
+        return
+    for view in results:
+        if view is not base:
+            _links(base).append(_Link(view, view._elem))
+            # Siblings, as of a split, do not overlap, so they are not linked.
+            _links(view).append(_Link(base, base._elem))
+
+
+def note_write(name: str, place: str | None, tensor: Any) -> None:
+    """Remembers which operation wrote into a tensor.
+
+    Args:
+      name: name of the operation.
+      place: submodule that runs, where it is known.
+      tensor: traced tensor.
+    """
+    # A view by indexing writes into what it is a view of.
+    while hasattr(tensor, "parent"):
+        tensor = tensor.parent
+    if hasattr(tensor, "_elem"):
+        setattr(tensor, _WRITER, (name, place))
+
+
+def check_views(tensors: list[Any]) -> None:
+    """Refuses to read tensors that would have changed in torch.
+
+    Args:
+      tensors: traced operands of an operation.
+
+    Raises:
+      TypeError: memory that one of them shares in torch was written to.
+    """
+    for tensor in tensors:
+        for link in getattr(tensor, "_jaxprune_views", ()):
+            if link.tensor._elem is not link.value:
+                failure = Limit(_WRITTEN_VIEW)
+                # Not the operation that reads: it would be right without the write.
+                unknown = ("a write in place", None)
+                writer = getattr(link.tensor, _WRITER, unknown)
+                failure.operation, failure.place = writer
+                raise failure
+
+
+def _links(tensor: Any) -> list[_Link]:
+    if not hasattr(tensor, "_jaxprune_views"):
+        tensor._jaxprune_views = []
+    links: list[_Link] = tensor._jaxprune_views
+    return links
+
+
+_WRITTEN_VIEW = Rule(
+    lambda v: False,
+    "a view that is written to must not share memory with what is read later, but "
+    "{operation} in {place!r} writes to one",
+    "write it without the underscore (x = x.mul(2)), or copy the view first",
+    error=TypeError,
+)
