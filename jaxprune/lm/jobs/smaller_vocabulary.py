@@ -109,5 +109,5 @@ def _retokenized(
     """A text as another tokenizer splits it."""
     if isinstance(text, LongText):
         return dataclasses.replace(text, tokenizer=after, vocab_size=size)
-    words = before.decode(text.tokens, special=True)
+    words = before.decode(text.tokens.tolist(), special=True)
     return text._replace(tokens=encode_text(words, text.path, after, size))

@@ -191,7 +191,7 @@ def _with_text(
     last = first + int(windows.counted.sum())
     before, text = (
         # A character that the end cuts is none of the text.
-        tokenizer.decode(part, special=True).rstrip("\ufffd")
+        tokenizer.decode(part.tolist(), special=True).rstrip("\ufffd")
         for part in (tokens[:first], tokens[:last])
     )
     size = len(text.encode()) - len(before.encode())

@@ -88,7 +88,9 @@ def choose_vocabulary(
         if (opened.path / name).is_file()
     }
     named = set().union(*map(tokenizer_files.named_ids, settings.values()))
-    named |= {*tokenizer.eos} | ({tokenizer.bos} - {None})  # by their text, perhaps
+    named |= {*tokenizer.eos}  # which may be named by their text
+    if tokenizer.bos is not None:
+        named.add(tokenizer.bos)
     check(_NAMED, beyond=sorted(i for i in named if i >= len(counts)), rows=len(counts))
     kept = token_choice.choose_tokens(content, counts, size, named)
     new_ids = {int(number): i for i, number in enumerate(kept)}
@@ -106,7 +108,9 @@ def choose_vocabulary(
     )
 
 
-def count_tokens(tokens: Sequence[int], rows: int) -> Int[np.ndarray, " rows"]:
+def count_tokens(
+    tokens: Sequence[int] | np.ndarray, rows: int
+) -> Int[np.ndarray, " rows"]:
     """How often each id is among some tokens, int64 (rows,)."""
     return np.bincount(np.asarray(tokens, np.int64), minlength=rows)
 

@@ -97,7 +97,7 @@ def trim_vocabulary(
     small = dataclasses.replace(config, vocab_size=size)
     settings = dict(vocabulary.settings)
     new_config = hf.smaller_config(
-        settings.pop(CONFIG), small, ignore_config=ignore_config
+        settings.pop(CONFIG) or opened.config, small, ignore_config=ignore_config
     )
     facts = {"method": "vocabulary by counts", "vocabulary": vocabulary.facts}
     paths = new_weights.write_new_weights(
