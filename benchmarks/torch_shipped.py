@@ -291,8 +291,12 @@ ALBERT_HEADS = (
 """The group of the heads, by its name."""
 
 
-def rxnmapper() -> Shipped:
+def rxnmapper(layers: int = 1) -> Shipped:
     """The encoder of RXNMapper, an ALBERT of reactions; the share of masked tokens.
+
+    Args:
+      layers: 1, as it is trained: one layer that runs twelve times. Or 12: written out
+        as layers with equal weights, so that each can lose its own.
 
     Returns:
       A masked language model. Measured are the 15 % of the tokens that are masked in
@@ -303,9 +307,16 @@ def rxnmapper() -> Shipped:
     folder = package_folder("rxnmapper") / "models" / "transformers"
     folder = folder / "albert_heads_8_uspto_all_1310k"
     sizes = json.loads((folder / "config.json").read_text())
-    config = transformers.AlbertConfig(**sizes)
+    config = transformers.AlbertConfig(**sizes | {"num_hidden_groups": layers})
     model = transformers.AlbertForMaskedLM(config)
     state = _weights(folder / "pytorch_model.bin")
+    first = "albert_layer_groups.0."
+    state |= {
+        name.replace(first, f"albert_layer_groups.{i}."): value
+        for name, value in state.items()
+        for i in range(layers)
+        if first in name
+    }
     model.load_state_dict(state, strict=False)
     model.tie_weights()
     vocabulary = (folder / "vocab.txt").read_text().split()
@@ -316,7 +327,7 @@ def rxnmapper() -> Shipped:
         lambda step: reactions(vocabulary, 4, seed=1000 + step)[0],
         lambda model: token_accuracy(model, held_out, truth),
         # The heads, which twelve uses of one layer make look like a residual stream.
-        asked_groups=(ALBERT_HEADS,),
+        asked_groups=(ALBERT_HEADS,) if layers == 1 else (),
     )
 
 
@@ -475,6 +486,7 @@ MODELS: dict[str, Callable[[], Shipped]] = {
     "crepe-tiny": lambda: crepe("tiny"),
     "resemblyzer": resemblyzer,
     "rxnmapper": rxnmapper,
+    "rxnmapper-12": lambda: rxnmapper(12),
     "mtcnn-onet": face_network,
     "crepe-full": lambda: crepe("full"),
 }
