@@ -11,6 +11,7 @@ installed, `--torch-pruning` asks its pruner for the same on the same models.
 import contextlib
 import csv
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ class Config:
 
     out: Annotated[Path, tyro.conf.Positional]
     models: tuple[str, ...] = tuple(torch_zoo.names())
-    limit: int = 300
+    limit: int = 900
     torch_pruning: bool = False
 
 
@@ -149,7 +150,9 @@ def _called(module: Any, example: dict[str, Any]) -> Any:
 
 
 def _sum_of_tensors(output: Any) -> Any:
-    tensors = output.values() if hasattr(output, "values") else [output]
+    if isinstance(output, torch.Tensor):  # which has `values` too
+        return output.sum()
+    tensors = output.values() if hasattr(output, "values") else output
     return sum(x.sum() for x in tensors if isinstance(x, torch.Tensor))
 
 
@@ -189,13 +192,14 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def append_row(path: Path, columns: tuple[str, ...], row: dict[str, Any]) -> None:
-    """Writes one more row, below the head."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
+    """Writes the file anew with one more row: a kill leaves no half of a row."""
+    rows = [*rows_of(path), row]
+    temporary = path.with_suffix(f".{os.getpid()}")
+    with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
 
 
 def summary(rows: list[dict[str, str]]) -> str:

@@ -22,6 +22,7 @@ def name(path):
     return path.stem
 
 
+TORCH = [path for path in EXAMPLES if "jp.torch" in path.read_text()]
 ALONE = [path for path in EXAMPLES if "XLA_FLAGS" in path.read_text()]
 RUN = """
 import contextlib, io, pathlib, runpy, sys
@@ -46,11 +47,18 @@ PRINTED = {
 @pytest.mark.full
 @pytest.mark.parametrize(
     "paths",
-    [[path for path in EXAMPLES if path not in ALONE], *([path] for path in ALONE)],
+    [
+        [path for path in EXAMPLES if path not in (*ALONE, *TORCH)],
+        *([path] for path in ALONE),
+        *(pytest.param([path], marks=pytest.mark.parity) for path in TORCH),
+    ],
     ids=lambda paths: " ".join(map(name, paths)),
 )
 def test_examples_run_as_they_stand(paths, tmp_path):
     """One after the other in a process; what sets flags of XLA has one to itself."""
+    if paths[0] in TORCH:
+        pytest.importorskip("torch")
+        pytest.importorskip("torchax")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     # Settings that compile in less time; the flags an example sets are left to it.
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -72,7 +80,8 @@ def test_examples_run_as_they_stand(paths, tmp_path):
 
 
 def test_three_tutorials_say_what_their_program_prints():
-    programs = {path.stem for path in EXAMPLES} - {"prune_a_checkpoint"}
+    shown = set(EXAMPLES) - set(TORCH)  # docs/torch.md has the numbers of those
+    programs = {path.stem for path in shown} - {"prune_a_checkpoint"}
     assert set(PRINTED) == programs
 
 

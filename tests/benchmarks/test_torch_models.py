@@ -1,4 +1,8 @@
-"""The table of torch models resumes, counts, and its tones have the pitch they say."""
+"""The tables of torch models resume and count, and inputs are what they say."""
+
+import copy
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +11,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("jaxprune.torch.environment")  # torchax
 pytestmark = pytest.mark.parity
 
-from benchmarks import torch_crepe, torch_models, torch_zoo  # noqa: E402
+from benchmarks import (  # noqa: E402
+    torch_models,
+    torch_shipped,
+    torch_trained,
+    torch_zoo,
+)
 
 
 def small_zoo(monkeypatch, broken=()):
@@ -48,10 +57,10 @@ def test_there_are_forty_models_and_twenty_of_each_library():
 
 
 def test_tones_have_the_pitch_that_they_say():
-    frames, cents = torch_crepe.tones(20, seed=3)
+    frames, cents = torch_shipped.tones(20, seed=3)
     assert frames.mean(1).abs().max() < 1e-6
     for frame, pitch in zip(frames.numpy(), cents, strict=True):
-        period = torch_crepe.RATE / (10 * 2 ** (pitch / 1200))  # samples
+        period = torch_shipped.RATE / (10 * 2 ** (pitch / 1200))  # samples
         # A signal repeats after its period: the autocorrelation there is near its most.
         lag = round(period)
         likeness = np.corrcoef(frame[:-lag], frame[lag:])[0, 1]
@@ -59,15 +68,100 @@ def test_tones_have_the_pitch_that_they_say():
 
 
 def test_a_model_that_knows_the_pitch_is_always_right_and_a_flat_one_is_not():
-    frames, cents = torch_crepe.tones(50, seed=0)
+    frames, cents = torch_shipped.tones(50, seed=0)
 
     def knows(frames):
-        bins = (cents - torch_crepe.FIRST_CENTS) / torch_crepe.CENTS_OF_BIN
+        bins = (cents - torch_shipped.FIRST_CENTS) / torch_shipped.CENTS_OF_BIN
         grid = np.arange(360)
         return torch.tensor(np.exp(-((grid - bins[:, None]) ** 2) / 8))
 
     def constant(frames):
         return torch.tensor(np.tile(np.exp(-np.arange(360.0)), (50, 1)))
 
-    assert torch_crepe.accuracy(knows, frames, cents) == 1
-    assert torch_crepe.accuracy(constant, frames, cents) < 0.1
+    assert torch_shipped.pitch_accuracy(knows, frames, cents) == 1
+    assert torch_shipped.pitch_accuracy(constant, frames, cents) < 0.1
+
+
+def test_voices_are_those_of_their_speakers_and_reactions_of_their_tokens():
+    first, second = (torch_shipped.voices(range(3), 2, seed) for seed in (0, 1))
+    assert first.shape == (6, 160, 40)
+    # The mean spectrum is the vocal tract's: another melody of the same speaker is
+    # nearer than the speakers are to one another.
+    means = [x.mean(1).log().unflatten(0, (3, 2)).mean(1) for x in (first, second)]
+    assert torch.cdist(*means).argmin(1).tolist() == [0, 1, 2]
+
+    special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[BH4-]", "[Na+]", ">>", "Br", "Cl"]
+    vocabulary = [*special, *"()CNOFSnosc=.12"]
+    example, truth = torch_shipped.reactions(vocabulary, 20, seed=0)
+    masked = truth >= 0
+    assert (example["input_ids"][masked] == vocabulary.index("[MASK]")).all()
+    assert 0.1 < masked.sum() / example["attention_mask"].sum() < 0.2
+
+    def knows(**example):
+        logits = torch.nn.functional.one_hot(truth.clamp(0), len(vocabulary))
+        return types.SimpleNamespace(logits=logits)
+
+    assert torch_shipped.token_accuracy(knows, example, truth) == 1
+
+
+def small_shipped(monkeypatch):
+    """A network that is right by construction: it says which half of x is larger."""
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2)
+    module = torch.nn.Sequential(*layers).eval()
+    inputs = torch.randn(128, 8)
+    answers = module(inputs).argmax(1)
+    shipped = torch_shipped.Shipped(
+        module,
+        [inputs[:64]],
+        lambda step: inputs,
+        lambda module: float((module(inputs).argmax(1) == answers).float().mean()),
+    )
+    monkeypatch.setattr(torch_shipped, "make", lambda name: shipped)
+
+
+@pytest.mark.full
+def test_a_trained_model_is_pruned_shrunk_and_recovers(tmp_path, monkeypatch):
+    small_shipped(monkeypatch)
+    settings = {
+        "sparsities": (0.5,),
+        "units": (0.5,),
+        "methods": ("magnitude", "sparsegpt"),
+        "allocated": ("magnitude",),
+        "allocations": ("global",),
+        "repeats": 1,
+    }
+    config = torch_trained.Config(tmp_path / "trained.csv", "small", **settings)
+    torch_trained.main(config)
+    rows = torch_models.rows_of(config.out)
+    dense, *changed = rows
+    assert dense["score"] == "1.0000"
+    assert [(r["what"], r["by"], r["allocation"]) for r in changed] == [
+        ("units", "magnitude", "all"),
+        ("units", "solver", "all"),
+        ("weights", "magnitude", "layer"),
+        ("weights", "sparsegpt", "layer"),
+        ("weights", "magnitude", "global"),
+    ]
+    for row in changed:
+        assert row["stopped_at"] == ""
+        assert int(row["weights_left"]) < int(dense["weights_left"])
+        assert float(row["recovered"]) >= float(row["score"])
+    torch_trained.main(config)  # what is there is not run again
+    assert torch_models.rows_of(config.out) == rows
+    table = torch_trained.table(rows, "score")
+    assert table.splitlines()[2].startswith("| nothing | 1.0000 |")
+
+
+def test_recovery_holds_the_zeros(monkeypatch):
+    small_shipped(monkeypatch)
+    shipped = torch_shipped.make("small")
+    module = copy.deepcopy(shipped.module)
+    weight = module[0].weight
+    with torch.no_grad():
+        weight[::2] = 0
+    before = weight.detach().clone()
+    config = torch_trained.Config(Path("unused"), steps=5)
+    torch_trained.recover(module, shipped, config)
+    assert (weight[::2] == 0).all()
+    assert (weight[1::2] != before[1::2]).any()
