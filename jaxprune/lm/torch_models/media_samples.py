@@ -147,7 +147,7 @@ def decoder_start(model: TorchModel, samples: Samples, steps: int) -> Samples:
     import torch
 
     module, config = model.module, model.module.config
-    start = getattr(config, "decoder_start_token_id", None)
+    start: Any = getattr(config, "decoder_start_token_id", None)
     check([_DECODER], class_name=model.class_name, start=start)
     texts = []
     # Not `generate`, which stops a text at its end: all must be of one length.
@@ -157,8 +157,8 @@ def decoder_start(model: TorchModel, samples: Samples, steps: int) -> Samples:
             inputs = {name: torch.as_tensor(array) for name, array in batch.items()}
             # The encoder runs once, the decoder once a token.
             inputs |= {"encoder_outputs": module.get_encoder()(**inputs)}
-            # (batch, 1)
-            ids = torch.full((len(next(iter(batch.values()))), 1), start)
+            rows = len(next(iter(batch.values())))
+            ids = torch.full((rows, 1), start, dtype=torch.int64)  # (batch, 1)
             for _ in range(steps - 1):
                 logits = write(**inputs, decoder_input_ids=ids).logits[:, -1]
                 ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
