@@ -101,7 +101,8 @@ def _named_as(name: str) -> str | None:
     """What a name speaks of that is left alone, as "a bias", or None."""
     # Words by underscores: "LayerNorm" has two, and so has "LMHead".
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
-    name = name.lower().replace("-", "_")
+    # Torch's names have dots: "bert.embeddings.word_embeddings.weight".
+    name = name.lower().replace("-", "_").replace(".", "/")
     for what, words in _UNPRUNABLE.items():
         if re.search(words, name):
             return what

@@ -66,6 +66,18 @@ def test_depthwise_convolutions_are_left_dense_where_they_are_named_so(name):
     assert row.why == why
 
 
+def test_names_of_torch_speak_as_those_of_a_tree():
+    names = {
+        "bert.embeddings.word_embeddings.weight": "named as an embedding",
+        "lm_head.weight": "named as an output head",
+        "layers.0.mlp.up_proj.weight": "",
+        "encoder.layer.0.output.dense.weight": "",
+        "stages.0.blocks.1.conv_dw.weight": "named as a depthwise convolution",
+    }
+    rows = jp.tree.explain({name: ones(4, 4) for name in names})
+    assert {row.name: row.why for row in rows} == names
+
+
 def test_the_explanation_names_the_glob_that_excludes():
     rule = jp.tree.excluding("head/*", "blocks/0/*")
     rows = {row.name: row for row in jp.tree.explain(PARAMS, prunable=rule)}

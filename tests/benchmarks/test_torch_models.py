@@ -12,6 +12,7 @@ pytest.importorskip("jaxprune.torch.environment")  # torchax
 pytestmark = pytest.mark.parity
 
 from benchmarks import (  # noqa: E402
+    synthetic_inputs,
     torch_models,
     torch_shipped,
     torch_trained,
@@ -57,10 +58,10 @@ def test_there_are_forty_models_and_twenty_of_each_library():
 
 
 def test_tones_have_the_pitch_that_they_say():
-    frames, cents = torch_shipped.tones(20, seed=3)
+    frames, cents = synthetic_inputs.tones(20, seed=3)
     assert frames.mean(1).abs().max() < 1e-6
     for frame, pitch in zip(frames.numpy(), cents, strict=True):
-        period = torch_shipped.RATE / (10 * 2 ** (pitch / 1200))  # samples
+        period = synthetic_inputs.RATE / (10 * 2 ** (pitch / 1200))  # samples
         # A signal repeats after its period: the autocorrelation there is near its most.
         lag = round(period)
         likeness = np.corrcoef(frame[:-lag], frame[lag:])[0, 1]
@@ -68,10 +69,10 @@ def test_tones_have_the_pitch_that_they_say():
 
 
 def test_a_model_that_knows_the_pitch_is_always_right_and_a_flat_one_is_not():
-    frames, cents = torch_shipped.tones(50, seed=0)
+    frames, cents = synthetic_inputs.tones(50, seed=0)
 
     def knows(frames):
-        bins = (cents - torch_shipped.FIRST_CENTS) / torch_shipped.CENTS_OF_BIN
+        bins = (cents - synthetic_inputs.FIRST_CENTS) / synthetic_inputs.CENTS_OF_BIN
         grid = np.arange(360)
         return torch.tensor(np.exp(-((grid - bins[:, None]) ** 2) / 8))
 
@@ -83,7 +84,7 @@ def test_a_model_that_knows_the_pitch_is_always_right_and_a_flat_one_is_not():
 
 
 def test_voices_are_those_of_their_speakers_and_reactions_of_their_tokens():
-    first, second = (torch_shipped.voices(range(3), 2, seed) for seed in (0, 1))
+    first, second = (synthetic_inputs.voices(range(3), 2, seed) for seed in (0, 1))
     assert first.shape == (6, 160, 40)
     # The mean spectrum is the vocal tract's: another melody of the same speaker is
     # nearer than the speakers are to one another.
@@ -92,7 +93,7 @@ def test_voices_are_those_of_their_speakers_and_reactions_of_their_tokens():
 
     special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[BH4-]", "[Na+]", ">>", "Br", "Cl"]
     vocabulary = [*special, *"()CNOFSnosc=.12"]
-    example, truth = torch_shipped.reactions(vocabulary, 20, seed=0)
+    example, truth = synthetic_inputs.reactions(vocabulary, 20, seed=0)
     masked = truth >= 0
     assert (example["input_ids"][masked] == vocabulary.index("[MASK]")).all()
     assert 0.1 < masked.sum() / example["attention_mask"].sum() < 0.2

@@ -140,7 +140,7 @@ def run_torch_prune(
         # The same module by now, with the weights that will be written.
         with costs.phase("evaluate after"):
             measurements.measure("pruned", module)
-        record = _record(pruning, result.report) | measurements.facts()
+        record = _pruning_record(pruning, result.report) | measurements.facts()
         record |= provenance.environment(command) | {"versions": torch_versions()}
         writing.write_pruned(job, pruning.model, record, costs, page)
     return rewrite.read_provenance(job.out)
@@ -219,7 +219,7 @@ def _tolerance(reference: Any) -> float:
     return max([1e-3, *(64 * float(jnp.finfo(dtype).eps) for dtype in floating)])
 
 
-def _record(pruning: TorchPruning, report: Mapping[str, Any]) -> dict[str, Any]:
+def _pruning_record(pruning: TorchPruning, report: Mapping[str, Any]) -> dict[str, Any]:
     """What jaxprune.json says besides what was measured."""
     job, chosen, words = pruning.job, pruning.chosen, pruning.chosen.facts()
     bits, group = job.quantization.bits, job.quantization.group

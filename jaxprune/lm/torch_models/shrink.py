@@ -145,7 +145,7 @@ def run_torch_shrink(
             small, report = shrinking.shrink()
         with costs.phase("evaluate after"):
             measurements.measure("shrunk", small)
-        record = _record(shrinking, report) | measurements.facts()
+        record = _shrinking_record(shrinking, report) | measurements.facts()
         record |= provenance.environment(command) | {"versions": torch_versions()}
         _write(shrinking, small, {**record, **costs.facts()}, page)
     return rewrite.read_provenance(job.out)
@@ -261,7 +261,9 @@ def _check_sizes(removal: Removal, source: CheckpointDir) -> None:
     )
 
 
-def _record(shrinking: TorchShrinking, report: Mapping[str, Any]) -> dict[str, Any]:
+def _shrinking_record(
+    shrinking: TorchShrinking, report: Mapping[str, Any]
+) -> dict[str, Any]:
     """What jaxprune.json says besides what was measured."""
     job, inputs = shrinking.job, shrinking.inputs
     solves = inputs.calibration is not None
