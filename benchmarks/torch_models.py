@@ -105,7 +105,13 @@ def package_steps(name: str, row: dict[str, Any]) -> None:
 
     row["stopped_at"] = "prune"
     pruned = jp.prune_trained(
-        fn, params, [batch], "sparsegpt", sparsity=0.5, progress=False
+        fn,
+        params,
+        [batch],
+        "sparsegpt",
+        sparsity=0.5,
+        prunable=lambda name, leaf: leaf.ndim > 1,
+        progress=False,
     )
     row["pruned"] = f"{pruned.report['achieved']:.3f}"
 

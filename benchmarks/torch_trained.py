@@ -194,6 +194,7 @@ def changed(shipped: torch_shipped.Shipped, job: Job) -> Any:
             job.by,
             sparsity=job.removed,
             allocation=job.allocation,
+            prunable=lambda name, leaf: leaf.ndim > 1,  # heads and embeddings too
             progress=False,
         )
         jp.torch.load(pruned, result.params)

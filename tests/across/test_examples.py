@@ -50,15 +50,24 @@ PRINTED = {
     [
         [path for path in EXAMPLES if path not in (*ALONE, *TORCH)],
         *([path] for path in ALONE),
-        *(pytest.param([path], marks=pytest.mark.parity) for path in TORCH),
     ],
     ids=lambda paths: " ".join(map(name, paths)),
 )
 def test_examples_run_as_they_stand(paths, tmp_path):
     """One after the other in a process; what sets flags of XLA has one to itself."""
-    if paths[0] in TORCH:
-        pytest.importorskip("torch")
-        pytest.importorskip("torchax")
+    run_examples(paths, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parity
+@pytest.mark.parametrize("path", TORCH, ids=name)
+def test_examples_with_torch_run_as_they_stand(path, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("torchax")
+    run_examples([path], tmp_path)
+
+
+def run_examples(paths, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     # Settings that compile in less time; the flags an example sets are left to it.
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

@@ -110,6 +110,7 @@ SHRUNK = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", SHRUNK)
 def test_units_go_inside_the_context_of_a_mesh_as_outside(name, sharded):
     rng, whole = np.random.default_rng(2), NamedSharding(sharded[0], PartitionSpec())

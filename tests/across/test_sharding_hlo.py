@@ -155,6 +155,7 @@ def test_the_probe_sees_what_is_gathered():
     assert large(packed, mask)
 
 
+@pytest.mark.full
 def test_scores(params):
     importance = jp.Importance(*[params] * 4)
     criteria = [
@@ -246,21 +247,17 @@ CHOOSERS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("mesh", "name"),
     [
         (AUTO, "gradual"),
-        *(
-            pytest.param(*case, marks=pytest.mark.full)
-            for case in (
-                (EXPLICIT, "packed"),
-                (AUTO, "by layer"),
-                (EXPLICIT, "2:4"),
-                (AUTO, "grown"),
-                (EXPLICIT, "straight through"),
-                (AUTO, "admm"),
-            )
-        ),
+        (EXPLICIT, "packed"),
+        (AUTO, "by layer"),
+        (EXPLICIT, "2:4"),
+        (AUTO, "grown"),
+        (EXPLICIT, "straight through"),
+        (AUTO, "admm"),
     ],
     indirect=["mesh"],
     ids=str,

@@ -87,6 +87,7 @@ def rank_correlation(x, y):
     return stats.spearmanr(x, y)[0]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", low_bit.STORAGES)
 def test_averages_rank_as_the_exact_ones(followed, name):
     held, (weight, square) = followed[0][name], followed[1]
@@ -234,14 +235,9 @@ def test_results_depend_on_the_seed_and_on_nothing_else(params, name):
     assert not same_bits(averages(0), averages(1))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
-    ("every", "name"),
-    [
-        (1, "int8"),
-        pytest.param(1, "float32", marks=pytest.mark.full),
-        pytest.param(1, "bfloat16", marks=pytest.mark.full),
-        pytest.param(2, "int8", marks=pytest.mark.full),
-    ],
+    ("every", "name"), [(1, "int8"), (1, "float32"), (1, "bfloat16"), (2, "int8")]
 )
 def test_host_memory_holds_the_same_bits(params, trained, name, every):
     _, device = trained(name, every=every)

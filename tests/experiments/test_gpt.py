@@ -137,6 +137,7 @@ def test_initial_values_follow_nanogpt():
             assert abs(values.std() - std) < error, name
 
 
+@pytest.mark.full
 def test_the_initial_loss_is_that_of_a_uniform_guess():
     tokens = make_tokens((2, 64), config=INITIAL)
     targets = make_tokens((2, 64), seed=1, config=INITIAL)
@@ -282,6 +283,7 @@ def test_gradients_on_eight_devices_are_those_on_one(axis_type):
 # ---- operations
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("module", ["config", "model"])
 def test_the_examples_of_the_docstrings_run(module):
     imported = importlib.import_module(f"experiments.gpt.{module}")

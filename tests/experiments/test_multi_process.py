@@ -119,6 +119,7 @@ def test_one_process_alone_is_the_first_and_asks_nobody():
             call(fail)
 
 
+@pytest.mark.full
 def test_two_processes_get_the_answer_or_the_error_of_the_first(tmp_path):
     job, logs = (launch_worker.main, forked.free_port()), [tmp_path / n for n in "01"]
     both = [

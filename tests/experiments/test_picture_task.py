@@ -60,6 +60,7 @@ def test_a_model_to_start_from_is_taken_as_it_is(task):
     assert model.init(0) is start
 
 
+@pytest.mark.full
 def test_a_packed_batch_says_what_each_prompt_says(task, params, token_losses):
     """Each example alone, through the model itself, gives the batch's losses."""
     inputs, targets, weights = task.packed(task.train[:4])

@@ -21,6 +21,9 @@ from tests.support.tiny_run import write_text
 STEPS = 20
 RATES = (1e-3, 3e-3)
 
+# All read one run that trains.
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
@@ -107,7 +110,6 @@ def test_layer_magnitude_does_not_depend_on_a_matrix_s_scale():
     np.testing.assert_allclose(scores["a"], scores["b"], rtol=1e-5)
 
 
-@pytest.mark.full
 def test_a_cell_counts_exactly_and_is_watched_to_its_end(results):
     cells = {cell["method"]: cell for cell in results["cells"]}
     pruned = cells["gradual_preconditioned"]
@@ -120,7 +122,6 @@ def test_a_cell_counts_exactly_and_is_watched_to_its_end(results):
     assert {point["overlap"] for point in cells["dense"]["curve"]} == {None}
 
 
-@pytest.mark.full
 def test_every_method_has_its_own_rate_and_the_control_too(config, results, tmp_path):
     shutil.copytree(config.out, tmp_path / "out")
     tuned = dataclasses.replace(config, out=tmp_path / "out", learning_rates=RATES)
@@ -192,7 +193,6 @@ def test_a_rate_that_was_not_asked_for_is_not_taken(config, results):
         prune_while_training.main(other)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_a_killed_run_ends_with_the_same_bits(
     config, results, tmp_path, monkeypatch, checkpoints
@@ -215,7 +215,6 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert without_seconds(resumed) == without_seconds(results)
 
 
-@pytest.mark.full
 def test_a_run_may_start_from_the_dense_model_and_learn_from_it(
     config, results, tmp_path
 ):
@@ -249,7 +248,6 @@ def test_the_small_dense_model_has_about_the_average_of_weights(config):
     assert 0.9 < 24 * width**2 / (0.37 * 24 * 64**2) < 1.1
 
 
-@pytest.mark.full
 def test_distilling_mixes_cross_entropy_with_the_divergence_from_the_teacher():
     model = LanguageModel(gpt.preset("cpu", vocab_size=7, layers=1, width=8, heads=1))
     student, teacher = jax.jit(lambda: (model.init(0), model.init(1)))()

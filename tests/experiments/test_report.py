@@ -29,6 +29,7 @@ def written(
     return {path.name: path for path in write_report(results, folder)}
 
 
+@pytest.mark.full
 def test_every_file_is_written_and_nothing_else(written):
     folder = written["report.html"].parent
     names = {"results.csv", "report.html"}

@@ -146,6 +146,7 @@ def test_ten_criteria_and_twelve_sparsities_fit():
     assert "97.5\xa0%" in sections.document(results)
 
 
+@pytest.mark.full
 def test_matplotlibs_settings_are_as_before(tmp_path):
     before = dict(matplotlib.rcParams)
     write_report(synthetic(seeds=1, criteria=1, layers=1), tmp_path)

@@ -39,6 +39,9 @@ from tests.support.tiny_run import (
     write_text,
 )
 
+# All read one run that trains.
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def run():
@@ -50,7 +53,6 @@ def results(run):
     return json.loads((run.out / "results.json").read_text())
 
 
-@pytest.mark.full
 def test_the_report_reads_the_results_and_every_file_is_there(run, results):
     out = run.out
     results_.check(results)
@@ -285,7 +287,6 @@ def test_costs_are_counted(results):
     assert [cost["sparsity"] for cost in results["costs"]] == [0.5, 0.9]
 
 
-@pytest.mark.full
 @pytest.mark.usefixtures("numbers_alone")
 def test_retraining_has_a_learning_rate_of_its_own(run, tmp_path):
     less = [

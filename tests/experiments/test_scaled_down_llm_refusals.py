@@ -65,6 +65,7 @@ def test_a_value_out_of_range_is_one_sentence_and_nothing_is_written(
     assert not out.exists()
 
 
+@pytest.mark.full
 def test_a_process_that_refuses_prints_one_line_and_exits_with_one(text, tmp_path):
     out = tmp_path / "out"
     ended = subprocess.run(
@@ -140,6 +141,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(text, tmp_path, command, n
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.full
 def test_a_loss_that_is_not_finite_is_one_sentence(text, tmp_path, command):
     status, _, errors = command(*flags(text, tmp_path, "--learning-rate", "1e30"))
     assert status == 1

@@ -57,6 +57,7 @@ def test_what_may_be_pruned_is_the_layers_matrices(name):
     assert pruned == set(axes)
 
 
+@pytest.mark.full
 @some
 def test_two_of_four_are_kept_along_the_true_inputs(name):
     fn, params, axes = layout(name)

@@ -254,6 +254,7 @@ JOINED = {
 BOTH = {"a": draw(7, IN, OUT), "b": draw(8, IN, 2 * OUT), "down": draw(9, 3 * OUT, 4)}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("way", JOINED)
 def test_kernels_joined_along_their_outputs_are_pruned_as_if_apart(way):
     def apart(p, x):
@@ -295,6 +296,7 @@ def mostly_hidden(p, x):
 HIDDEN = {"w": W, "more": W, "last": draw(5, OUT, 2)}
 
 
+@pytest.mark.full
 def test_a_model_of_which_less_than_half_is_seen_warns_and_says_why():
     with pytest.warns(
         UserWarning, match=r"only 12 of 108 .*more \(is an operand of add"

@@ -224,7 +224,8 @@ def test_owl_without_any_difference_is_uniform():
 # A global ranking.
 
 
-@pytest.mark.parametrize("sparsity", [0.2, pytest.param(0.85, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("sparsity", [0.2, 0.85])
 def test_ranked_shares_are_those_of_a_global_ranking(sparsity):
     square = jax.tree.map(lambda w: jnp.asarray(np.abs(np.roll(w, 1)) + 0.01), PARAMS)
     scores = jp.scores.preconditioned_magnitude(PARAMS, jp.Importance(square=square))

@@ -41,6 +41,7 @@ def by_hand(before, after):
     return rows | {"sparsity": zeros / size, "churn": 1 - both / either}
 
 
+@pytest.mark.full
 def test_a_compiled_step_returns_what_is_counted_outside_of_it():
     params, state, jitted = PARAMS, optimizer().init(PARAMS), jax.jit(step)
     moved = 0

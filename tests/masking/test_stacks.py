@@ -149,6 +149,7 @@ def test_stacked_attention_has_heads_and_a_stack_named_like_it_has_none():
         np.testing.assert_array_equal(mask, oracles.keep_nm(layer, 2, 4))
 
 
+@pytest.mark.full
 def test_a_leaf_that_would_lose_all_is_named():
     shapes = {"empty": (0, 4), "small": (2, 2), "large": (8, 12)}
     scores = {k: jnp.asarray(np.ones(v, np.float32)) for k, v in shapes.items()}
@@ -163,6 +164,7 @@ def test_a_leaf_that_would_lose_all_is_named():
         jp.prune(scores, scores, 0.9, pattern="channel")
 
 
+@pytest.mark.full
 def test_owl_takes_the_parts_of_a_leaf_for_parts_of_its_layer():
     """Three matrices of a block, one by one or as one leaf of three."""
     draw = np.random.default_rng(0).normal

@@ -122,6 +122,7 @@ PATTERNS = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_every_count_is_exact_and_all_share_one_program(pattern):
     weight, hessian = problem(4)

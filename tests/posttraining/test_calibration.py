@@ -261,6 +261,7 @@ def test_only_leaves_of_interest_are_looked_at():
     assert list(found) == ["layer_1/kernel"]
 
 
+@pytest.mark.full
 def test_one_batch_is_in_memory_at_a_time():
     made, most = [], 0
 

@@ -133,13 +133,9 @@ def test_a_hessian_that_no_damping_makes_one_leaves_the_weight():
     assert same_bits(corrected(weight, wrong, drift, **how), weight)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
-    ("name", "relative"),
-    [
-        ("sparsegpt", True),
-        pytest.param("sparsegpt", False, marks=pytest.mark.full),
-        pytest.param("alps", True, marks=pytest.mark.full),
-    ],
+    ("name", "relative"), [("sparsegpt", True), ("sparsegpt", False), ("alps", True)]
 )
 def test_each_matrix_is_solved_for_the_outputs_of_the_dense_model(name, relative):
     params, share, solve = chain([WIDTH] * 4), 0.75, SOLVERS[name]
@@ -184,6 +180,7 @@ def test_before_anything_is_pruned_there_is_nothing_to_make_up_for():
     assert same_bits(found.params, without.params)
 
 
+@pytest.mark.full
 def test_a_dense_model_that_is_not_finite_beside_a_pruned_one_that_is_is_refused():
     batches = [draw(i, SAMPLES, WIDTH) for i in range(10, 14)]
     most = max(np.abs(x @ np.asarray(PARAMS["up"])[0]).max() for x in batches)
@@ -225,11 +222,10 @@ def test_what_does_not_count_is_in_no_sum():
         np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
-    "options",
-    [pytest.param({}, marks=pytest.mark.full), {"refine": jp.passes.refine(passes=2)}],
-    ids=repr,
+    "options", [{}, {"refine": jp.passes.refine(passes=2)}], ids=repr
 )
 def test_the_dense_model_beside_changes_nothing_by_itself(model, options):
     found = prune(method(correction=NEXT_TO_NOTHING), *MODELS[model], **options)
@@ -367,9 +363,8 @@ def by_capacity(params, x):
     return jnp.einsum("eci,eio->eco", x[slots], params["experts"])
 
 
-@pytest.mark.parametrize(
-    "fn", [pytest.param(ragged, marks=pytest.mark.full), by_capacity]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("fn", [ragged, by_capacity])
 def test_experts_are_pruned_without_it(fn):
     """Rows that the dense model sends to other experts are not compared."""
     params = {"first": PARAMS["out"], "experts": jnp.asarray(draw(5, 2, WIDTH, 4))}

@@ -49,9 +49,8 @@ MODELS = {
 X = [correlated(i, 12, 5) for i in range(2)]
 
 
-@pytest.mark.parametrize(
-    "model", ["one by one", pytest.param("stacked", marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("model", ["one by one", "stacked"])
 def test_equal_layers_share_their_programs(model):
     fn, make = MODELS[model]
     numbers, counts = [], []

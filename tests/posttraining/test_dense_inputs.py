@@ -92,13 +92,14 @@ def test_each_weight_is_chosen_by_the_inputs_asked_for(method, rule, inputs):
     assert any(((other[k] == 0) != (expected[k] == 0)).any() for k in expected)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(jp.passes.wanda(relative=True), marks=pytest.mark.full),
-        pytest.param(jp.passes.ria(relative=True), marks=pytest.mark.full),
+        jp.passes.wanda(relative=True),
+        jp.passes.ria(relative=True),
         jp.passes.sparsegpt(relative=True),
-        pytest.param(jp.passes.alps(relative=True), marks=pytest.mark.full),
+        jp.passes.alps(relative=True),
     ],
     ids=lambda method: type(method).__name__,
 )

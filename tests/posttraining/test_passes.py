@@ -117,6 +117,7 @@ class Halve(jp.passes.Pass):
         return solution._replace(weight=solution.weight / 2)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("pattern", ["per-output", "2:4"])
 def test_a_pass_of_ones_own_prunes_by_its_formula(pattern):
     sparsity = None if pattern == "2:4" else 0.5

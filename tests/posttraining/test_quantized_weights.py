@@ -169,6 +169,7 @@ def test_weights_of_two_bytes_lie_on_levels_too():
             assert lie_on_levels(leaf, quantization), name
 
 
+@pytest.mark.full
 def test_names_stand_for_groups_of_128():
     fn, params, batches = tiny()
     options = {"sparsity": 0.5, "progress": False}

@@ -217,6 +217,7 @@ def test_zeros_are_exactly_those_of_the_solver_and_all_else_moves(refined, solve
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.full
 def test_the_loss_on_held_out_batches_does_not_rise(refined):
     rows = refined.report["refined"]
     assert all(row["after"] <= row["before"] for row in rows)

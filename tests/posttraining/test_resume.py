@@ -156,6 +156,7 @@ def test_the_directory_makes_no_difference_to_the_result(whole, finished):
     check(finished[1], whole)
 
 
+@pytest.mark.full
 def test_a_job_that_is_interrupted_again_and_again_gives_the_same(whole, tmp_path):
     # At the second weight of an input, at a weight used twice, in a stack.
     done = 0

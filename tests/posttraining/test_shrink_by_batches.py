@@ -76,6 +76,7 @@ def test_each_layer_is_solved_for_what_the_one_before_has_left(relative):
     np.testing.assert_allclose(found, x, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.full
 def test_only_positions_that_count_are_solved_for():
     def positions(batch):
         return jnp.arange(len(batch)) < 30

@@ -60,20 +60,16 @@ def test_of_inputs_that_no_sample_reached_the_smallest_go_first_and_no_more(
     np.testing.assert_allclose(found.weight[alive], alone.weight, atol=2e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("solver", "pattern"),
     [
         (sparsegpt, jp.patterns.Unstructured()),
         (alps, jp.patterns.NM(2, 4)),
-        *(
-            pytest.param(*pair, marks=pytest.mark.full)
-            for pair in (
-                (sparsegpt, jp.patterns.PerOutput()),
-                (sparsegpt, jp.patterns.NM(2, 4)),
-                (alps, jp.patterns.Unstructured()),
-                (alps, jp.patterns.PerOutput()),
-            )
-        ),
+        (sparsegpt, jp.patterns.PerOutput()),
+        (sparsegpt, jp.patterns.NM(2, 4)),
+        (alps, jp.patterns.Unstructured()),
+        (alps, jp.patterns.PerOutput()),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

@@ -46,6 +46,7 @@ def same(fn, params, *batches, packed, **options):
     return result
 
 
+@pytest.mark.full
 def test_a_function_of_packed_weights_gives_the_same_for_any_batch():
     result = same(mlp, MLP, X, X[0], X[None], X[:0], packed=["up", "down"])
     assert isinstance(result.params["up"], PackedMatrix)
@@ -187,6 +188,7 @@ def test_any_order_of_axes_is_packed(equation):
     same(fn, {"w": weight(14, *shapes[side])}, x, packed=["w"])
 
 
+@pytest.mark.full
 def test_experts_of_sorted_rows_are_packed():
     params = {
         "experts": weight(16, 3, 64, 48),
@@ -277,6 +279,7 @@ def test_a_weight_that_the_function_returns_is_not_packed():
     assert result.report["weights"]["w"]["reason"] == "is a result of the function"
 
 
+@pytest.mark.full
 def test_values_are_rounded_by_name():
     values = {"up": "int8", "*": "bfloat16"}
     result = jp.pack(mlp, MLP, X, values=values, group=32)

@@ -20,6 +20,7 @@ ENCODINGS = ["float32", "bfloat16", "int8", "int4"]
 X = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ENCODINGS)
 @pytest.mark.parametrize("density", [0.3, 1])
 def test_stacked_matrices_are_those_that_were_stacked(name, density):

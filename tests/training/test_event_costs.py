@@ -36,6 +36,7 @@ def test_units_are_counted_once_a_shape_and_not_at_each_event(allocation, grow):
     assert sorted(pattern.calls) == sorted(set(SHAPES))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("allocation", ["layer", "global", "erk"])
 @pytest.mark.parametrize("pattern", ["unstructured", "4x4", "channel"])
 def test_an_event_keeps_what_masks_make_keeps_alone(allocation, pattern):

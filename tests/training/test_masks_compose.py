@@ -110,6 +110,7 @@ def check_masks(done):
     assert np.all(other["kernel"])
 
 
+@pytest.mark.full
 @kinds
 def test_zeros_are_the_schedules_with_clipping_a_tracker_and_hyperparameters(make):
     def chained(rate):
@@ -156,6 +157,7 @@ def test_lora_inside_is_pruned_as_it_is_merged(make):
     assert np.any(np.asarray(done.params["kernel"]) != pruned)
 
 
+@pytest.mark.full
 @kinds
 def test_donated_steps_are_the_steps_that_are_not(make):
     tx = make(optax.adamw(0.01))
@@ -260,12 +262,9 @@ def end_on_one(make):
     return end(make, params, each_step(gradients(params, STEPS))[0])[0]
 
 
+@pytest.mark.full
 @kinds
-@pytest.mark.parametrize(
-    "kind",
-    [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.full)],
-    ids=str,
-)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_eight_devices_prune_what_one_prunes(make, kind):
     params = model()
     gradient = each_step(gradients(params, STEPS))[0]

@@ -22,22 +22,18 @@ def run(params, state, tx, steps):
     return state, params
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("pattern", "allocation"),
     [
         ("per-output", "layer"),
         ("channel", "global"),
-        *(
-            pytest.param(*case, marks=pytest.mark.full)
-            for case in (
-                ("unstructured", "erk"),
-                ("per-output", "global"),
-                ("per-output", "erk"),
-                ("channel", "layer"),
-                ("4x4", "global"),
-                ("4x4", "erk"),
-            )
-        ),
+        ("unstructured", "erk"),
+        ("per-output", "global"),
+        ("per-output", "erk"),
+        ("channel", "layer"),
+        ("4x4", "global"),
+        ("4x4", "erk"),
     ],
 )
 def test_an_event_keeps_what_make_keeps(pattern, allocation):

@@ -205,9 +205,8 @@ def prunable_parameter(module: Any, exclude: tuple[str, ...]) -> Prunable:
     kept = _embedding_names(module)
 
     def may_be_pruned(name: str, leaf: Any) -> bool:
-        # Names have dots in torch, where the rule on names has slashes.
-        by_rule = leaves.prunable(name.replace(".", "/"), leaf)
-        return by_rule and name not in kept and not matches_any(name, exclude)
+        allowed = leaves.prunable(name, leaf) and name not in kept
+        return allowed and not matches_any(name, exclude)
 
     return may_be_pruned
 

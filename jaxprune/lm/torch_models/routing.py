@@ -29,8 +29,10 @@ def is_foreign(config: Mapping[str, Any]) -> bool:
       True where transformers may know it.
     """
     # A file that names no class is one that transformers cannot load either.
-    names = config.get("architectures")
-    return config.get("model_type") not in FAMILIES and isinstance(names, list | tuple)
+    names, model_type = config.get("architectures"), config.get("model_type")
+    if not isinstance(model_type, str):  # refused by who reads it
+        return False
+    return model_type not in FAMILIES and isinstance(names, list | tuple)
 
 
 def is_foreign_directory(directory: Path) -> bool:

@@ -107,6 +107,7 @@ SOME = [
 PLACED = {"sorted", "falling", "periodic", "shifted period", "column"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", SOME)
 def test_of_any_scores_exactly_the_highest_are_kept(kind):
     assert_the_highest_are_kept(kind, jnp.float32)

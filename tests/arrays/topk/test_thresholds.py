@@ -67,6 +67,7 @@ def test_layer_scope_keeps_what_the_oracle_keeps(leaves, sparsity):
     assert_same(jp.masks.make(trees(leaves), sparsity), expected)
 
 
+@pytest.mark.full
 @given(st.lists(leaf, min_size=1, max_size=3), st.sampled_from(SPARSITIES))
 def test_global_scope_keeps_what_the_oracle_keeps(leaves, sparsity):
     expected = oracles.keep_global([array(x) for x in leaves], sparsity)

@@ -105,6 +105,7 @@ def zeroed(weight, removed, pattern):
     return np.where(kept, weight, weight.dtype.type(0))
 
 
+@pytest.mark.full
 @given(
     st.lists(st.integers(-3, 3), min_size=48, max_size=48), st.floats(0, 0.99), dtypes
 )

@@ -191,6 +191,7 @@ def test_a_closed_stderr_stops_no_job(place, tmp_path):
     assert (tmp_path / "out" / "jaxprune.json").is_file()
 
 
+@pytest.mark.full
 def test_a_refusal_leaves_the_progress_of_a_later_job(place, tmp_path, capsys):
     words = ["prune", place / "model", tmp_path / "out", "--method", "magnitude"]
     assert run(capsys, *words, "--sparsity", "0.5")[0] == 0

@@ -59,6 +59,7 @@ def test_packed_models_have_the_perplexity_of_the_directory(pruned, capsys):
         assert "9 matrices packed (float32): " in err
 
 
+@pytest.mark.full
 def test_a_packed_model_continues_a_text_as_the_directory_does(pruned, capsys):
     words = ["--prompt", "w9 w10", "--steps", "3", "--temperature", "0"]
     _, expected, _ = run(capsys, "sample", pruned / "pruned", *words)

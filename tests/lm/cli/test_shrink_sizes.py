@@ -28,6 +28,7 @@ def place(tmp_path_factory):
     return root
 
 
+@pytest.mark.full
 def test_a_budget_leaves_heads_that_transformers_takes(place, capsys):
     # A width of 32: three heads of four would be nearest to each of these budgets.
     for budget in (0.85, 0.75):

@@ -41,6 +41,7 @@ def trimmed(capsys, place, out, *words, vocab=320):
     return shrink(capsys, place / "model", out, "--vocab", vocab, *calibrated)
 
 
+@pytest.mark.full
 def test_bits_per_byte_are_the_loss_of_a_text_over_its_bytes(place, capsys):
     words = ("--text", place / "b.txt", "--context", 32, "--limit", 0)
     code, record, _ = run(capsys, "eval", place / "model", *words)

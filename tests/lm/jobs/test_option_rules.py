@@ -34,7 +34,8 @@ def test_each_sentence_of_a_pruning_can_be_filled_in_and_ends_without_a_stop(rul
 
 @pytest.mark.parametrize("rule", shrink_rules.RULES, ids=lambda rule: rule.sentence)
 def test_each_sentence_of_a_shrinking_can_be_filled_in_and_ends_without_a_stop(rule):
-    sentence = str(error(rule, **option_rules.option_values(ShrinkJob(**PLACES))))
+    values = option_rules.option_values(ShrinkJob(**PLACES))
+    sentence = str(error(rule, **values, ids="rows.npy"))
     assert "{" not in sentence
     assert not sentence.endswith(".")
 

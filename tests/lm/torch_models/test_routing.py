@@ -29,6 +29,7 @@ def foreign(tmp_path, monkeypatch):
         # A directory that is both is read by the family of ours.
         ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, False),
         ({"model_type": "bert"}, False),
+        ({"model_type": ["bert"], "architectures": ["BertModel"]}, False),
         ({"architectures": "BertModel"}, False),
         ({}, False),
     ],

@@ -50,6 +50,7 @@ def texts_that_stay(root, kept):
     return sorted(pair for pair in pairs if {*tokens.encode(pair)} <= kept)
 
 
+@pytest.mark.full
 def test_a_text_whose_tokens_stay_is_split_as_before(pair):
     root, result = pair
     texts = texts_that_stay(root, result.kept)
@@ -62,6 +63,7 @@ def test_a_text_whose_tokens_stay_is_split_as_before(pair):
         assert after.encode(words, add_special_tokens=False).tokens == expected
 
 
+@pytest.mark.full
 def test_its_logits_are_those_of_the_same_tokens(pair):
     root, result = pair
     before, after = (hf.load_tokenizer(root / name) for name in ("model", "small"))
@@ -145,10 +147,8 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(
     assert not (tmp_path / "small").exists()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["llama-3", *(pytest.param(n, marks=pytest.mark.full) for n in _FAMILIES)],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["llama-3", *_FAMILIES])
 def test_tied_heads_and_biases_lose_the_same_rows(tmp_path, name):
     model_folder(tmp_path / "model", "byte-level", name)
     result = trim.trim_vocabulary(tmp_path / "model", tmp_path / "small", [SEEN], 320)
