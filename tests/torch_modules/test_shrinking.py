@@ -11,6 +11,7 @@ import jaxprune as jp
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("jaxprune.torch.environment")  # torchax
+comparison = pytest.importorskip("jaxprune.torch.comparison")
 nn = torch.nn
 pytestmark = pytest.mark.parity
 
@@ -109,6 +110,24 @@ def test_half_precision_is_compared_at_its_own_accuracy():
     )
     assert small.qkv.weight.dtype is torch.bfloat16
     assert report["error"] < 0.05
+
+
+class Amplifying(nn.Module):
+    """Its outputs show the rounding of its layers, as those of a deep model do."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 256), nn.Linear(256, 4)
+
+    def forward(self, x):
+        return (3000 * self.down(self.up(x).relu())).sin()
+
+
+def test_rounding_that_64_bits_do_not_have_is_no_difference():
+    torch.manual_seed(0)
+    module, example = Amplifying(), torch.randn(64, 8)
+    _, report = jp.torch.shrink(module, example, jp.scores.magnitude, 0.5)
+    assert report["error"] > comparison.TOLERANCE
 
 
 def test_a_smaller_module_trains_on():
