@@ -131,7 +131,7 @@ def decode(bits: jax.Array, name: str) -> jax.Array:
     if name == "int4":
         pairs = bits.astype(jnp.int32)
         nibbles = jnp.stack([pairs & 15, pairs >> 4], axis=-1)  # (..., stored, 2)
-        return signed(nibbles).reshape(*bits.shape[:-1], -1)
+        return signed(nibbles).reshape(*bits.shape[:-1], 2 * bits.shape[-1])
     if name == "int8":
         return jax.lax.bitcast_convert_type(bits, jnp.int8).astype(jnp.float32)
     return jax.lax.bitcast_convert_type(bits, DTYPES[name])

@@ -299,6 +299,7 @@ SHRINK = ["shrink", "bert", "out", "--calibration", "text.txt"]
         ([*PRUNE, *SMALL], "the dense model must know something"),
         ([*SHRINK, "--layers", "1"], "takes no --layers; build a smaller model"),
         ([*SHRINK, "--budget", "0.5"], "takes no --budget"),
+        ([*SHRINK, "--vocab", "64"], "takes no --vocab; leave it out"),
         ([*SHRINK, "--heads", "0.5"], "cannot say that there are fewer heads"),
         (
             ["prune", "vit", "out", *PRUNE[3:]],

@@ -292,10 +292,14 @@ def token_perplexity(module: Any, item: Measured, batch: int) -> dict[str, Any]:
     count = int((targets >= 0).sum())
     nats = total / count
     finite = math.isfinite(nats)
+    size = None if item.windows is None else item.windows.bytes
     return {
         # exp overflows past 709
         "perplexity": math.exp(nats) if finite and nats < 700 else None,
         "nats": nats if finite else None,
+        "bits_per_byte": perplexity.bits_per_byte(nats, count, size)
+        if finite
+        else None,
         "tokens": count,
         "windows": len(targets),
     }

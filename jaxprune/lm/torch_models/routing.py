@@ -32,7 +32,7 @@ def is_foreign(config: Mapping[str, Any]) -> bool:
     names, model_type = config.get("architectures"), config.get("model_type")
     if not isinstance(model_type, str):  # refused by who reads it
         return False
-    return model_type not in FAMILIES and isinstance(names, list | tuple)
+    return model_type not in FAMILIES and isinstance(names, list) and bool(names)
 
 
 def is_foreign_directory(directory: Path) -> bool:
