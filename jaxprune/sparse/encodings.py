@@ -63,7 +63,11 @@ def to_levels(rows: np.ndarray, name: str, group: int) -> Levels:
         empty = np.zeros((len(rows), groups.shape[1]), np.float32)
         return Levels(np.zeros(rows.shape, np.int8), empty, width)
     scales = np.asarray(_scales(jnp.asarray(groups), grid))  # (rows, groups)
-    levels = np.clip(np.rint(groups / scales[..., None]), -grid.most, grid.most)
+    # No level is NaN: the scale of a group that is not finite says it.
+    scales = np.where(np.isfinite(groups).all(axis=-1), scales, np.float32(np.nan))
+    with np.errstate(invalid="ignore"):
+        levels = np.nan_to_num(np.rint(groups / scales[..., None]))
+    levels = np.clip(levels, -grid.most, grid.most)
     levels = levels.reshape(wide.shape)[:, :inputs].astype(np.int8)
     return Levels(levels, scales, width)
 

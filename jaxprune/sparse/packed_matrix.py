@@ -144,7 +144,8 @@ def pack_matrix(
         kept = rows.view(f"u{rows.dtype.itemsize}") != 0  # (rows, in)
     if name in DTYPES:
         return _stored(kept, rows.astype(DTYPES[name]), matrix, name, None)
-    on_levels = encodings.to_levels(rows * kept, name, group)
+    filled = np.where(kept, rows, np.zeros_like(rows))  # NaN times False is NaN
+    on_levels = encodings.to_levels(filled, name, group)
     return _stored(kept, on_levels.levels, matrix, name, on_levels)
 
 
@@ -167,6 +168,7 @@ def pack_levels(levels: Levels, *, encoding: str, dtype: Any) -> PackedMatrix:
       >>> pack_levels(levels, encoding="int4", dtype="float32").unpack().tolist()
       [[3.5, 0.0]]
     """
+    check(_SIZE, shape=levels.levels.shape)
     matrix = jax.ShapeDtypeStruct(levels.levels.shape, np.dtype(dtype))
     return _stored(levels.levels != 0, levels.levels, matrix, encoding, levels)
 
@@ -205,6 +207,7 @@ def pack_bits(
       >>> packed.unpack()[0, :3].tolist()
       [0.0, 5.0, 0.0]
     """
+    check(_SIZE, shape=shape)
     words = mask.view("<u4").reshape(shape[0], shape[1] // WORD)
     starts = np.zeros(len(words) + 1, np.int32)
     np.cumsum(np.bitwise_count(words).sum(axis=1, dtype=np.int32), out=starts[1:])
@@ -242,6 +245,7 @@ def stack_packed(matrices: Sequence[PackedMatrix]) -> PackedMatrix | None:
     }
     if len(layouts) > 1:
         return None
+    check(_SIZE, shape=(len(matrices), *first.shape))
     spare, starts = encodings.SPARE, [np.zeros(1, np.int32)]
     flat = [encodings.stored_values(m.values, m.encoding)[:-spare] for m in matrices]
     if first.words is not None:
@@ -328,6 +332,11 @@ def is_packed_matrix(node: Any) -> bool:
     return isinstance(node, PackedMatrix)
 
 
+_SIZE = Rule(
+    lambda v: math.prod(v.shape) < 2**31,
+    "a packed matrix needs under 2**31 weights, got {shape}",
+    "pack its parts",
+)
 _MATRIX = (
     Rule(
         lambda v: v.dtype in DTYPES,
@@ -339,11 +348,7 @@ _MATRIX = (
         "a packed matrix needs the axes (out, in) or (batch, out, in), got {shape}",
         "reshape it",
     ),
-    Rule(
-        lambda v: math.prod(v.shape) < 2**31,
-        "a packed matrix needs under 2**31 weights, got {shape}",
-        "pack its parts",
-    ),
+    _SIZE,
     Rule(
         lambda v: v.encoding in (*DTYPES, *encodings.BITS),
         "values must be float32, bfloat16, float16, int8 or int4, got {encoding!r}",

@@ -25,7 +25,8 @@ ROWS = 32
 _RULES = (
     Rule(
         lambda v: v.packed.words is not None and len(v.packed.shape) == 2,
-        "the Pallas kernel takes one matrix with bits, got {packed.shape} stored whole",
+        "the Pallas kernel takes one matrix (out, in) with bits, got several, or one "
+        "stored whole: {packed.shape}",
         "multiply it densely",
     ),
     Rule(

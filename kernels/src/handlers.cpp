@@ -29,7 +29,7 @@ ffi::Error matrix_of(const ffi::Buffer<ffi::U32>& words, const ffi::AnyBuffer& v
                      const ffi::Buffer<ffi::F32>& scales, int64_t encoding,
                      int64_t group, int64_t spare, int64_t width, int64_t last_row,
                      Matrix& out) {
-  if (encoding < kFloat32 || encoding > kInt4 || width % kWord)
+  if (encoding < kFloat32 || encoding > kInt4 || width < kWord || width % kWord)
     return invalid("a packed matrix has an encoding or a width that is unknown");
   out.encoding = static_cast<Encoding>(encoding);
   out.words_of_row = width / kWord;
@@ -50,6 +50,8 @@ ffi::Error matrix_of(const ffi::Buffer<ffi::U32>& words, const ffi::AnyBuffer& v
   const bool scaled = scales.element_count() > 0;
   out.scales = scaled ? scales.typed_data() : nullptr;
   out.groups = scaled ? scales.dimensions().back() : 0;
+  if (scaled && static_cast<int64_t>(scales.element_count()) < rows * out.groups)
+    return invalid("a packed matrix needs the scales of all its rows");
   // One group is the whole row, whatever it is filled up to.
   out.words_of_group = out.groups > 1 ? group / kWord : out.words_of_row;
   if (out.groups > 1 && (group % kWord || out.groups * group < width - kWord + 1))

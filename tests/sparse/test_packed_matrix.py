@@ -131,3 +131,24 @@ def test_rows_are_expanded_by_number():
 def test_what_is_no_matrix_is_refused(matrix, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         pack_matrix(matrix, **options)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_levels_say_that_a_number_is_not_finite(values, wrong):
+    matrix = sparse_matrix(1, (4, 64), 0.5)
+    matrix[2, 40] = wrong
+    packed = pack_matrix(matrix, values=values, group=32)
+    scales = np.isfinite(np.asarray(packed.scales))
+    assert scales.tolist() == [[True, True]] * 2 + [[True, False]] + [[True, True]]
+    finite = np.isfinite(np.asarray(unpack(packed)))
+    assert finite[[0, 1, 3]].all()
+    assert not finite[2].all()
+
+
+def test_a_mask_without_a_weight_that_is_not_finite_is_none():
+    matrix = sparse_matrix(1, (4, 64), 0.5)
+    mask = matrix != 0
+    matrix[2, 40], mask[2, 40] = np.nan, False
+    packed = pack_matrix(matrix, mask=mask, values="int8", group=32)
+    assert np.isfinite(np.asarray(packed.scales)).all()

@@ -11,9 +11,11 @@ import hashlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jaxprune.arrays.rules import command_words
 from jaxprune.files.safetensors_file import DTYPES, damaged, view
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.checkpoints.compact_archive import (
@@ -93,7 +95,9 @@ def open_source(path: Path) -> Iterator[CheckpointDir]:
             place = str(Path(scratch).absolute())
             if place not in str(error):
                 raise
-            raise type(error)(str(error).replace(place, str(path))) from None
+            refused: Any = type(error)(str(error).replace(place, str(path)))
+            refused.command = command_words(error).replace(place, str(path))
+            raise refused from None
 
 
 def _write_small(archive: Archive, name: str, digest: str, path: Path) -> None:

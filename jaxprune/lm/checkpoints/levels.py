@@ -60,6 +60,12 @@ class Scales(NamedTuple):
         group = outer * self.values.shape[self.axis] + along // self.grid.group
         return self.values.reshape(-1)[group * inner + within].astype(np.float32)
 
+    def spread(self) -> np.ndarray:
+        """The scale of each element, float32 of the tensor's shape."""
+        ends = tuple(map(slice, self.shape))
+        scales = np.repeat(self.values, self.grid.group, self.axis)[ends]
+        return scales.astype(np.float32)
+
 
 def scales_shape(shape: tuple[int, ...], grid: Grid, axis: int) -> tuple[int, ...]:
     """The shape of a tensor's scales."""
@@ -126,8 +132,7 @@ def split_levels(
     scales = find_scales(tensor, grid)
     if scales is None:
         return None
-    flat = to_levels(tensor.reshape(-1), scales.of(0, tensor.size))
-    return flat.reshape(tensor.shape), scales.values
+    return to_levels(tensor, scales.spread()), scales.values
 
 
 def to_levels(values: np.ndarray, scales: np.ndarray) -> np.ndarray:

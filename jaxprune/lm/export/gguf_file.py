@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
@@ -91,11 +91,13 @@ def export_gguf(
       ModuleNotFoundError: the package gguf is missing.
       OSError: the file could not be written.
     """
+    check(_TYPE, type=type, known=", ".join(get_args(GGUFType)))
     gguf = _package()
     loaded = hf.load(source, lazy=True, ignore_config=ignore_config)
     opened, config = open_directory(source), loaded.config
     check(_DECODER, decoder=isinstance(config, DecoderConfig))
     architecture = check_shape(opened.config["model_type"], config)
+    tokenizer = hf.load_tokenizer(source)  # refuses files that are not what they say
     content = json.loads((opened.path / "tokenizer.json").read_text(encoding="utf-8"))
     content.setdefault("added_tokens", [])
     place = atomic.apart(file, opened.path)
@@ -104,7 +106,7 @@ def export_gguf(
         writer = gguf.GGUFWriter(partial, architecture.name)
         writer.add_name(opened.path.name)
         write_shape(writer, architecture, config)
-        write_tokenizer(writer, opened, content, config.vocab_size)
+        write_tokenizer(writer, opened, content, tokenizer, config.vocab_size)
         writer.add_file_type(_file_type(gguf, type))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         tensors = list(_tensors(gguf, opened, loaded, architecture, type))
@@ -222,6 +224,10 @@ def _package() -> Any:
     return gguf
 
 
+_TYPE = Rule(
+    lambda v: v.type in get_args(GGUFType),
+    "type must be one of {known}, got {type!r}",
+)
 _DECODER = Rule(
     lambda v: v.decoder,
     "GGUF is written of language models that read text alone, but this one reads "

@@ -5,7 +5,7 @@ stand, which layers see a window. A shape that differs from them is refused, sin
 file could be read and would give other logits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ class Architecture(NamedTuple):
       plus_one: number that is added to each norm's scale.
       biases: whether its products may have biases.
       factors: whether a tensor may divide each rotary frequency.
+      activation: nonlinearity of its MLP.
     """
 
     name: str
@@ -32,12 +33,13 @@ class Architecture(NamedTuple):
     plus_one: float = 0.0
     biases: bool = False
     factors: bool = False
+    activation: str = "silu"
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", permuted=True, biases=True, factors=True),
     "qwen3": Architecture("qwen3"),
-    "gemma3_text": Architecture("gemma3", plus_one=1.0),
+    "gemma3_text": Architecture("gemma3", plus_one=1.0, activation="gelu_tanh"),
 }
 """By model_type of config.json."""
 
@@ -76,6 +78,10 @@ def check_shape(model_type: str, config: DecoderConfig) -> Architecture:
         local_factors=[x for r in local[:1] for x in np.unique(rope_factors(r)[1])],
         by_factors=architecture.factors,
         windows=not gemma and any(config.windows),
+        period=window_period(config.windows) if gemma else 0,
+        full=[i for i in range(config.layers) if config.window(i) is None],
+        activation=config.activation,
+        usual_activation=architecture.activation,
         scale=scale,
         same_scale=scale is None or np.isclose(scale, config.head_dim**-0.5),
         biases=config.qkv_bias or config.out_bias or config.mlp_bias,
@@ -83,6 +89,29 @@ def check_shape(model_type: str, config: DecoderConfig) -> Architecture:
         head_bias=config.head_bias,
     )
     return architecture
+
+
+def window_period(windows: Sequence[int | None]) -> int | None:
+    """In how many layers the one without a window comes again.
+
+    Args:
+      windows: window of each layer, None for all tokens.
+
+    Returns:
+      n where all layers but each n-th have windows, 0 where all have, None otherwise.
+
+    Example:
+      >>> window_period([512, 512, None, 512, 512, None])
+      3
+    """
+    # 6 first: older releases of llama.cpp know no other.
+    for period in (6, *range(len(windows) + 1)):
+        if all(
+            (window is not None) == (period == 0 or i % period < period - 1)
+            for i, window in enumerate(windows)
+        ):
+            return period
+    return None
 
 
 def rope_factors(rope: Rope) -> tuple[float, np.ndarray]:
@@ -141,7 +170,8 @@ def write_shape(writer: Any, architecture: Architecture, config: DecoderConfig) 
         writer.add_rope_scaling_factor(float(factors[0]))
     if architecture.name == "gemma3" and (local := [w for w in windows if w]):
         writer.add_sliding_window(local[0])
-        writer.add_sliding_window_pattern([window is not None for window in windows])
+        # A number: llama.cpp passes over an array, and takes 6.
+        writer.add_sliding_window_pattern(window_period(windows))
         theta, _ = rope_factors(ropes[windows.index(local[0])])
         writer.add_rope_freq_base_swa(theta)
     if config.logit_softcap is not None:
@@ -173,6 +203,17 @@ _RULES = (
     Rule(
         lambda v: not v.windows,
         "llama.cpp's {name} sees all tokens in all layers, but this model has windows",
+    ),
+    Rule(
+        lambda v: v.period is not None,
+        "llama.cpp's {name} has windows in all but each n-th layer, but this model has "
+        "none in layers {full}",
+        "remove layers so that it does",
+    ),
+    Rule(
+        lambda v: v.activation == v.usual_activation,
+        "llama.cpp's {name} has the nonlinearity {usual_activation}, but this model "
+        "has {activation}",
     ),
     Rule(
         lambda v: v.same_scale,

@@ -26,7 +26,11 @@ _BY_PATTERN = {
 
 
 def write_tokenizer(
-    writer: Any, source: CheckpointDir, content: Mapping[str, Any], rows: int
+    writer: Any,
+    source: CheckpointDir,
+    content: Mapping[str, Any],
+    tokenizer: hf.Tokenizer,
+    rows: int,
 ) -> None:
     """Writes the tokens, how texts are split into them, and the special ones.
 
@@ -34,6 +38,7 @@ def write_tokenizer(
       writer: the `gguf.GGUFWriter`.
       source: directory of the model.
       content: parsed tokenizer.json.
+      tokenizer: tokenizer of the directory.
       rows: number of rows of the embedding, each of which is a token's.
 
     Raises:
@@ -57,7 +62,6 @@ def write_tokenizer(
         writer.add_token_scores(_scores(model, tokens))
     writer.add_token_types(types)
     special = gguf.SpecialVocab(source.path, load_merges=by_bytes, n_vocab=rows)
-    tokenizer = hf.load_tokenizer(source.path)
     # What begins a text is decided once, as everywhere here.
     if tokenizer.bos is not None:
         special.special_token_ids["bos"] = tokenizer.bos
@@ -74,10 +78,13 @@ def _tokens(content: Mapping[str, Any], rows: int) -> tuple[list[bytes], list[in
     tokens = [f"[PAD{i}]" for i in range(rows)]
     types = [int(TokenType.UNUSED)] * rows
     for token, number in model["vocab"].items():
+        if number >= rows:
+            continue
         is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
         use = TokenType.BYTE if is_byte else TokenType.NORMAL
         tokens[number], types[number] = token, int(use)
-    for token in content["added_tokens"]:
+    # Gemma 3 has a token for pictures, of which models of text have no row.
+    for token in (t for t in content["added_tokens"] if t["id"] < rows):
         use = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
         text = token["content"]
         # llama.cpp looks for them in the text itself, not in the marked one.
@@ -121,7 +128,8 @@ def _begins_with_space(content: Mapping[str, Any]) -> bool:
     splitter = content.get("pre_tokenizer") or {}
     parts = normalizer.get("normalizers", [normalizer])
     prepended = any(part.get("type") == "Prepend" for part in parts)
-    scheme = splitter.get("prepend_scheme", "never")
+    spaced = splitter.get("add_prefix_space", True)  # of older files
+    scheme = splitter.get("prepend_scheme", "always" if spaced else "never")
     return prepended or (splitter.get("type") == "Metaspace" and scheme != "never")
 
 

@@ -64,7 +64,10 @@ def _count_mixture(texts: JobTexts) -> Int[np.ndarray, " rows"]:
     longest = max(int(count.sum()) for count in counts)
     # A short text of a kind says as much of that kind as a long one.
     return sum(
-        (count * (longest // max(int(count.sum()), 1)) for count in counts),
+        (
+            np.rint(count * (longest / max(int(count.sum()), 1))).astype(np.int64)
+            for count in counts
+        ),
         np.zeros(rows, np.int64),
     )
 

@@ -13,6 +13,7 @@ from jaxprune.lm.checkpoints import levels
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.checkpoints.compact_source import CompactSource
 from jaxprune.lm.checkpoints.levels import Grid
+from jaxprune.sparse import encodings
 from jaxprune.sparse.encodings import WORD, Levels
 from jaxprune.sparse.packed_matrix import (
     PackedMatrix,
@@ -57,8 +58,7 @@ def packed_tensor(
     if scales is None or (scales.axis == -1) == transposed:
         return pack_matrix(np.ascontiguousarray(matrix, dtype))
     # Exact: `find_scales` takes only scales that give every value back.
-    whole = levels.to_levels(tensor.reshape(-1), scales.of(0, tensor.size))
-    numbers, factors = whole.reshape(tensor.shape), scales.values
+    numbers, factors = levels.to_levels(tensor, scales.spread()), scales.values
     on_levels = Levels(
         np.ascontiguousarray(numbers.T if transposed else numbers),
         (factors.T if transposed else factors).astype(np.float32),  # (out, groups)
@@ -71,8 +71,11 @@ def _as_stored(source: CompactSource, name: str, dtype: Any) -> PackedMatrix | N
     """A tensor whose bits and values can be taken as they lie in the file."""
     entry = source.archive.tensors[name]
     whole_words = entry["shape"][-1] % WORD == 0
+    # Of other dtypes, as float64, the leaf is a cast.
+    is_stored = DTYPES[entry["dtype"]].name in encodings.DTYPES
     # Groups along the outputs are no groups of a row.
-    if entry["encoding"] == "dense" or not whole_words or entry.get("axis") == -2:
+    across = entry["encoding"] == "dense" or entry.get("axis") == -2
+    if across or not whole_words or not is_stored:
         return None
     parts = source.stored(name)
     on_levels = entry["encoding"] == "levels"

@@ -81,9 +81,13 @@ def choose_vocabulary(
     """
     check_size(size)
     content = {"added_tokens": [], **_read_json(opened, tokenizer_files.TOKENIZER)}
+    # Gemma 3 has a token for pictures, of which models of text have no row.
+    content["added_tokens"] = [
+        token for token in content["added_tokens"] if token["id"] < len(counts)
+    ]
     token_choice.check_ids(token_choice.token_ids(content), len(counts))
     settings = {
-        name: _read_json(opened, name)
+        name: _with_rows(_read_json(opened, name), len(counts))
         for name in tokenizer_files.SETTINGS
         if (opened.path / name).is_file()
     }
@@ -91,6 +95,8 @@ def choose_vocabulary(
     named |= {*tokenizer.eos}  # which may be named by their text
     if tokenizer.bos is not None:
         named.add(tokenizer.bos)
+    if content.get("padding"):
+        named.add(content["padding"]["pad_id"])
     check(_NAMED, beyond=sorted(i for i in named if i >= len(counts)), rows=len(counts))
     kept = token_choice.choose_tokens(content, counts, size, named)
     new_ids = {int(number): i for i, number in enumerate(kept)}
@@ -98,7 +104,11 @@ def choose_vocabulary(
     files: dict[str, Mapping[str, Any] | None] = {tokenizer_files.TOKENIZER: reindexed}
     for name, setting in settings.items():
         files[name] = tokenizer_files.reindexed_settings(setting, new_ids.__getitem__)
-    twins = (n for n in tokenizer_files.LEFT_OUT if n in opened.others)
+    twins = (
+        name
+        for name in opened.others
+        if name in tokenizer_files.LEFT_OUT or name.startswith("tokenizer.model.v")
+    )
     return NewVocabulary(
         kept,
         len(counts),
@@ -106,6 +116,15 @@ def choose_vocabulary(
         files | dict.fromkeys(twins),
         _renumbered_tokenizer(tokenizer, reindexed, new_ids),
     )
+
+
+def _with_rows(setting: dict[str, Any], rows: int) -> dict[str, Any]:
+    """A file of settings without added tokens that no row stands for."""
+    added = setting.get("added_tokens_decoder")
+    if not added:
+        return setting
+    stay = {number: token for number, token in added.items() if int(number) < rows}
+    return {**setting, "added_tokens_decoder": stay}
 
 
 def count_tokens(

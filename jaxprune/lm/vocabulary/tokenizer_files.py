@@ -16,6 +16,7 @@ TOKENIZER = "tokenizer.json"
 LEFT_OUT = (
     *("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model"),
+    "tekken.json",
 )
 """Files that say the vocabulary once more, in forms that are not written here."""
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")

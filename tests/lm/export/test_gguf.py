@@ -219,6 +219,56 @@ def test_what_llama_cpp_computes_otherwise_is_refused(name, sentence, tmp_path):
     assert not (tmp_path / "a.gguf").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"hidden_act": "relu"}, "has the nonlinearity silu, but this model has relu"),
+        ({"hidden_act": "gelu"}, "has the nonlinearity silu, but this model has gelu"),
+    ],
+)
+def test_another_nonlinearity_is_refused(changes, sentence, tmp_path):
+    tiny_hf.random_folder("llama", tmp_path / "model", **changes)
+    with pytest.raises(ValueError, match=sentence):
+        export_gguf(tmp_path / "model", tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("windows", [[1, None, 1, 1], [None, 1, None], [1, None, None]])
+def test_windows_that_no_period_says_are_refused(windows):
+    assert gguf_shape.window_period(windows) is None
+
+
+@pytest.mark.parametrize("count", range(1, 14))
+def test_a_period_says_the_windows_of_each_layer(count):
+    for period in range(count + 1):
+        full = [period and (i + 1) % period == 0 for i in range(count)]
+        windows = [None if whole else 512 for whole in full]
+        said = gguf_shape.window_period(windows)
+        assert [bool(said) and (i + 1) % said == 0 for i in range(count)] == [
+            window is None for window in windows
+        ]
+
+
+def test_an_added_token_without_a_row_is_left_out(tmp_path):
+    model_folder(tmp_path / "model", "byte-level")
+    path = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    rows = hf.load(tmp_path / "model", lazy=True).config.vocab_size
+    picture = {**content["added_tokens"][0], "id": rows, "content": "<picture>"}
+    content["added_tokens"].append(picture)
+    path.write_text(json.dumps(content))
+    export_gguf(tmp_path / "model", tmp_path / "a.gguf", type="f32")
+    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    assert len(fields["tokenizer.ggml.tokens"].data) == rows
+    trim_vocabulary(tmp_path / "model", tmp_path / "small", text(100).splitlines(), 320)
+    kept = json.loads((tmp_path / "small" / "tokenizer.json").read_text())
+    assert "<picture>" not in {token["content"] for token in kept["added_tokens"]}
+
+
+def test_another_type_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"type must be one of f32, f16, .*, got 'q5'"):
+        export_gguf(tmp_path, tmp_path / "a.gguf", type="q5")
+
+
 def test_another_tokenizer_is_refused(tmp_path):
     model_folder(tmp_path / "model", "unigram")
     with pytest.raises(ValueError, match="of the model BPE, got Unigram"):
