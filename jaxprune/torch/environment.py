@@ -189,10 +189,13 @@ class Environment(_Environment):
           Nothing.
         """
         self.watching = True
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "watching", False)
+            # torchax's own methods go past the dispatch.
+            for name in ("flatten", "detach"):
+                stack.callback(setattr, TracedTensor, name, vars(TracedTensor)[name])
+                setattr(TracedTensor, name, getattr(torch.Tensor, name))
             yield
-        finally:
-            self.watching = False
 
     def check_read(self, tree: Any) -> None:
         """Refuses what would have another value in torch, where views are watched.
@@ -201,7 +204,7 @@ class Environment(_Environment):
           tree: tensors in containers.
 
         Raises:
-          TypeError: memory that one of them shares in torch was written to.
+          Limit: memory that one of them shares in torch was written to.
         """
         if self.watching:
             views.check_views(_traced_leaves(tree))

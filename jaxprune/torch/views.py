@@ -15,14 +15,19 @@ _NAMES = {
     *("view", "view_as", "transpose", "t", "permute", "squeeze", "unsqueeze"),
     *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "select"),
     *("narrow", "expand", "expand_as", "swapaxes", "swapdims", "movedim"),
-    *("diagonal", "unfold", "slice", "alias", "detach"),
+    *("diagonal", "unfold", "slice", "alias", "detach", "flatten"),
 }
-
+# These give parts, which do not overlap; all else shares its base's memory.
+_PARTS = {
+    *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "select"),
+    *("narrow", "diagonal", "slice"),
+}
+_VIEWS = "_jaxprune_views"  # attribute of a tensor: what it shares memory with
 
 _WRITER = "_jaxprune_writer"  # attribute of a tensor: who wrote last, and where
 
 
-class Limit(TypeError):
+class Limit(RuntimeError):  # of a TypeError torch makes another operator's
     """What torchax cannot do, or would do otherwise than torch.
 
     Attributes:
@@ -47,10 +52,12 @@ class _Link(NamedTuple):
     Attributes:
       tensor: the view, or what it is a view of.
       value: what it held when the view was made.
+      covers: whether it has all of the memory of the one that it is linked with.
     """
 
     tensor: Any
     value: Any
+    covers: bool
 
 
 def note_views(name: str, operands: tuple[Any, ...], results: list[Any]) -> None:
@@ -62,16 +69,31 @@ def note_views(name: str, operands: tuple[Any, ...], results: list[Any]) -> None
       results: traced tensors that it gave.
     """
     base = operands[0] if operands else None
-    if name.removeprefix("aten::").partition(".")[0] not in _NAMES:
+    operation = name.removeprefix("aten::").partition(".")[0]
+    if operation not in _NAMES:
         return
     # A view by indexing is no tensor of its own, and is followed by torchax.
     if base is None or not hasattr(base, "_elem"):
         return
+    is_whole = operation not in _PARTS
     for view in results:
-        if view is not base:
-            _links(base).append(_Link(view, view._elem))
-            # Siblings, as of a split, do not overlap, so they are not linked.
-            _links(view).append(_Link(base, base._elem))
+        if view is base:
+            continue
+        # What shares memory with the base shares it with a view of all of it, and what
+        # has all of the base's memory with every view.
+        relatives = [(base, True, True)] + [
+            (link.tensor, link.covers, _covers(link.tensor, base))
+            for link in _links(base)
+            if is_whole or link.covers
+        ]
+        for tensor, covers, is_covered in relatives:
+            _links(view).append(_Link(tensor, tensor._elem, covers))
+            _links(tensor).append(_Link(view, view._elem, is_whole and is_covered))
+
+
+def _covers(tensor: Any, base: Any) -> bool:
+    """Whether a base has all of the memory of a tensor that it shares some with."""
+    return any(link.tensor is base and link.covers for link in _links(tensor))
 
 
 def note_write(name: str, place: str | None, tensor: Any) -> None:
@@ -96,10 +118,10 @@ def check_views(tensors: list[Any]) -> None:
       tensors: traced operands of an operation.
 
     Raises:
-      TypeError: memory that one of them shares in torch was written to.
+      Limit: memory that one of them shares in torch was written to.
     """
     for tensor in tensors:
-        for link in getattr(tensor, "_jaxprune_views", ()):
+        for link in getattr(tensor, _VIEWS, ()):
             if link.tensor._elem is not link.value:
                 failure = Limit(_WRITTEN_VIEW)
                 # Not the operation that reads: it would be right without the write.
@@ -110,9 +132,9 @@ def check_views(tensors: list[Any]) -> None:
 
 
 def _links(tensor: Any) -> list[_Link]:
-    if not hasattr(tensor, "_jaxprune_views"):
-        tensor._jaxprune_views = []
-    links: list[_Link] = tensor._jaxprune_views
+    if not hasattr(tensor, _VIEWS):
+        setattr(tensor, _VIEWS, [])
+    links: list[_Link] = getattr(tensor, _VIEWS)
     return links
 
 

@@ -66,6 +66,27 @@ def read_by_a_view(x):
     return turned
 
 
+def through_a_view_of_a_view(x):
+    x.transpose(0, 1).unsqueeze(0).mul_(2)
+    return x
+
+
+def by_another_view_of_all(x):
+    first, second = x.view(-1), x.view(4, -1)
+    first.mul_(2)
+    return second
+
+
+def through_what_torchax_flattens_itself(x):
+    x.flatten().mul_(2)
+    return x
+
+
+def by_an_operator(x):
+    x.view(-1).mul_(2)
+    return x + 1
+
+
 def through_an_index(x):
     x[:, 0] = 0
     x[:, 1:3] += 1
@@ -120,6 +141,10 @@ def twice(x: torch.Tensor) -> torch.Tensor:
         (through_a_selection, f"{VIEW}.* aten::zero_ in 'part'"),
         (through_a_transposition, f"{VIEW}.* aten::add_.* in 'part'"),
         (read_by_a_view, f"{VIEW}.* aten::mul_.* in 'part'"),
+        (through_a_view_of_a_view, f"{VIEW}.* aten::mul_.* in 'part'"),
+        (by_another_view_of_all, f"{VIEW}.* aten::mul_.* in 'part'"),
+        (through_what_torchax_flattens_itself, f"{VIEW}.* aten::mul_.* in 'part'"),
+        (by_an_operator, f"{VIEW}.* aten::mul_.* in 'part'"),
         (
             lambda x: torch.add(x, 1, out=torch.empty(3, 4)),
             "must not have results written to out=, but add in 'part' has",

@@ -1,7 +1,10 @@
 """Inputs of a model from .npz and .safetensors: arrays by the names of arguments."""
 
+import zipfile
+import zlib
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arrays.rules import Rule, check
@@ -9,6 +12,7 @@ from jaxprune.files import safetensors_file
 from jaxprune.lm.torch_models.samples import Samples
 
 SUFFIXES = (".npz", ".safetensors")
+_DAMAGED = (zipfile.BadZipFile, zlib.error)
 
 
 def read_arrays(path: Path) -> Samples:
@@ -43,7 +47,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, AttributeError) as error:
+    # A .npy under this name has no names, and a cut one no directory.
+    except (*_DAMAGED, ValueError, EOFError, AttributeError, TypeError) as error:
         raise ValueError(
             f"'{path}' must be an archive that numpy.savez wrote, of numbers alone "
             f"({error})"
@@ -57,7 +62,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _has_nonfinite(array: np.ndarray) -> bool:
-    floating = np.issubdtype(array.dtype, np.floating)
+    floating = jnp.issubdtype(array.dtype, jnp.floating)  # bfloat16 too
     return bool(floating and not np.isfinite(array).all())
 
 
@@ -69,7 +74,7 @@ _ARRAYS = (
         "give one array for each argument of the model",
     ),
     Rule(
-        lambda v: min(v.counts.values())[0] > 0,
+        lambda v: min(v.counts.values()) > (0,),  # () is of a number alone
         "'{path}' must hold samples, but has none",
     ),
     Rule(

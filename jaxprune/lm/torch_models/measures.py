@@ -22,8 +22,7 @@ from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.measure.tables import describe_windows, format_perplexity
-from jaxprune.lm.torch_models.model_inputs import as_tensors
-from jaxprune.lm.torch_models.samples import Measured
+from jaxprune.lm.torch_models.samples import Measured, as_tensors
 from jaxprune.torch.conversion import as_result
 
 Metric = Callable[[Any, list[dict[str, Any]]], Any]
@@ -47,9 +46,17 @@ _METRIC = (
         "module has none of that name",
     ),
 )
+_FINITE = Rule(
+    lambda v: v.finite,
+    "the outputs of the {stage} model must be finite, but those on {name} are not",
+    "remove less, or give --dtype float32",
+)
 _NUMBERS = Rule(
-    lambda v: v.numbers and all(isinstance(n, float) for n in v.numbers.values()),
-    "--metric must return a number or {{name: number}}, got {value!r}",
+    lambda v: (
+        v.numbers
+        and all(isinstance(n, float) and math.isfinite(n) for n in v.numbers.values())
+    ),
+    "--metric must return a finite number or {{name: number}}, got {value!r}",
 )
 
 
@@ -76,7 +83,7 @@ def load_metric(word: str | None) -> Metric | None:
     try:
         function: Any = getattr(importlib.import_module(module), name, None)
     finally:
-        sys.path.pop(0)
+        sys.path.remove(str(Path.cwd()))
     check(_METRIC[1:], word=word, function=function)
     return function
 
@@ -167,6 +174,8 @@ class TorchMeasurements:
         if dense is results:  # there is nothing to compare it with
             return
         likeness = output_likeness(results, dense)
+        finite = math.isfinite(likeness["error"])
+        check([_FINITE], finite=finite, stage=stage, name=name)
         entry = self.outputs.setdefault(name, {"role": item.role})
         entry[stage] = likeness
         self.console.note(f"{stage}: {likeness_words(likeness)} on {name}")
@@ -177,7 +186,8 @@ class TorchMeasurements:
             for item in self.measured.values()
             for batch in item.samples.batches(self.batch)
         ]
-        value = metric(module.eval(), batches)
+        with torch.no_grad():
+            value = metric(module.eval(), batches)
         # One number has no name of its own.
         pairs = value if isinstance(value, Mapping) else {"metric": value}
         numbers = {str(n): _as_number(number) for n, number in pairs.items()}

@@ -15,7 +15,7 @@ import transformers
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.torch_models.opening import TorchModel, silent_transformers
-from jaxprune.lm.torch_models.samples import Samples
+from jaxprune.lm.torch_models.samples import Samples, as_tensors
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 SOUND = ".wav"
@@ -57,7 +57,9 @@ def _processor(loader: Any, model: TorchModel, what: str) -> Any:
     path = model.source.path
     with silent_transformers():
         try:
-            return loader.from_pretrained(path, local_files_only=True)
+            return loader.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, ImportError, KeyError) as failure:
             reason = (str(failure).strip().splitlines() or [""])[0]
             raise ValueError(
@@ -92,6 +94,8 @@ def _sound_samples(files: Sequence[Path], model: TorchModel, most: int) -> Sampl
     waves = [read_wave(file, rate) for file in files]
     # One program serves all samples, so all have one length.
     length = min(_SECONDS * rate, *(len(values) for values in waves))
+    empty = [str(f) for f, values in zip(files, waves, strict=True) if not len(values)]
+    check([_SOUND], empty=empty)
     pieces = [
         values[start : start + length]
         for values in waves
@@ -154,7 +158,7 @@ def decoder_start(model: TorchModel, samples: Samples, steps: int) -> Samples:
     write: Callable[..., Any] = module
     with torch.no_grad():
         for batch in samples.batches(4):
-            inputs = {name: torch.as_tensor(array) for name, array in batch.items()}
+            inputs = as_tensors(batch)
             # The encoder runs once, the decoder once a token.
             inputs |= {"encoder_outputs": module.get_encoder()(**inputs)}
             rows = len(next(iter(batch.values())))
@@ -188,6 +192,11 @@ _WAVE = (
         "the model takes {rate} values a second, but '{path}' has {own_rate}",
         "resample it",
     ),
+)
+_SOUND = Rule(
+    lambda v: not v.empty,
+    "files of sound must hold some, but {empty} are empty",
+    "take them out of the folder",
 )
 _DECODER = Rule(
     lambda v: v.start is not None,

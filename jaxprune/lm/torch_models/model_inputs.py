@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+import torch
 
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check
@@ -28,6 +30,7 @@ from jaxprune.lm.torch_models.samples import (
     join_samples,
 )
 from jaxprune.lm.torch_models.text_samples import TextReader, text_reader
+from jaxprune.torch.conversion import as_numpy
 
 _HELD_OUT = "held out from calibration"
 _NOT_SEEN = "not calibrated on"
@@ -175,10 +178,12 @@ def _read_texts(job: PruneJob | ShrinkJob, reader: TextReader) -> JobInputs:
     }
     if not calibration.files:
         return JobInputs(None, measured, (), None, reader.special)
+    rows = [t for t in drawn_from if isinstance(t, text_files.Text) and t.is_rows]
     drawn = text_files.draw_sequences(
         drawn_from,
         sequences=calibration.sequences,
-        length=reader.body(length),
+        # Rows have their own length, which texts beside them then share.
+        length=rows[0].tokens.shape[1] if rows else reader.body(length),
         bos=None,
         seed=calibration.seed,
     )
@@ -222,7 +227,21 @@ def _read_files(
             "sha256": digest_files(sources),
             "sequences": samples[path].count,
         }
-    return ReadFiles(_with_decoder(samples, model), files)
+    return ReadFiles(_with_decoder(_in_dtype(samples, model), model), files)
+
+
+def _in_dtype(samples: dict[Path, Samples], model: TorchModel) -> dict[Path, Samples]:
+    """The samples with floats of the module's dtype, which torch does not convert."""
+    dtype = as_numpy(torch.empty(0, dtype=model.module.dtype)).dtype
+
+    def cast(array: np.ndarray) -> np.ndarray:
+        is_floating = jnp.issubdtype(array.dtype, jnp.floating)
+        return array.astype(dtype, copy=False) if is_floating else array
+
+    return {
+        path: Samples({name: cast(array) for name, array in part.arrays.items()})
+        for path, part in samples.items()
+    }
 
 
 def _with_decoder(
@@ -256,25 +275,6 @@ def _kind(path: Path) -> str:
     if path.is_dir():
         return "folders"
     return "arrays" if path.suffix in array_samples.SUFFIXES else "texts"
-
-
-def as_tensors(batch: Any) -> dict[str, Any]:
-    """A batch of samples as what a torch module is called with.
-
-    Args:
-      batch: {argument: array}.
-
-    Returns:
-      {argument: tensor}; integers have 64 bits, as torch's embeddings take them.
-    """
-    import torch
-
-    tensors = {}
-    for name, array in batch.items():
-        integers = np.issubdtype(array.dtype, np.integer)
-        array = np.array(array, np.int64 if integers else None)  # a map is read-only
-        tensors[name] = torch.from_numpy(array)
-    return tensors
 
 
 _DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds", "labels"}

@@ -186,9 +186,9 @@ def changed_tensors(source: CheckpointDir, stored: Any) -> list[str]:
 
 def _is_equal(array: np.ndarray, tensor: Any) -> bool:
     values = as_numpy(tensor)
-    # In the stored dtype: one that was widened on the way in comes back whole.
+    # In the loaded dtype, narrower or wider: rounding on the way in is no change.
     return values.shape == array.shape and bool(
-        (values.astype(array.dtype) == array).all()
+        (values == array.astype(values.dtype)).all()
     )
 
 

@@ -23,7 +23,7 @@ from jaxprune.lm.jobs.provenance import Page
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.torch_models import measures, writing
-from jaxprune.lm.torch_models.model_inputs import as_tensors, read_inputs
+from jaxprune.lm.torch_models.model_inputs import read_inputs
 from jaxprune.lm.torch_models.opening import (
     TorchModel,
     open_torch_model,
@@ -32,7 +32,7 @@ from jaxprune.lm.torch_models.opening import (
 from jaxprune.lm.torch_models.option_rules import check_torch_prune
 from jaxprune.lm.torch_models.outcome import describe_inputs, job_facts, torch_versions
 from jaxprune.lm.torch_models.routing import begin_through_torch
-from jaxprune.lm.torch_models.samples import JobInputs
+from jaxprune.lm.torch_models.samples import JobInputs, as_tensors
 from jaxprune.torch.comparison import relative_difference
 from jaxprune.typing import Prunable
 

@@ -158,3 +158,23 @@ _ENOUGH = Rule(
     "there are {samples}",
     "give more, or a smaller --batch",
 )
+
+
+def as_tensors(batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A batch of samples as what a torch module is called with.
+
+    Args:
+      batch: {argument: array}.
+
+    Returns:
+      {argument: tensor}; integers have 64 bits, as torch's embeddings take them.
+    """
+    # It imports torch, which reading the other names here does not need.
+    from jaxprune.torch.conversion import as_tensor
+
+    return {
+        name: as_tensor(
+            array.astype(np.int64) if np.issubdtype(array.dtype, np.integer) else array
+        )
+        for name, array in batch.items()
+    }

@@ -23,7 +23,7 @@ from jaxprune.lm.jobs.provenance import Page
 from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
 from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.torch_models import measures
-from jaxprune.lm.torch_models.model_inputs import as_tensors, read_inputs
+from jaxprune.lm.torch_models.model_inputs import read_inputs
 from jaxprune.lm.torch_models.opening import (
     TorchModel,
     load_module,
@@ -34,7 +34,7 @@ from jaxprune.lm.torch_models.option_rules import check_torch_shrink
 from jaxprune.lm.torch_models.outcome import describe_inputs, job_facts, torch_versions
 from jaxprune.lm.torch_models.prune import traced_function
 from jaxprune.lm.torch_models.routing import begin_through_torch
-from jaxprune.lm.torch_models.samples import JobInputs, Samples
+from jaxprune.lm.torch_models.samples import JobInputs, Samples, as_tensors
 from jaxprune.lm.torch_models.shrink_sizes import SIZES, Size
 from jaxprune.torch.comparison import TOLERANCE, relative_difference
 from jaxprune.torch.conversion import as_numpy
@@ -345,13 +345,14 @@ def check_loads(place: Path, small: Any, batch: Any, dtype: str | None = None) -
     except ValueError as failure:
         raise reworded(failure, ValueError, "the smaller directory: ") from failure
     module.config.use_cache = False
-    wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
+    # Unexpected ones are those that the class did not read before either.
+    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    check([_FITS], wrong=wrong, class_name=class_name)
     results = [measures.run_module(part, batch) for part in (module, small)]
     difference = relative_difference(*results)
     # In half precision the two run in the same order, so they are equal too.
     check(
         [_LOADS],
-        wrong=wrong,
         equal=difference <= TOLERANCE,
         class_name=class_name,
         difference=f"{difference:.1e}",
@@ -381,6 +382,12 @@ _EXAMPLE = Rule(
     lambda v: v.known,
     "{class_name} takes {name}, whose shape config.json does not say",
     "give --calibration, or --evaluate",
+)
+_FITS = Rule(
+    lambda v: not v.wrong,
+    "the smaller directory must have the shapes that config.json says, but as "
+    "{class_name} these do not fit: {wrong}",
+    _PYTHON,
 )
 _LOADS = Rule(
     lambda v: v.equal,

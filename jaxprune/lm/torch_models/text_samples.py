@@ -5,6 +5,7 @@ it between the tokens that the model's tokenizer puts around a text. An encoder 
 decoder share a sequence: the first half is read, the second is written.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,10 +167,14 @@ def text_reader(model: TorchModel, files: tuple[Path, ...]) -> TextReader:
     after: tuple[int, ...] = ()
     mask: int | None = None
     ids_alone = all(map(text_files.is_ids, files))
-    if not ids_alone or (model.source.path / "tokenizer_config.json").is_file():
+    if not ids_alone:
         made = _load_tokenizer(model)
         tokens, (before, after) = _plain_tokenizer(model, made), _special_tokens(made)
         mask = made.mask_token_id
+    elif (model.source.path / "tokenizer_config.json").is_file():
+        # Rows are used as they are: of the tokenizer only the mask is asked.
+        with contextlib.suppress(ValueError):
+            mask = _load_tokenizer(model).mask_token_id
     task = _task(model, mask)
     # T5 begins with padding, and its configuration may leave that unsaid.
     start = getattr(config, "decoder_start_token_id", None)
@@ -202,7 +207,7 @@ def _load_tokenizer(model: TorchModel) -> Any:
     with silent_transformers():
         try:
             return transformers.AutoTokenizer.from_pretrained(
-                path, local_files_only=True
+                path, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, ImportError, KeyError, TypeError) as failure:
             reason = (str(failure).strip().splitlines() or [""])[0]
