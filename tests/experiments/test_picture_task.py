@@ -93,6 +93,7 @@ def test_a_packed_batch_says_what_each_prompt_says(task, params, token_losses):
         assert task.tokenizer.decode(answer) == asked.answer
 
 
+@pytest.mark.full
 def test_the_loss_is_the_mean_of_the_answers_and_their_ends(task, params, token_losses):
     inputs, targets, _ = task.packed(task.train[:4])
     losses = np.asarray(token_losses(params, inputs, targets))

@@ -196,6 +196,7 @@ def test_a_dense_model_that_is_not_finite_beside_a_pruned_one_that_is_is_refused
         prune(method(), **how)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("model", MODELS)
 def test_the_error_in_the_report_is_that_of_the_dense_models_output(model):
     params, fn = MODELS[model]

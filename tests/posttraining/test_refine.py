@@ -225,6 +225,7 @@ def test_the_loss_on_held_out_batches_does_not_rise(refined):
     assert any(row["after"] < row["before"] for row in rows)
 
 
+@pytest.mark.full
 def test_the_last_loss_is_that_of_the_models_output(refined):
     found, expected = refined.report["refined"][-1], output_error(refined.params)
     np.testing.assert_allclose(found["after"], expected, rtol=1e-2)

@@ -171,6 +171,7 @@ def test_a_job_that_is_interrupted_again_and_again_gives_the_same(whole, tmp_pat
     assert Stopping.met == WEIGHTS[done:]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("weight", ["down/0", "up/1", "out"])
 def test_a_layer_seen_before_it_is_pruned_is_resumed_too(
     weight, tmp_path, whole_layers

@@ -81,6 +81,7 @@ def test_what_has_no_zeros_is_stored_without_bits():
     np.testing.assert_array_equal(bits(packed.unpack()), bits(matrix))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "most"), [("int8", 127), ("int4", 7)])
 @pytest.mark.parametrize("density", [0.3, 1])
 @pytest.mark.parametrize(("inputs", "group"), [(128, 32), (96, 0), (50, 16), (7, 0)])

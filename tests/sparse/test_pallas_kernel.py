@@ -21,6 +21,7 @@ def packed_and_vectors(name, shape, group=64, density=0.4):
     return packed, x
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ENCODINGS)
 @pytest.mark.parametrize(
     ("shape", "group"), [((40, 200), 64), ((64, 96), 32), ((7, 33), 0)]

@@ -97,6 +97,7 @@ def test_no_packed_array_moves(packed):
     assert set(moved) <= {f"f32[8,{width}]" for width in (WIDTH, 96, 52)}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize(("rows", "density"), [(13, 0.4), (3, 0.4), (16, 1)])
 def test_a_split_matrix_multiplies_as_the_matrix_does(name, rows, density):

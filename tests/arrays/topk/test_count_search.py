@@ -151,6 +151,7 @@ def test_under_jit_too(kind, compiled):
     np.testing.assert_array_equal(row_of(masks_of(leaves, eager)), np.concatenate(own))
 
 
+@pytest.mark.full
 @given(ends=st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)))
 @settings(max_examples=15)
 def test_a_wrong_guess_changes_nothing(ends):

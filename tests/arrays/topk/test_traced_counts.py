@@ -75,6 +75,7 @@ def joined(masks):
     return np.concatenate([np.asarray(mask).ravel() for mask in masks])
 
 
+@pytest.mark.full
 def test_one_program_serves_every_count_and_keeps_what_the_oracle_keeps():
     programs = one_program(together), one_program(each)
     for seed in range(3):

@@ -55,6 +55,7 @@ def value(reader, key):
     return reader.fields[key].contents()
 
 
+@pytest.mark.full
 def test_every_row_has_a_token_and_special_ones_their_ids(exported):
     root, reader = exported
     content = json.loads((root / "model" / "tokenizer.json").read_text())

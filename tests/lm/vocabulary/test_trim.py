@@ -113,6 +113,7 @@ def test_the_record_says_what_went_and_twins_are_left_out(pair):
 LETTERS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=40)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
 def test_every_text_comes_back_from_bytes(kind, tmp_path):
     model_folder(tmp_path / "model", kind)
@@ -129,6 +130,7 @@ def test_every_text_comes_back_from_bytes(kind, tmp_path):
     comes_back()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("size", "match"),
     [
@@ -166,6 +168,7 @@ def test_tied_heads_and_biases_lose_the_same_rows(tmp_path, name):
         np.testing.assert_array_equal(before[name_of_tensor], after[name_of_tensor])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("content", [None, "no tokenizer"])
 def test_a_directory_without_a_tokenizer_is_refused_in_a_sentence(tmp_path, content):
     model_folder(tmp_path / "model", "byte-level")
