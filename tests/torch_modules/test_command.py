@@ -152,6 +152,18 @@ def test_a_vision_model_is_pruned_on_a_folder_of_pictures(place, capsys):
     assert "give --dense DIRECTORY, or --metric MODULE:FUNCTION" in err
 
 
+@pytest.mark.full
+def test_a_model_that_was_widened_is_measured_as_it_is_written(place, tmp_path, capsys):
+    module = loaded(place / "vit").to(torch.bfloat16)
+    shutil.copytree(place / "vit", tmp_path / "vit")
+    module.save_pretrained(tmp_path / "vit")
+    out = tmp_path / "out"
+    words = ["--ffn", "0.5", "--dtype", "float32", "--calibration", place / "pictures"]
+    code, _, err = run(capsys, "shrink", tmp_path / "vit", out, *words)
+    assert code == 0, err
+    assert {array.dtype.name for array in weights(out).values()} == {"bfloat16"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wav2vec2", "whisper"])
 def test_a_speech_model_is_pruned_on_a_folder_of_wav_files(name, tmp_path, capsys):

@@ -21,7 +21,7 @@ from jaxprune.arrays.rules import Rule, check, finds_none
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.checkpoints.finite import check_names, nonfinite_tensors
 from jaxprune.lm.jobs.exclusions import matches_any
-from jaxprune.torch.conversion import as_numpy
+from jaxprune.torch.conversion import as_numpy, as_tensor
 from jaxprune.typing import Prunable
 
 
@@ -182,6 +182,20 @@ def changed_tensors(source: CheckpointDir, stored: Any) -> list[str]:
         for name in source.tensors
         if name in stored and not _is_equal(source.read(name), stored[name])
     ]
+
+
+def round_as_stored(source: CheckpointDir, module: Any) -> None:
+    """Rounds the weights of a module to what its directory can hold, in place.
+
+    Args:
+      source: directory that the module was loaded from.
+      module: module, in a dtype that may be wider than that of the files.
+    """
+    with torch.no_grad():
+        for name, tensor in stored_tensors(module).items():
+            if name in source.tensors:
+                values, dtype = as_numpy(tensor), source.tensors[name].dtype
+                tensor.copy_(as_tensor(values.astype(dtype).astype(values.dtype)))
 
 
 def _is_equal(array: np.ndarray, tensor: Any) -> bool:

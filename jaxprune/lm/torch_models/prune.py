@@ -28,6 +28,7 @@ from jaxprune.lm.torch_models.opening import (
     TorchModel,
     open_torch_model,
     prunable_parameter,
+    round_as_stored,
 )
 from jaxprune.lm.torch_models.option_rules import check_torch_prune
 from jaxprune.lm.torch_models.outcome import describe_inputs, job_facts, torch_versions
@@ -137,6 +138,7 @@ def run_torch_prune(
         with costs.phase("prune"):
             result = pruning.prune()
             jp.torch.load(module, result.params)
+            round_as_stored(pruning.model.source, module)
         # The same module by now, with the weights that will be written.
         with costs.phase("evaluate after"):
             measurements.measure("pruned", module)

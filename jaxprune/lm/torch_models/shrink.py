@@ -28,6 +28,7 @@ from jaxprune.lm.torch_models.opening import (
     TorchModel,
     load_module,
     open_torch_model,
+    round_as_stored,
     stored_tensors,
 )
 from jaxprune.lm.torch_models.option_rules import check_torch_shrink
@@ -143,6 +144,7 @@ def run_torch_shrink(
             measurements.check_sane(model.module, job.evaluation.any_perplexity)
         with costs.phase("shrink"):
             small, report = shrinking.shrink()
+            round_as_stored(source, small)
         with costs.phase("evaluate after"):
             measurements.measure("shrunk", small)
         record = _shrinking_record(shrinking, report) | measurements.facts()
