@@ -70,7 +70,7 @@ class Config:
     work: Annotated[Path, tyro.conf.Positional]
     forms: tuple[str, ...] = tuple(FORMS)
     stages: tuple[Literal["make", "measure", "time", "draw"], ...] = STAGES
-    sequences: int = 64
+    sequences: int = 32
     limit: int = 8
     steps: int = 16
     rounds: int = 5
