@@ -194,23 +194,23 @@ def test_an_encoder_and_a_decoder_share_a_text(place, capsys):
 
 
 def test_an_interrupted_run_goes_on(place, capsys, monkeypatch):
-    from jaxprune.lm.torch_models import writing
+    from jaxprune.lm.torch_models import prune
 
     words = [
         *("prune", place / "vit", place / "resumed"),
         *("--calibration", place / "pictures", *SAMPLES, "--method", "wanda", *HALF),
     ]
-    write = writing.write_pruned
+    write = prune.write_replaced
 
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writing, "write_pruned", interrupted)
+    monkeypatch.setattr(prune, "write_replaced", interrupted)
     assert run(capsys, *words)[0] == 130
     assert not (place / "resumed").exists()
     progress = {path.name for path in (place / ".resumed.work").iterdir()}
     assert len(progress) > 1
-    monkeypatch.setattr(writing, "write_pruned", write)
+    monkeypatch.setattr(prune, "write_replaced", write)
     code, found, err = run(capsys, *words)
     assert code == 0, err
     assert not (place / ".resumed.work").exists()

@@ -7,7 +7,7 @@ before anything is done, so what is written later has the names that were read.
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,6 +165,29 @@ def stored_tensors(module: Any) -> dict[str, Any]:
     # Both names of a tied tensor, since directories have one or the other.
     with silent_transformers(), torch.no_grad():
         return dict(revert_weight_conversion(module, module.state_dict()))
+
+
+def stored_names(module: Any, parameters: Collection[str]) -> set[str]:
+    """The names that the tensors of some parameters are stored under.
+
+    Args:
+      module: torch module that `from_pretrained` loaded.
+      parameters: names of parameters.
+
+    Returns:
+      Names of tensors that hold a part of one, tied ones under all their names.
+    """
+    tensors = module.state_dict(keep_vars=True)  # by identity: tied ones are one object
+    chosen = {id(tensors[name]) for name in parameters}
+    # Loading may have joined tensors or split them. So ones and zeros, without memory
+    # of their own, are sent the way back, and arrive where the parameters would.
+    marks = {
+        name: torch.tensor(float(id(tensor) in chosen)).expand(tensor.shape)
+        for name, tensor in tensors.items()
+    }
+    with silent_transformers(), torch.no_grad():
+        stored = revert_weight_conversion(module, marks)
+    return {name for name, mark in stored.items() if bool((mark != 0).any())}
 
 
 def changed_tensors(source: CheckpointDir, stored: Any) -> list[str]:

@@ -1,0 +1,52 @@
+"""The skeleton of a job, filled in for models that go through torch."""
+
+import abc
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+from jaxprune.lm.jobs.transformation import AnyJob, Transformation
+from jaxprune.lm.torch_models.measures import Metric, TorchMeasurements
+from jaxprune.lm.torch_models.opening import TorchModel
+from jaxprune.lm.torch_models.outcome import PACKAGES, job_facts
+from jaxprune.lm.torch_models.samples import JobInputs
+
+
+@dataclasses.dataclass(kw_only=True)
+class TorchTransformation(Transformation[AnyJob, Any]):
+    """A job on a torch module, which has been checked and is in memory.
+
+    Attributes:
+      model: directory and module.
+      inputs: what is calibrated on and measured.
+      metric: a user's own measure, or None.
+    """
+
+    PACKAGES: ClassVar = PACKAGES
+
+    model: TorchModel
+    inputs: JobInputs
+    metric: Metric | None
+
+    @functools.cached_property
+    def measurements(self) -> TorchMeasurements:
+        """What the module is measured by."""
+        batch = self.job.calibration.batch
+        return TorchMeasurements(self.inputs.measured, batch, self.metric, self.console)
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the result of any job, known without changing a weight."""
+        return job_facts(self.job, self.model, self.inputs)
+
+    def look_at_dense(self) -> None:
+        """Measures the module as it is, and refuses one that knows nothing."""
+        module = self.model.module
+        # A run that goes on measures the dense model again, which is cheap.
+        with self.costs.phase("evaluate before"):
+            self.measurements.measure("dense", module)
+            if not self.job.evaluation.any_perplexity:
+                self.measurements.check_sane(module)
+
+    @abc.abstractmethod
+    def plan(self) -> dict[str, Any]:
+        """Says what would be done; JSON-able."""
