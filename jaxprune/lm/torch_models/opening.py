@@ -7,7 +7,7 @@ before anything is done, so what is written later has the names that were read.
 
 import contextlib
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,27 +167,44 @@ def stored_tensors(module: Any) -> dict[str, Any]:
         return dict(revert_weight_conversion(module, module.state_dict()))
 
 
-def stored_names(module: Any, parameters: Collection[str]) -> set[str]:
-    """The names that the tensors of some parameters are stored under.
+def parameters_of_tensors(module: Any) -> dict[str, set[str]]:
+    """Which parameters each stored tensor holds, in whole or in part.
 
     Args:
       module: torch module that `from_pretrained` loaded.
-      parameters: names of parameters.
 
     Returns:
-      Names of tensors that hold a part of one, tied ones under all their names.
+      {name of a tensor: names of parameters}. A tied parameter has one name, its first;
+      its tensors are there under all their names.
     """
-    tensors = module.state_dict(keep_vars=True)  # by identity: tied ones are one object
-    chosen = {id(tensors[name]) for name in parameters}
-    # Loading may have joined tensors or split them. So ones and zeros, without memory
-    # of their own, are sent the way back, and arrive where the parameters would.
+    tensors = module.state_dict(keep_vars=True)
+    # By identity: tied ones are one object.
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    names = list(first.values())
+    numbers = {
+        key: torch.tensor(number, dtype=torch.float64)
+        for number, key in enumerate(first)
+    }
+    # Loading may have joined tensors or split them. So each number, as a tensor without
+    # memory of its own, is sent the way back, and arrives where the parameter would.
     marks = {
-        name: torch.tensor(float(id(tensor) in chosen)).expand(tensor.shape)
+        name: torch.tensor(numbers[id(tensor)], dtype=torch.float64).expand(
+            tensor.shape
+        )
         for name, tensor in tensors.items()
     }
     with silent_transformers(), torch.no_grad():
         stored = revert_weight_conversion(module, marks)
-    return {name for name, mark in stored.items() if bool((mark != 0).any())}
+    return {
+        name: {names[int(number)] for number in _distinct_values(mark)}
+        for name, mark in stored.items()
+    }
+
+
+def _distinct_values(mark: Any) -> list[float]:
+    if mark.numel() and not any(mark.stride()):  # still one number, repeated
+        mark = mark.flatten()[:1]
+    return mark.unique().tolist()
 
 
 def changed_tensors(source: CheckpointDir, stored: Any) -> list[str]:

@@ -16,7 +16,7 @@ import jaxprune as jp
 from jaxprune.arrays.messages import columns
 from jaxprune.arrays.rules import Rule, check, reworded
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
-from jaxprune.lm.jobs import passes, progress_dir, provenance
+from jaxprune.lm.jobs import passes, provenance
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.exclusions import check_globs
 from jaxprune.lm.jobs.provenance import Page
@@ -29,21 +29,22 @@ from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.transformation import Change, Prepared
 from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.torch_models import measures
-from jaxprune.lm.torch_models.model_inputs import read_inputs
 from jaxprune.lm.torch_models.opening import (
     TorchModel,
     changed_tensors,
-    open_torch_model,
+    parameters_of_tensors,
     prunable_parameter,
     round_as_stored,
-    stored_names,
     stored_tensors,
 )
 from jaxprune.lm.torch_models.option_rules import check_torch_prune
 from jaxprune.lm.torch_models.outcome import describe_inputs
 from jaxprune.lm.torch_models.routing import begin_through_torch
 from jaxprune.lm.torch_models.samples import as_tensors
-from jaxprune.lm.torch_models.torch_transformation import TorchTransformation
+from jaxprune.lm.torch_models.torch_transformation import (
+    TorchTransformation,
+    read_torch_job,
+)
 from jaxprune.torch.comparison import relative_difference
 from jaxprune.torch.conversion import as_numpy
 from jaxprune.typing import Prunable
@@ -57,15 +58,11 @@ def prepare_torch_prune(job: PruneJob, console: Console) -> Prepared:
         job, pruning=dataclasses.replace(job.pruning, method=method)
     )
     chosen = check_torch_prune(job)
-    # A module of the user's that is not there is said before the model is read.
-    metric = measures.load_metric(job.evaluation.metric)
     costs = Costs()
     with costs.phase("read"):
-        source = open_directory(job.model)
         # The result and the progress.
-        progress_dir.check_room(job, job.recovery, source, 2)
-        model = open_torch_model(source, job.loading.dtype)
-        inputs = read_inputs(job, model)
+        fields = read_torch_job(job, open_directory(job.model), copies=2)
+        model, inputs = fields["model"], fields["inputs"]
         # One sample shows the program; its batches may be larger.
         samples = inputs.calibration or next(iter(inputs.measured.values())).samples
         fn, params = traced_function(model, next(samples.batches(1)))
@@ -75,18 +72,8 @@ def prepare_torch_prune(job: PruneJob, console: Console) -> Prepared:
             f"{model.class_name} does not read {len(model.unread)} tensors, which are "
             "copied"
         )
-    pruning = TorchPruning(
-        job=job,
-        source=source,
-        console=console,
-        costs=costs,
-        model=model,
-        inputs=inputs,
-        metric=metric,
-        chosen=chosen,
-        fn=fn,
-        params=params,
-    )
+    fields |= {"console": console, "costs": costs}
+    pruning = TorchPruning(**fields, chosen=chosen, fn=fn, params=params)
     return Prepared(pruning.plan, pruning.run)
 
 
@@ -141,11 +128,17 @@ class TorchPruning(TorchTransformation[PruneJob]):
         )
         jp.torch.load(module, result.params)
         round_as_stored(self.source, module)
-        pruned = stored_names(module, {row["name"] for row in result.report["weights"]})
+        held = parameters_of_tensors(module)
+        parameters = {row["name"] for row in result.report["weights"]}
+        pruned = {n for n in self.source.tensors if held.get(n, set()) & parameters}
         moved = {*changed_tensors(self.source, stored_tensors(module))}
-        calibration = describe_inputs(self.job.calibration, self.inputs)
-        # Tensors are called as the parameters here.
-        record = describe_pruning(self.job, self.chosen, calibration, result.report)
+        record = describe_pruning(
+            self.job,
+            self.chosen,
+            describe_inputs(self.job.calibration, self.inputs),
+            result.report,
+            functools.partial(_tensor_name, held),
+        )
         record["through"] = f"torch, as {self.model.class_name}"
         return Change(module, pruned | moved, pruned, record)
 
@@ -194,9 +187,15 @@ class TorchPruning(TorchTransformation[PruneJob]):
             "method": method,
             "pattern": self.chosen.facts()["pattern"],
             "sparsity": self.chosen.sparsity,
-            "allocation": self.job.self.allocation,
+            "allocation": self.job.pruning.allocation,
             "disk_bytes": disk,
         }
+
+
+def _tensor_name(held: Mapping[str, set[str]], parameter: str) -> str:
+    """The tensor that is a parameter; its own name where it is split or joined."""
+    # Old directories have other names than the class of today.
+    return next((n for n, names in held.items() if names == {parameter}), parameter)
 
 
 def traced_function(model: TorchModel, batch: Mapping[str, Any]) -> Any:

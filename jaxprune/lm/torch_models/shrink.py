@@ -17,18 +17,16 @@ import jaxprune as jp
 from jaxprune.arrays.rules import Rule, check, reworded
 from jaxprune.lm.checkpoints import new_weights
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
-from jaxprune.lm.jobs import progress_dir, provenance
+from jaxprune.lm.jobs import provenance
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.provenance import Page
 from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
 from jaxprune.lm.jobs.transformation import Change, Prepared
 from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.torch_models import measures
-from jaxprune.lm.torch_models.model_inputs import read_inputs
 from jaxprune.lm.torch_models.opening import (
     TorchModel,
     load_module,
-    open_torch_model,
     round_as_stored,
     stored_tensors,
 )
@@ -38,7 +36,10 @@ from jaxprune.lm.torch_models.prune import traced_function
 from jaxprune.lm.torch_models.routing import begin_through_torch
 from jaxprune.lm.torch_models.samples import JobInputs, Samples, as_tensors
 from jaxprune.lm.torch_models.shrink_sizes import SIZES, Size
-from jaxprune.lm.torch_models.torch_transformation import TorchTransformation
+from jaxprune.lm.torch_models.torch_transformation import (
+    TorchTransformation,
+    read_torch_job,
+)
 from jaxprune.torch.comparison import TOLERANCE, relative_difference
 from jaxprune.torch.conversion import as_numpy
 
@@ -52,29 +53,16 @@ def prepare_torch_shrink(job: ShrinkJob, console: Console) -> Prepared:
     """A shrinking through torch, for `run_job`: all is read and checked."""
     begin_through_torch(job.model, console)
     check_torch_shrink(job)
-    # A module of the user's that is not there is said before the model is read.
-    metric = measures.load_metric(job.evaluation.metric)
     costs = Costs()
     with costs.phase("read"):
         source = open_directory(job.model)
         _check_sizes(job.removal, source)
-        progress_dir.check_room(job, job.recovery, source, 1)
-        model = open_torch_model(source, job.loading.dtype)
-        inputs = read_inputs(job, model)
-        batch = _first_batch(inputs, model, job.calibration.batch)
+        fields = read_torch_job(job, source, copies=1)
+        model = fields["model"]
+        batch = _first_batch(fields["inputs"], model, job.calibration.batch)
         shares, entries = _units_to_lose(job.removal, model, batch)
-    shrinking = TorchShrinking(
-        job=job,
-        source=source,
-        console=console,
-        costs=costs,
-        model=model,
-        inputs=inputs,
-        metric=metric,
-        batch=batch,
-        shares=shares,
-        entries=entries,
-    )
+    fields |= {"console": console, "costs": costs}
+    shrinking = TorchShrinking(**fields, batch=batch, shares=shares, entries=entries)
     return Prepared(shrinking.plan, shrinking.run)
 
 

@@ -5,11 +5,40 @@ import dataclasses
 import functools
 from typing import Any, ClassVar
 
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.jobs import progress_dir
+from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.lm.jobs.transformation import AnyJob, Transformation
-from jaxprune.lm.torch_models.measures import Metric, TorchMeasurements
-from jaxprune.lm.torch_models.opening import TorchModel
+from jaxprune.lm.torch_models.measures import Metric, TorchMeasurements, load_metric
+from jaxprune.lm.torch_models.model_inputs import read_inputs
+from jaxprune.lm.torch_models.opening import TorchModel, open_torch_model
 from jaxprune.lm.torch_models.outcome import PACKAGES, job_facts
 from jaxprune.lm.torch_models.samples import JobInputs
+
+
+def read_torch_job(
+    job: PruneJob | ShrinkJob, source: CheckpointDir, *, copies: int
+) -> dict[str, Any]:
+    """Reads what any job on a torch module needs.
+
+    Args:
+      job: what was asked for.
+      source: directory of the model.
+      copies: number of copies of the model that are written, the result included.
+
+    Returns:
+      Fields of a `TorchTransformation`, by name.
+
+    Raises:
+      ValueError: something does not fit.
+    """
+    # A module of the user's that is not there is said before the model is read.
+    metric = load_metric(job.evaluation.metric)
+    progress_dir.check_room(job, job.recovery, source, copies)
+    model = open_torch_model(source, job.loading.dtype)
+    inputs = read_inputs(job, model)
+    return dict(job=job, source=source, model=model, inputs=inputs, metric=metric)
 
 
 @dataclasses.dataclass(kw_only=True)
