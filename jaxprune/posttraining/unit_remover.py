@@ -36,12 +36,12 @@ class _Inputs(NamedTuple):
 
     Attributes:
       op: the last use.
-      statistics: statistics of the inputs of all uses; None where the log has the rest.
+      statistics: `InputStatistics` of all uses; None where the log has the result.
       value: what the last input is read from, in the first batch.
     """
 
     op: LinearOp
-    statistics: InputStatistics | None
+    statistics: Any
     value: Any
 
 
@@ -119,13 +119,11 @@ class UnitRemover(SegmentJob):
     def _replace(self, names: Sequence[str]) -> None:
         """Puts new values in the place of weights, from the log or solved for."""
         observed = {name: self._observed.pop(name) for name in names}
-        if not self.done.issuperset(names):
-            solved = self._solve(observed)
-            for name, (arrays, row) in solved.items() if self._log else ():
-                self._log.write(_entry(name), jax.device_get(arrays), row)
-        else:
-            solved = {name: self._restored.pop(name) for name in names}
+        restored: dict[str, Any] = {name: self._restored.pop(name) for name in names}
+        solved = restored if self.done.issuperset(names) else self._solve(observed)
         for name, (arrays, row) in solved.items():
+            if self._log and solved is not restored:
+                self._log.write(_entry(name), jax.device_get(arrays), row)
             for group in row["groups"]:
                 self.kept[group] = np.array(arrays[f"kept of {group}"])
             view = observed[name].op.view
@@ -141,15 +139,9 @@ class UnitRemover(SegmentJob):
         before = {n: self._store.read(inputs.op.view) for n, inputs in observed.items()}
         for name, weight in before.items():
             check(_FINITE, name=name, is_finite=bool(np.isfinite(weight).all()))
-        hessians = {n: inputs.statistics.hessian for n, inputs in observed.items()}
-        if len(observed) > 1:  # sums of squares, where means would weigh as much each
-            hessians = {
-                name: hessian * observed[name].statistics.samples
-                for name, hessian in hessians.items()
-            }
         # Inside an Explicit mesh even a slice must be taken on its Auto twin.
         after, kept, damping = placement.automatic(
-            self._without_units, before, hessians
+            self._without_units, before, _moments(observed)
         )
         solved = {}
         for name, (op, _, value) in observed.items():
@@ -207,6 +199,15 @@ class UnitRemover(SegmentJob):
                 hessian = hessians[name].at[gone].set(0).at[:, gone].set(0)
                 hessians[name] = hessian
         return {n: weight[None] for n, weight in after.items()}, kept, damping
+
+
+def _moments(observed: Mapping[str, _Inputs]) -> dict[str, jax.Array]:
+    """X^T X of each weight's inputs, (1, in, in)."""
+    statistics = {name: inputs.statistics for name, inputs in observed.items()}
+    if len(statistics) == 1:
+        return {name: item.hessian for name, item in statistics.items()}
+    # Sums, not means: a weight with more inputs has more outputs to lose.
+    return {name: item.hessian * item.samples for name, item in statistics.items()}
 
 
 def _joined_by_groups(

@@ -102,6 +102,7 @@ def inputs_of_recurrent(p, x):
     return [np.concatenate([first, second]), last]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("model", "inputs_of", "x", "outputs"),
     [

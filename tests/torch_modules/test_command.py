@@ -239,6 +239,25 @@ def test_a_speech_model_is_pruned_on_a_folder_of_wav_files(name, tmp_path, capsy
 
 
 @pytest.mark.slow
+def test_whisper_becomes_smaller_on_wav_files_and_is_measured(tmp_path, capsys):
+    tiny_transformers.whisper(tmp_path / "model")
+    tiny_transformers.sounds(tmp_path / "sounds")
+    out, sounds = tmp_path / "out", tmp_path / "sounds"
+    words = ["--ffn", "0.5", "--calibration", sounds, *SAMPLES]
+    code, found, err = run(capsys, "shrink", tmp_path / "model", out, *words)
+    assert code == 0, err
+    small = loaded(out)
+    config = small.config
+    assert (config.encoder_ffn_dim, config.decoder_ffn_dim) == (12, 12)
+    parameters = sum(p.numel() for p in small.parameters())
+    assert found["sizes"]["after"]["parameters"] == parameters
+    words = ["--text", sounds, "--dense", tmp_path / "model"]
+    code, measured, err = run(capsys, "eval", out, *words)
+    assert code == 0, err
+    assert 0 < measured["outputs"]["sounds"]["model"]["error"] < 1
+
+
+@pytest.mark.slow
 def test_an_encoder_and_a_decoder_share_a_text(place, capsys):
     out = place / "t5_out"
     code, found, err = run(
