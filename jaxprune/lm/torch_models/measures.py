@@ -211,7 +211,7 @@ def main_output(result: Any) -> np.ndarray:
     """
     # A ModelOutput has its hidden states and caches beside.
     if isinstance(result, Mapping):
-        for name in ("logits", "last_hidden_state"):
+        for name in ("logits", "logits_per_image", "last_hidden_state"):
             if name in result:
                 return np.asarray(result[name], np.float32)
     floating = [

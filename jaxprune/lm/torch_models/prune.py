@@ -6,6 +6,7 @@ segment by segment. What is done is kept beside OUT, and the same command goes o
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -129,7 +130,7 @@ class TorchPruning(TorchTransformation[PruneJob]):
         jp.torch.load(module, result.params)
         round_as_stored(self.source, module)
         held = parameters_of_tensors(module)
-        parameters = {row["name"] for row in result.report["weights"]}
+        parameters = {_parameter_of(row["name"]) for row in result.report["weights"]}
         pruned = {n for n in self.source.tensors if held.get(n, set()) & parameters}
         moved = {*changed_tensors(self.source, stored_tensors(module))}
         record = describe_pruning(
@@ -192,10 +193,20 @@ class TorchPruning(TorchTransformation[PruneJob]):
         }
 
 
-def _tensor_name(held: Mapping[str, set[str]], parameter: str) -> str:
-    """The tensor that is a parameter; its own name where it is split or joined."""
+def _parameter_of(weight: str) -> str:
+    """The parameter of a weight, which may be one matrix of it ("experts/3") or a part.
+
+    Names of torch have neither a slash nor a bracket.
+    """
+    return re.split(r"[/\[]", weight)[0]
+
+
+def _tensor_name(held: Mapping[str, set[str]], weight: str) -> str:
+    """The tensor that holds a weight; its own name where that is split or joined."""
+    parameter = _parameter_of(weight)
     # Old directories have other names than the class of today.
-    return next((n for n, names in held.items() if names == {parameter}), parameter)
+    tensors = (name for name, parts in held.items() if parts == {parameter})
+    return next(tensors, parameter) + weight.removeprefix(parameter)
 
 
 def traced_function(model: TorchModel, batch: Mapping[str, Any]) -> Any:
