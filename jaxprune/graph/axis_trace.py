@@ -322,18 +322,20 @@ def _single_index(flat: Program, step: Step) -> tuple[int, int] | None:
     before = flat.avals[step.inputs[0]].shape  # type: ignore[index]
     after = flat.avals[step.outputs[0]].shape
     if name == "gather":  # as `jnp.take` of one index
-        numbers, after = step.params["dimension_numbers"], step.params["slice_sizes"]
-        if (*numbers.start_index_map,) != (*numbers.collapsed_slice_dims,):
-            return None
-        if len(flat.avals[step.inputs[1]].shape) != 1:  # type: ignore[index]
-            return None
+        after = step.params["slice_sizes"]
     cut_axes = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
     if len(cut_axes) != 1 or after[cut_axes[0]] != 1:
         return None
     axis = cut_axes[0]
     if name == "slice":
         return axis, int(step.params["start_indices"][axis])
-    operand = step.inputs[1] if name == "gather" else step.inputs[1 + axis]
+    if name == "gather":
+        numbers, operand = step.params["dimension_numbers"], step.inputs[1]
+        one_axis = numbers.start_index_map == numbers.collapsed_slice_dims == (axis,)
+        if not one_axis or len(flat.avals[operand].shape) != 1:  # type: ignore[index]
+            return None
+    else:
+        operand = step.inputs[1 + axis]
     start = program_.constant_value(flat, operand)
     if start is None:
         return None

@@ -12,6 +12,7 @@ from jaxprune.arrays import tree
 from jaxprune.lm.export.tunix_model import load_in_tunix
 from tests.support import tiny_hf
 from tests.support.tiny_cli import logits, nats
+from tests.support.trainer_folders import CHANGES, pruned_folder
 
 peft_trainer = pytest.importorskip("tunix.sft.peft_trainer")
 distillation = pytest.importorskip("tunix.distillation.distillation_trainer")
@@ -25,36 +26,12 @@ pytestmark = [
 from tunix.distillation import strategies  # noqa: E402
 from tunix.sft import utils  # noqa: E402
 
-PLAIN = {"rope_type": "default", "rope_theta": 1e4}
-# Sizes that no preset of Tunix has, as a shrunk model's are.
-CHANGES = {
-    "llama": {"rope_parameters": PLAIN},
-    "qwen3": {"rope_parameters": PLAIN},
-    "gemma3": {
-        "num_hidden_layers": 7,
-        "layer_types": [
-            *["sliding_attention"] * 5,
-            "full_attention",
-            "sliding_attention",
-        ],
-    },
-}
 TOKENS = tiny_hf.tokens(2, 24)
 
 
 @pytest.fixture(scope="module", params=CHANGES)
 def folder(request, tmp_path_factory):
-    """A directory whose layers' matrices have zeros."""
-    name, changes = request.param, dict(CHANGES[request.param])
-    config = tiny_hf.config_json(name, **changes)
-    if name == "gemma3":
-        changes["query_pre_attn_scalar"] = config["head_dim"]
-        config = tiny_hf.config_json(name, **changes)
-    tensors = tiny_hf.random_tensors(name, **changes)
-    for key, tensor in tensors.items():
-        if key.endswith("_proj.weight"):
-            tensor[np.abs(tensor) < 0.2] = 0
-    return tiny_hf.save(tmp_path_factory.mktemp(name), config, tensors)
+    return pruned_folder(request.param, tmp_path_factory.mktemp("tunix") / "model")
 
 
 def inputs(tokens):
