@@ -234,7 +234,7 @@ class _Walker:
 
 
 def _new_leaf_axes(name: str, leaf: Any, stacked: int | None) -> LeafAxes:
-    shape = tuple(jnp.shape(leaf))
+    shape = tuple(np.shape(leaf))
     count = 1 if stacked is None else shape[stacked]
     why = None if tree.is_floating(leaf) else "is not floating"
     # (layers or 1, axes): each layer of a stack has dimensions of its own.

@@ -258,7 +258,7 @@ def trace(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> Trace
     finder = _Finder(flat, list(leaves))
     for position, step in enumerate(flat.steps):
         finder.look(position, step)
-    shapes = {name: jnp.shape(leaf) for name, leaf in leaves.items()}
+    shapes = {name: np.shape(leaf) for name, leaf in leaves.items()}
     return Trace(
         tuple(finder.ops),
         finder.unseen(shapes),
