@@ -30,7 +30,7 @@ from jaxprune.graph.weight_parts import index_and_part, inputs_and_outputs
 from jaxprune.graph.weight_view import WeightView
 from jaxprune.leaves import Explanation, as_rule, explain
 from jaxprune.leaves import prunable as is_prunable
-from jaxprune.typing import Params, PrunableLike
+from jaxprune.typing import Params, Prunable, PrunableLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,10 +158,7 @@ class Trace:
         )
 
     def warn_of_unseen(
-        self,
-        ops: Sequence[LinearOp],
-        rule: Callable[[str, Any], bool],
-        stacklevel: int = 3,
+        self, ops: Sequence[LinearOp], rule: Prunable, stacklevel: int = 3
     ) -> None:
         """Warns where less than half of the weights that may be pruned are in ops.
 

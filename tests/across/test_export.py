@@ -64,7 +64,9 @@ def test_it_is_written_and_read_back(name):
 
 @pytest.mark.clients
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name, rows", [("pruned", 5), ("pruned", "B"), ("shrunk", 5)])
+@pytest.mark.parametrize(
+    ("name", "rows"), [("pruned", 5), ("pruned", "B"), ("shrunk", 5)]
+)
 def test_onnxruntime_computes_it(name, rows):
     # jax2onnx has functions of its own for those of jax.nn while it traces: a shrunk
     # function meets them where the batch is of another shape than it was shrunk with.

@@ -90,11 +90,10 @@ def check_trainer_shape(
         or config.head_bias,
         capped=config.logit_softcap is not None or config.attention_softcap is not None,
     )
-    first = next((s for s in whole if s), next((s for s in local if s), None))
-    assert first is not None  # each layer has a scheme, as was checked
-    return TrainerShape(
-        first, next(iter(local), None), next((w for w in windows if w), None)
-    )
+    # Each layer has a scheme, as was checked.
+    first = next(shape for shape in (*whole, *local) if shape is not None)
+    window = next((w for w in windows if w), None)
+    return TrainerShape(first, next(iter(local), None), window)
 
 
 def _rope_shape(rope: Rope | None, head_dim: int) -> RopeShape | None:
