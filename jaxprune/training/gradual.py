@@ -26,7 +26,7 @@ from jaxprune.training.event_table import Event, EventTable
 from jaxprune.training.grow import Grow, parse_growth
 from jaxprune.training.mask_events import MaskEvents
 from jaxprune.training.masked import masked_step, require_params, wrapped_optimizer
-from jaxprune.training.restarts import RestartState, corrected, restart, start_restarts
+from jaxprune.training.restarts import RestartState, restarted_step, start_restarts
 from jaxprune.typing import Criterion, Masks, Params, Pattern, PrunableLike
 
 
@@ -89,7 +89,7 @@ def gradual(
         `jp.grow.random()` ("set"), by which the number kept is still the schedule's.
         The first event grows nothing. A weight that comes back begins at zero, with
         the moments that the optimizer's `init` gives, and Adam's bias correction counts
-        its steps from there; the state holds one byte more a weight for it.
+        its steps from there; the state holds two bytes more a weight for it.
       packed: whether the state holds masks at one bit a weight rather than eight. Of
         the checkpoints, orbax takes these; `flax.serialization` does not.
 
@@ -151,21 +151,22 @@ def gradual(
         # RigL ranks pruned weights by this step's gradient, before it is masked.
         gradients = updates if grow is not None and grow.reads_gradient else params
         due = masking.due(step)
-        before = state_masks
-        state_masks = masking.choose(
-            due, step, state_masks, lambda: (params, state.inner), gradients
+        before, state_masks = (
+            state_masks,
+            masking.choose(
+                due, step, state_masks, lambda: (params, state.inner), gradients
+            ),
         )
         masks = masking.read(state_masks, params)
-        if grow is not None:
-            before = masking.read(before, params)
-            restarts, inner = restart(
-                optimizer, restarts, inner, due, before, masks, params
+        if grow is None:
+            updates, inner = masked_step(
+                optimizer, masks, updates, inner, params, extra_args
             )
-        updates, inner = masked_step(
-            optimizer, masks, updates, inner, params, extra_args
-        )
-        if grow is not None:
-            updates = corrected(updates, restarts, inner)
+        else:
+            before = masking.read(before, params)
+            updates, inner, restarts = restarted_step(
+                optimizer, before, masks, updates, inner, restarts, params, extra_args
+            )
         step = optax.safe_increment(step)
         return updates, GradualState(step, state_masks, inner, restarts)
 

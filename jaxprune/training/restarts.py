@@ -8,43 +8,43 @@ steps ago, and by the t of all others its first step would be
 
     (1 - b1^t) / (1 - b1^a) sqrt((1 - b2^a) / (1 - b2^t)),
 
-which leaves out Adam's epsilon. A weight needs no count for it but the number of the
-event at which it came back, one byte; a table of 256 has the optimizer's count at each.
+which leaves out Adam's epsilon. The state has its age for it, two bytes a weight.
+
+Xiao et al., "Memory-Efficient LLM Training with Dynamic Sparsity", 2026, arXiv
+2606.00888 (SMET), count so too; their warm-up of such weights is not here.
 """
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Int32
 
 from jaxprune.arrays import placement, tree
 from jaxprune.scores.adamax import has_adams_type, is_linear, pairs_like
-from jaxprune.training.masked import map_masked, select_kept, zeros_of
+from jaxprune.training.masked import map_masked, masked_step, select_kept, zeros_of
 from jaxprune.typing import Masks, Params
 
-# Event numbers of one byte; 0 is for what never came back, or so many events ago.
-_SLOTS = 256
 # Updates that a probe waits for a step of an optimizer that collects gradients.
 _PROBES = 32
+# What two bytes hold. By then Adam's correction is 1, if b2 is not within 1e-5 of it.
+_OLDEST = 2**16 - 1
 
 
 class RestartState(NamedTuple):
-    """Which weights came back, and when.
+    """How long ago weights came back.
 
     Attributes:
-      slots: number of the event at which a weight came back, uint8 like the masks.
-      latest: number of the last event, from 1 to 255 and then from 1 again, int32.
-      starts: count of each of Adam's states at each event, int32 (states, 256).
+      ages: 1 and the number of steps since a weight came back, uint16 like the masks; 0
+        of what never did, is pruned, or came back 65535 steps ago.
       decays: b1 and b2 of each of Adam's states, float32 (states, 2); 0 for none.
     """
 
-    slots: Params
-    latest: jax.Array
-    starts: jax.Array
+    ages: Params
     decays: jax.Array
 
 
@@ -57,140 +57,139 @@ def start_restarts(
     """The state in which nothing has come back.
 
     Args:
-      optimizer: optimizer whose state it is; it is asked for steps of two numbers a
-        leaf, from which Adam's decays are read.
+      optimizer: optimizer whose state `inner` is; it is asked for steps of two numbers
+        a leaf, from which Adam's decays are read.
       inner: state of the optimizer.
       masks: boolean masks like the parameters.
       params: parameters, or optax's stand-in for them.
 
+    Returns:
+      The state, on the devices of the parameters.
+
     Raises:
       ValueError: optax cannot tell which parts of the state belong to the parameters.
     """
-    nodes = _adam_nodes(inner)
-    latest = placement.counter(params)
-    starts = jnp.zeros((len(nodes), _SLOTS), jnp.int32)
+    states = len(_adam_nodes(inner))
     if tree.is_placeholder(params):
-        decays = jnp.zeros((len(nodes), 2), jnp.float32)
-        return RestartState(params, latest, starts, decays)
-    slots = zeros_of(masks, params, jnp.uint8)
+        return RestartState(params, jnp.zeros((states, 2), jnp.float32))
     try:
-        _moments(optimizer, inner, slots)
+        _moments(optimizer, inner, masks)
     except Exception as error:  # whatever an optimizer's `init` says of a stand-in
         raise ValueError(
             "a weight that grows needs fresh moments, but optax.tree.map_params cannot "
             "tell which parts of this optimizer's state belong to the parameters "
             f"({error}); leave optax.flatten and the like out"
         ) from error
-    decays = jnp.asarray(_decays(optimizer, params, len(nodes)))
-    # On the devices of the parameters, or the second step would compile anew.
-    return RestartState(slots, latest, latest + starts, latest + decays)
+    decays = jnp.asarray(_decays(optimizer, params, states))
+    return RestartState(
+        zeros_of(masks, params, jnp.uint16), placement.counter(params) + decays
+    )
 
 
-def restart(
-    optimizer: optax.GradientTransformation,
-    state: RestartState,
-    inner: optax.OptState,
-    due: Any,
+def restarted_step(
+    optimizer: optax.GradientTransformationExtraArgs,
+    before: Masks,
     masks: Masks,
-    new_masks: Masks,
+    gradients: optax.Updates,
+    inner: optax.OptState,
+    restarts: RestartState,
     params: Params,
-) -> tuple[RestartState, optax.OptState]:
-    """The states in which what an event returns is new.
+    extra_args: Mapping[str, Any],
+) -> tuple[optax.Updates, optax.OptState, RestartState]:
+    """A masked step at which what comes back starts anew; see `masked_step`.
 
     Args:
-      optimizer: optimizer whose state `inner` is.
-      state: state of the restarts.
-      inner: state of the optimizer.
-      due: whether this step has an event, boolean scalar.
-      masks: boolean masks before the event.
-      new_masks: boolean masks after it.
+      optimizer: the wrapped optimizer.
+      before: boolean masks of the step before.
+      masks: boolean masks of this step.
+      gradients: gradients, like the parameters.
+      inner: the optimizer's state.
+      restarts: state of the restarts.
       params: the parameters.
+      extra_args: extra arguments of the optimizer's `update`.
 
     Returns:
-      Both states; the optimizer's is that of `init` where a weight comes back. What
-      trackers hold is of the whole run, and stays.
+      The update and both new states.
     """
-    counts = [node.count for node in _adam_nodes(inner)]
-    latest = jnp.where(due, state.latest % (_SLOTS - 1) + 1, state.latest)
-    here = due & (jnp.arange(_SLOTS) == latest)  # (256,)
-    starts = state.starts
-    if counts:
-        starts = jnp.where(here[None], jnp.stack(counts)[:, None], starts)
-
-    def slot(new: jax.Array, mask: jax.Array, before: jax.Array) -> jax.Array:
-        # A number is used again after 255 events, by when its weights are old ones.
-        reused = due & (before == latest)
-        # Of what is pruned too, so that its removal, -w, is not multiplied.
-        kept = jnp.where(new & ~reused, before, 0)
-        return jnp.where(new & ~mask, latest.astype(jnp.uint8), kept)
-
-    slots = map_masked(slot, new_masks, masks, state.slots)
-    returned = map_masked(lambda new, mask: new & ~mask, new_masks, masks)
-    # Of the parameters as the optimizer sees them: zero where a weight comes back.
-    fresh = optimizer.init(select_kept(new_masks, params))
-    inner = jax.tree.map(
-        lambda chosen, new, old: (
-            old
-            if chosen is False
-            else jnp.where(jnp.broadcast_to(chosen, old.shape), new, old)
-        ),
-        _moments(optimizer, inner, returned),
-        fresh,
-        inner,
+    returned = map_masked(lambda mask, old: mask & ~old, masks, before)
+    inner = _fresh_moments(optimizer, inner, returned, select_kept(masks, params))
+    updates, stepped = masked_step(
+        optimizer, masks, gradients, inner, params, extra_args
     )
-    return RestartState(slots, latest, starts, state.decays), inner
+    updates, restarts = _corrected(updates, restarts, returned, masks, inner, stepped)
+    return updates, stepped, restarts
 
 
-def corrected(
-    updates: optax.Updates, state: RestartState, inner: optax.OptState
-) -> optax.Updates:
-    """The updates, those of weights that came back by Adam's correction for their age.
+def _fresh_moments(
+    optimizer: optax.GradientTransformation,
+    inner: optax.OptState,
+    returned: Masks,
+    params: Params,
+) -> optax.OptState:
+    """The optimizer's state, that of its `init` where a weight comes back."""
 
-    Args:
-      updates: updates of the optimizer, like the parameters.
-      state: state of the restarts.
-      inner: state of the optimizer after the step.
+    def leaf(chosen: Any, fresh: Any, value: Any) -> Any:
+        if chosen is False:
+            return value
+        return jnp.where(jnp.broadcast_to(chosen, value.shape), fresh, value)
+
+    moments = _moments(optimizer, inner, returned)
+    return jax.tree.map(leaf, moments, optimizer.init(params), inner)
+
+
+def _corrected(
+    updates: optax.Updates,
+    state: RestartState,
+    returned: Masks,
+    masks: Masks,
+    before: optax.OptState,
+    inner: optax.OptState,
+) -> tuple[optax.Updates, RestartState]:
+    """The updates, of weights that came back by Adam's correction for their age.
+
+    `before` and `inner` are the optimizer's state before the step and after it.
     """
-    factors = dict[str, Float32[Array, "256"]]()
-    for number, node in enumerate(_adam_nodes(inner)):
-        table = _corrections(node.count, state.starts[number], state.decays[number])
-        named = tree.named_leaves(node.mu)
-        # The first of Adam's states that holds a leaf, as under `optax.partition`.
-        trained = [name for name, leaf in named.items() if not tree.is_excluded(leaf)]
-        factors = dict.fromkeys(trained, table) | factors
-    named_slots = tree.named_leaves(state.slots)
-    named = tree.named_leaves(updates)
-    leaves = [
-        update
-        if name not in factors or tree.is_excluded(named_slots[name])
-        else _scaled(update, factors[name], named_slots[name])
-        for name, update in named.items()
-    ]
-    structure = jax.tree.structure(updates, is_leaf=tree.is_leaf)
-    return jax.tree.unflatten(structure, leaves)
+    named, ages = tree.named_leaves(updates), tree.named_leaves(state.ages)
+    named_returned, named_masks = map(tree.named_leaves, (returned, masks))
+    corrected = {name for name, age in ages.items() if tree.is_excluded(age)}
+    nodes = zip(_adam_nodes(before), _adam_nodes(inner), state.decays, strict=True)
+    for old, new, decays in nodes:
+        for name, moment in tree.named_leaves(new.mu).items():
+            # A leaf is of the first of Adam's states that holds it; a node that was
+            # left out may stand for a whole subtree.
+            if tree.is_excluded(moment) or name in corrected:
+                continue
+            corrected.add(name)
+            age = jnp.where(named_returned[name], 1, ages[name].astype(jnp.int32))
+            # A step that collects gradients, or leaves them out, makes nothing older.
+            older = age + new.count - old.count
+            known = (age > 0) & named_masks[name] & (older <= _OLDEST)
+            factor = _correction(new.count, older - 1, decays)
+            # All others keep their bits; removals, -w, are of what is pruned.
+            scaled = (named[name] * factor).astype(named[name].dtype)
+            named[name] = jnp.where(known, scaled, named[name])
+            ages[name] = jnp.where(known, older, 0).astype(jnp.uint16)
+
+    def like(reference: Any, leaves: dict[str, Any]) -> Any:
+        structure = jax.tree.structure(reference, is_leaf=tree.is_leaf)
+        return jax.tree.unflatten(structure, leaves.values())
+
+    return like(updates, named), state._replace(ages=like(state.ages, ages))
 
 
-def _scaled(update: jax.Array, table: jax.Array, slots: jax.Array) -> jax.Array:
-    """The update times what the table has at each slot."""
-    sharding = jax.typeof(slots).sharding
-    # On a mesh of Explicit axes an array of indices does not say how its result lies.
-    explicit = sharding if sharding.mesh.explicit_axes else None
-    factor = table.at[slots].get(mode="promise_in_bounds", out_sharding=explicit)
-    return (update * factor).astype(update.dtype)
+def _correction(
+    count: jax.Array, steps: Int32[Array, "..."], decays: Float32[Array, "2"]
+) -> Float32[Array, "..."]:
+    """What Adam's update of a weight of so many steps is multiplied by."""
 
+    def corrections(steps: jax.Array) -> list[jax.Array]:
+        # 1 - b^n; 1 for a decay of 0. `expm1` would take half as long again, for digits
+        # that `decays` does not have.
+        steps = jnp.maximum(steps, 1).astype(jnp.float32)
+        return [1 - jnp.exp(steps * jnp.log(decay)) for decay in decays]
 
-def _corrections(
-    count: jax.Array, starts: jax.Array, decays: jax.Array
-) -> Float32[Array, "256"]:
-    """What the update of a weight of each slot is multiplied by; 1 of slot 0."""
-    # Adam's count has the step already; a step that was left out has an update of zero.
-    ages = jnp.maximum(count - starts, 1)  # (256,)
-    (first, second), (first_all, second_all) = (
-        # 1 - b^n, where b^n is near 1 too; 1 for a decay of 0.
-        [-jnp.expm1(steps * jnp.log(decay)) for decay in decays]
-        for steps in (ages.astype(jnp.float32), jnp.maximum(count, 1).astype("f4"))
-    )
-    return first_all / first * jnp.sqrt(second / second_all)
+    (first, second), (first_of_all, second_of_all) = map(corrections, (steps, count))
+    return first_of_all / first * jnp.sqrt(second / second_of_all)
 
 
 def _adam_nodes(state: optax.OptState) -> list[Any]:
@@ -214,8 +213,8 @@ def _moments(
         if tree.is_excluded(chosen):
             return False
         # Adafactor's sums over rows are like the parameters, and are of no weight.
-        own_shape = jnp.shape(value)[-chosen.ndim :] if chosen.ndim else ()
-        fits = tree.is_floating(value) and own_shape == chosen.shape
+        last_axes = jnp.shape(value)[-chosen.ndim :] if chosen.ndim else ()
+        fits = tree.is_floating(value) and last_axes == chosen.shape
         return chosen if fits else False
 
     marks = optax.tree.map_params(
@@ -247,6 +246,8 @@ def _decays(
     what does not step, and of Yogi's sum.
     """
     decays = np.zeros((states, 2), np.float32)
+    if not states:
+        return decays
     optimizer = optax.with_extra_args_support(optimizer)
     try:
         with jax.ensure_compile_time_eval(), warnings.catch_warnings():
