@@ -77,7 +77,7 @@ def make_task(name: str, *, norm: bool) -> Task:
         init = functools.partial(_init_attention, tokens, CONTEXT, tokens)
         forward = functools.partial(_characters_by_attention, causal=name == "gpt")
     rates = {"sgd": 0.05, "adam": 3e-3}
-    # Of a few powers of two, those that end lowest for the dense model.
+    # One rate for an optimizer on all networks of a kind; none is searched.
     if name in ("gpt", "masked", "vit", "lstm"):
         rates = {"sgd": 0.2, "adam": 5e-3}
     return Task(init, functools.partial(forward, norm=norm), *data, rates)
@@ -244,7 +244,7 @@ def _attention(params: Any, x: jax.Array, *, causal: bool) -> jax.Array:
             part.reshape(shape)
             for part in jnp.split(_linear(layer["qkv"], jax.nn.standardize(x)), 3, -1)
         )
-        # Without gains and biases in the norms all that trains may be pruned or is a bias.
+        # The norms have no gains and biases, so all that trains is a weight or a bias.
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
         x = x + _linear(layer["mix"], mixed.reshape(x.shape))
         up = jax.nn.gelu(_linear(layer["up"], jax.nn.standardize(x)))
@@ -253,7 +253,7 @@ def _attention(params: Any, x: jax.Array, *, causal: bool) -> jax.Array:
 
 
 def _vit(params: Any, images: jax.Array, *, norm: bool) -> jax.Array:
-    del norm  # attention without it does not train at these rates
+    del norm  # attention always has one
     # (batch, rows, 2, columns, 2) to (batch, patches, pixels of a patch).
     x = images.reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 4)
     x = _linear(params["embedding"], x) + params["position_embedding"][None]

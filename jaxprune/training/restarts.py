@@ -134,7 +134,14 @@ def _fresh_moments(
         return jnp.where(jnp.broadcast_to(chosen, value.shape), fresh, value)
 
     moments = _moments(optimizer, inner, returned)
-    return jax.tree.map(leaf, moments, optimizer.init(params), inner)
+    fresh = _without_trackers(optimizer.init(params))
+    result = jax.tree.map(leaf, moments, fresh, _without_trackers(inner))
+    return jax.tree.map(
+        lambda node, new: node if _is_tracker(node) else new,
+        inner,
+        result,
+        is_leaf=_is_tracker,
+    )
 
 
 def _corrected(
@@ -194,7 +201,7 @@ def _correction(
 
 def _adam_nodes(state: optax.OptState) -> list[Any]:
     """Adam's states, in the order of the tree; AMSGrad's are such."""
-    nodes = jax.tree.leaves(state, is_leaf=_is_adams)
+    nodes = jax.tree.leaves(_without_trackers(state), is_leaf=_is_adams)
     return [node for node in nodes if _is_adams(node)]
 
 
@@ -217,18 +224,21 @@ def _moments(
         fits = tree.is_floating(value) and last_axes == chosen.shape
         return chosen if fits else False
 
-    marks = optax.tree.map_params(
-        optimizer,
+    return optax.tree.map_params(
+        lambda params: _without_trackers(optimizer.init(params)),
         mark,
-        state,
+        _without_trackers(state),
         chosen,
         transform_non_params=lambda _: False,
         is_leaf=tree.is_excluded,
     )
+
+
+def _without_trackers(state: optax.OptState) -> Any:
+    """The state without what trackers average, and without LoRA's factors."""
+    # Averages are of the whole run, and moments of factors are of no weight.
     return jax.tree.map(
-        lambda node: jax.tree.map(lambda _: False, node) if _is_tracker(node) else node,
-        marks,
-        is_leaf=_is_tracker,
+        lambda node: () if _is_tracker(node) else node, state, is_leaf=_is_tracker
     )
 
 
