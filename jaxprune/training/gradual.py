@@ -37,7 +37,7 @@ class GradualState(NamedTuple):
       step: number of updates so far, int32 scalar.
       masks: boolean masks like the parameters; packed where that was asked for.
       inner: state of the wrapped optimizer.
-      restarts: which weights came back, where `grow` returns some; else ().
+      restarts: how long ago weights came back, where Adam's steps count; else ().
     """
 
     step: jax.Array
@@ -89,7 +89,7 @@ def gradual(
         `jp.grow.random()` ("set"), by which the number kept is still the schedule's.
         The first event grows nothing. A weight that comes back begins at zero, with
         the moments that the optimizer's `init` gives, and Adam's bias correction counts
-        its steps from there; the state holds two bytes more a weight for it.
+        its steps from there, for which the state holds two bytes more a weight.
       packed: whether the state holds masks at one bit a weight rather than eight. Of
         the checkpoints, orbax takes these; `flax.serialization` does not.
 

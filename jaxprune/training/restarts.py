@@ -53,7 +53,7 @@ def start_restarts(
     inner: optax.OptState,
     masks: Masks,
     params: Params,
-) -> RestartState:
+) -> RestartState | tuple[()]:
     """The state in which nothing has come back.
 
     Args:
@@ -64,14 +64,16 @@ def start_restarts(
       params: parameters, or optax's stand-in for them.
 
     Returns:
-      The state, on the devices of the parameters.
+      The state, on the devices of the parameters; () where nothing of the optimizer
+      counts steps as Adam does.
 
     Raises:
       ValueError: optax cannot tell which parts of the state belong to the parameters.
     """
     states = len(_adam_nodes(inner))
     if tree.is_placeholder(params):
-        return RestartState(params, jnp.zeros((states, 2), jnp.float32))
+        none = jnp.zeros((states, 2), jnp.float32)
+        return RestartState(params, none) if states else ()
     try:
         _moments(optimizer, inner, masks)
     except Exception as error:  # whatever an optimizer's `init` says of a stand-in
@@ -80,6 +82,8 @@ def start_restarts(
             "tell which parts of this optimizer's state belong to the parameters "
             f"({error}); leave optax.flatten and the like out"
         ) from error
+    if not states:
+        return ()
     decays = jnp.asarray(_decays(optimizer, params, states))
     return RestartState(
         zeros_of(masks, params, jnp.uint16), placement.counter(params) + decays
@@ -92,10 +96,10 @@ def restarted_step(
     masks: Masks,
     gradients: optax.Updates,
     inner: optax.OptState,
-    restarts: RestartState,
+    restarts: RestartState | tuple[()],
     params: Params,
     extra_args: Mapping[str, Any],
-) -> tuple[optax.Updates, optax.OptState, RestartState]:
+) -> tuple[optax.Updates, optax.OptState, RestartState | tuple[()]]:
     """A masked step at which what comes back starts anew; see `masked_step`.
 
     Args:
@@ -116,7 +120,10 @@ def restarted_step(
     updates, stepped = masked_step(
         optimizer, masks, gradients, inner, params, extra_args
     )
-    updates, restarts = _corrected(updates, restarts, returned, masks, inner, stepped)
+    if restarts:
+        updates, restarts = _corrected(
+            updates, restarts, returned, masks, inner, stepped
+        )
     return updates, stepped, restarts
 
 
@@ -256,8 +263,6 @@ def _decays(
     what does not step, and of Yogi's sum.
     """
     decays = np.zeros((states, 2), np.float32)
-    if not states:
-        return decays
     optimizer = optax.with_extra_args_support(optimizer)
     try:
         with jax.ensure_compile_time_eval(), warnings.catch_warnings():

@@ -151,6 +151,7 @@ def test_an_optimizer_that_hides_its_moments_is_refused():
         tx.init({"w": jnp.ones(SHAPE)})
 
 
-def test_without_growth_nothing_is_held():
-    state = jp.gradual(optax.adam(0.1), {1: 0.5}).init({"w": jnp.ones(SHAPE)})
-    assert state.restarts == ()
+def test_nothing_is_held_without_growth_or_without_adams_count():
+    for optimizer, grow in ((optax.adam(0.1), None), (optax.sgd(0.1, 0.9), "set")):
+        tx = jp.gradual(optimizer, {1: 0.5}, criterion="magnitude", grow=grow)
+        assert tx.init({"w": jnp.ones(SHAPE)}).restarts == ()
