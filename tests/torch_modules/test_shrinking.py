@@ -195,6 +195,42 @@ def test_the_solver_makes_up_for_what_is_gone():
     assert [row["name"] for row in report["weights"]] == ["2.weight"]
 
 
+class Recurrent(nn.Module):
+    """Two recurrent layers and a projection of the last state."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(5, 8, 2, batch_first=True)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.lstm(x)[0][:, -1])
+
+
+@pytest.mark.full
+def test_the_states_of_an_lstm_go_by_the_solver_too():
+    torch.manual_seed(0)
+    module = Recurrent()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(2)  # states that matter
+    x = torch.randn(64, 4, 5) @ torch.randn(5, 5)
+    with torch.no_grad():
+        reference = module(x)
+
+        def error(small):
+            return float((small(x) - reference).square().mean())
+
+        by_scores, _ = jp.torch.shrink(module, x, jp.scores.magnitude, 0.25)
+        by_solver, report = jp.torch.shrink(
+            module, x, sparsity=0.25, batches=[x], progress=False
+        )
+        assert error(by_solver) < 0.8 * error(by_scores)
+    assert by_solver.lstm.hidden_size == by_solver.out.in_features == 6
+    names = {row["name"] for row in report["weights"]}
+    assert names >= {"out.weight", "lstm.weight_hh_l0", "lstm.weight_ih_l1"}
+
+
 def test_masks_of_whole_units_say_which_go():
     module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     _, params = jp.torch.function(module, torch.ones(2, 4))
