@@ -37,13 +37,16 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
+    def bias(self):
+        return None
+
     def forward(self, x):
         batch, time, _ = x.shape
         q, k, v = (
             part.reshape(batch, time, self.num_heads, -1).transpose(1, 2)
             for part in self.qkv(self.norm(x)).split(self.attn_dim, -1)
         )
-        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, self.bias())
         return x + self.proj(y.transpose(1, 2).reshape(batch, time, self.attn_dim))
 
 
@@ -101,6 +104,28 @@ def test_the_attributes_are_those_of_the_smaller_layers():
     )
     assert (attention.num_heads, attention.attn_dim) == (2, 8)
     assert attention.norm.normalized_shape == (16,)
+
+
+class BiasedAttention(Attention):
+    """Its biases come from relative positions, reshaped to what an attribute says."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias_shape = (5, 5, self.num_heads)
+        self.positions = nn.Linear(2, self.num_heads)
+        self.register_buffer("distances", torch.randn(25, 2))
+
+    def bias(self):
+        biases = self.positions(self.distances).view(self.bias_shape)
+        return biases.permute(2, 0, 1)  # (heads, query position, key position)
+
+
+def test_a_shape_that_ends_with_the_heads_is_set():
+    small, report = jp.torch.shrink(
+        BiasedAttention(), torch.randn(2, 5, 16), jp.scores.magnitude, 0.5
+    )
+    assert small.bias_shape == (5, 5, 2)
+    assert report["attributes"][""]["bias_shape"] == [5, 5, 2]
 
 
 def test_half_precision_is_compared_at_its_own_accuracy():
