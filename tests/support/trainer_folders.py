@@ -4,7 +4,8 @@ import numpy as np
 
 from tests.support import tiny_hf
 
-PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+# The only base that Tunix has for them.
+PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 # Sizes that no preset has, as a shrunk model's are; a Gemma 3 with a layer left over.
 CHANGES = {
     "llama": PLAIN,
@@ -19,10 +20,11 @@ CHANGES = {
 }
 
 
-def pruned_folder(name, folder):
+def pruned_folder(name, folder, **changes):
     """A random model whose layers' matrices have zeros."""
-    tensors = tiny_hf.random_tensors(name, **CHANGES[name])
+    changes = CHANGES[name] | changes
+    tensors = tiny_hf.random_tensors(name, **changes)
     for key, tensor in tensors.items():
         if key.endswith("_proj.weight"):
             tensor[np.abs(tensor) < 0.2] = 0
-    return tiny_hf.save(folder, tiny_hf.config_json(name, **CHANGES[name]), tensors)
+    return tiny_hf.save(folder, tiny_hf.config_json(name, **changes), tensors)
