@@ -111,7 +111,7 @@ def export_maxtext(
             tree = {"params": {"params": params}}
             saved = checkpoint.args.PyTreeSave(tree)
             manager.save(0, args=checkpoint.args.Composite(items=saved))
-        lines = [f"  {name}: {json.dumps(value)}" for name, value in overrides.items()]
+        lines = [f"  {name}: {_yaml(value)}" for name, value in overrides.items()]
         text = "\n".join(["student_overrides:", *lines, ""])
         (partial / _STUDENT).write_text(text, encoding="utf-8")
     return MaxTextResult(place, overrides, _count(params))
@@ -243,6 +243,13 @@ def _count(params: Any) -> int:
     if isinstance(params, dict):
         return sum(map(_count, params.values()))
     return int(params.size)
+
+
+def _yaml(value: Any) -> str:
+    """A value as YAML reads it: JSON, but for 1e-06, which YAML takes for a word."""
+    text = json.dumps(value)
+    is_word = isinstance(value, float) and "e" in text and "." not in text
+    return text.replace("e", ".0e") if is_word else text
 
 
 def _why_not_ours(path: Path) -> str | None:
