@@ -120,7 +120,7 @@ class UnitRemover(SegmentJob):
         """Puts new values in the place of weights, from the log or solved for."""
         observed = {name: self._observed.pop(name) for name in names}
         restored: dict[str, Any] = {name: self._restored.pop(name) for name in names}
-        solved = restored if self.done.issuperset(names) else self._solve(observed)
+        solved = restored if {*names} <= {*self.done} else self._solve(observed)
         for name, (arrays, row) in solved.items():
             if self._log and solved is not restored:
                 self._log.write(_entry(name), jax.device_get(arrays), row)

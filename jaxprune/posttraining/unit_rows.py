@@ -60,18 +60,18 @@ def consumers(
             for members in _on_axis(leaf, axis, list(chosen.values())) if ops else ():
                 for name, consumer in _consumers(leaf, axis, members, ops):
                     candidates[name].setdefault(consumer.op.name, consumer)
-    ways_out = {name: [*ops.values()] for name, ops in candidates.items()}
+    ways_out = {name: [*by_name.values()] for name, by_name in candidates.items()}
     wrong = {
         name: [f"{c.op.name} {c.op.shape}" for c in readers] or ["none"]
         for name, readers in ways_out.items()
         if not readers or any(c.op.shape[0] != 1 for c in readers)
     }
-    ops = {c.op.name: c.op for readers in ways_out.values() for c in readers}
+    read_by = {c.op.name: c.op for readers in ways_out.values() for c in readers}
     check(
         _MATRICES,
         wrong=listed(wrong),
         ways_out=dict(itertools.islice(wrong.items(), 3)),
-        shared=listed([name for name, op in ops.items() if _is_shared(op, traced)]),
+        shared=listed([name for name, op in read_by.items() if _is_shared(op, traced)]),
     )
     return {name: tuple(readers) for name, readers in ways_out.items()}
 

@@ -178,7 +178,7 @@ def _read_texts(job: PruneJob | ShrinkJob, reader: TextReader) -> JobInputs:
     }
     if not calibration.files:
         return JobInputs(None, measured, (), None, reader.special)
-    rows = next((len(t.tokens[0]) for t in drawn_from if text_samples.is_rows(t)), None)
+    rows = next(filter(None, map(text_samples.row_length, drawn_from)), None)
     drawn = text_files.draw_sequences(
         drawn_from,
         sequences=calibration.sequences,

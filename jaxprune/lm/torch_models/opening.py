@@ -188,9 +188,7 @@ def parameters_of_tensors(module: Any) -> dict[str, set[str]]:
     # Loading may have joined tensors or split them. So each number, as a tensor without
     # memory of its own, is sent the way back, and arrives where the parameter would.
     marks = {
-        name: torch.tensor(numbers[id(tensor)], dtype=torch.float64).expand(
-            tensor.shape
-        )
+        name: numbers[id(tensor)].expand(tensor.shape)
         for name, tensor in tensors.items()
     }
     with silent_transformers(), torch.no_grad():

@@ -65,7 +65,7 @@ class TextReader(NamedTuple):
 
     def reads(self, text: text_files.AnyText) -> "TextReader":
         """How a file is read: rows are used as they are, without special tokens."""
-        return self._replace(before=(), after=()) if is_rows(text) else self
+        return self._replace(before=(), after=()) if row_length(text) else self
 
     def sequences(
         self, bodies: Int[np.ndarray, "sequences body"], *, whole: bool = False
@@ -110,7 +110,7 @@ class TextReader(NamedTuple):
         if self.task == "causal":
             return self._causal(text, role, context, limit)
         reader = self.reads(text)
-        if is_rows(text):
+        if row_length(text):
             bodies = text.first(limit)
         else:
             body = self.body(context)
@@ -167,9 +167,11 @@ class TextReader(NamedTuple):
         return Measured(Samples({"input_ids": inputs}), role, targets, windows)
 
 
-def is_rows(text: text_files.AnyText) -> bool:
-    """Whether a file holds sequences that are used as they are."""
-    return isinstance(text, text_files.Text) and text.is_rows
+def row_length(text: text_files.AnyText) -> int | None:
+    """Tokens of the sequences of a file that are used as they are; None of a text."""
+    if isinstance(text, text_files.Text) and text.is_rows:
+        return int(text.tokens.shape[1])
+    return None
 
 
 def text_reader(model: TorchModel, files: tuple[Path, ...]) -> TextReader:

@@ -174,7 +174,7 @@ def _remove(
 ) -> list[Removal]:
     damped = [layer_problem.damped(reader.hessian, damping) for reader in readers]
     wide = [reader.weight.astype(jnp.float32) for reader in readers]
-    rows = [reader.units for reader in readers]
+    rows = [jnp.asarray(reader.units) for reader in readers]  # (units, rows) each
     units = len(rows[0])
     remaining = units - jnp.asarray(lost)
     weigh = _scales(readers)
@@ -184,12 +184,12 @@ def _remove(
 
     def step(state: tuple[list[_State], jax.Array]) -> tuple[list[_State], jax.Array]:
         states, kept = state
-        costs = [_costs(*pair, kept) for pair in zip(states, rows, strict=True)]
+        costs = [_costs(s, r, kept) for s, r in zip(states, rows, strict=True)]
         cheapest = jnp.argsort(_total(costs, weigh, kept), stable=True)[:at_once]
         going = jnp.arange(at_once) < jnp.sum(kept) - remaining
         pairs = zip(states, rows, strict=True)
         return (
-            [_without(*pair, cheapest, going) for pair in pairs],
+            [_without(state, r, cheapest, going) for state, r in pairs],
             kept.at[cheapest].set(~going & kept[cheapest]),
         )
 
@@ -222,7 +222,8 @@ def _total(
     """What removing each unit costs all, infinity for those that are gone."""
     total = costs[0]
     if len(costs) > 1:
-        total = sum(s * cost for s, cost in zip(scales, costs, strict=True))
+        scaled = [s * cost for s, cost in zip(scales, costs, strict=True)]
+        total = jnp.stack(scaled).sum(0)
     # Where no damping helped they are NaN, which would be chosen after the infinite.
     total = jnp.where(jnp.isnan(total), jnp.finfo(total.dtype).max, total)
     return jnp.where(kept, total, jnp.inf)
