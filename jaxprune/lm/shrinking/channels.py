@@ -101,7 +101,8 @@ def channel_scores(
         total = total + squares.astype(np.float64)  # (norms, width)
         progress(len(ids))
     energies = np.asarray(total) * np.stack([*_row_squares(model)])
-    return np.sum(energies / energies.sum(axis=1, keepdims=True), axis=0)
+    totals = np.maximum(energies.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    return np.sum(energies / totals, axis=0)
 
 
 def _row_squares(model: LoadedModel) -> Iterator[Float[np.ndarray, "width"]]:
