@@ -290,7 +290,7 @@ def _ways(job: ShrinkJob, narrowed: bool) -> list[str]:
     removal = job.removal
     ways = {
         "token counts": removal.vocab is not None,
-        "wanda": bool(removal.hidden),
+        "activations": bool(removal.hidden),
         "a search": removal.search,
         "the loss without each layer": removal.layers is not None,
         "the layers named": bool(removal.drop_layers),
