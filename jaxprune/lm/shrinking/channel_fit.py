@@ -249,8 +249,8 @@ def _fitted_gains(
     """
     # A constant that all tokens' logits share changes no prediction.
     narrow, whole = (
-        table.astype(jnp.float32) - jnp.mean(table.astype(jnp.float32), axis=0)
-        for table in tables
+        table - jnp.mean(table, axis=0, keepdims=True)
+        for table in (table.astype(jnp.float32) for table in tables)
     )
     normal, target = (
         np.asarray(jnp.matmul(narrow.T, table, precision="highest"), np.float64) * m
