@@ -31,4 +31,5 @@ __all__ = [
     "smaller_vocabulary",
     "speed",
     "transformation",
+    "width_rules",
 ]
