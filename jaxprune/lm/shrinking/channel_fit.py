@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.console_progress import Progress
-from jaxprune.lm.models.decoder.model import Decoder
+from jaxprune.lm.models.decoder.layers import apply_norm
 from jaxprune.lm.models.hf.smaller import EMBEDDING
 from jaxprune.lm.models.loaded_model import LoadedModel
 
@@ -65,7 +65,7 @@ class _Moments(NamedTuple):
 class _Stream:
     """The residual stream of a model before a layer, for all tokens, batch by batch."""
 
-    def __init__(self, model: LoadedModel, batches: list[np.ndarray]) -> None:
+    def __init__(self, model: LoadedModel, batches: list[Array]) -> None:
         self._decoder = decoder = model.decoder()
         self._layers = [nnx.split(layer, nnx.Param) for layer in decoder.layers]
         self._arguments = _layer_arguments(model.decoder(), batches[0][:1])
@@ -73,7 +73,8 @@ class _Stream:
 
     def normalised_first(self, layer: int) -> list[Array]:
         """What the norm before the attention of a layer gives, batch by batch."""
-        return [self._decoder.layers[layer].norm_attention(x) for x in self.states]
+        norm = self._decoder.layers[layer].norm_attention
+        return [apply_norm(norm, x) for x in self.states]
 
     def run(
         self, layer: int, params: Any = None
@@ -85,7 +86,8 @@ class _Stream:
             _run_layer(graphdef, params, x, self._arguments[layer]) for x in self.states
         ]
         states, outputs = zip(*runs, strict=True)
-        return list(states), dict(zip(NORMS, zip(*outputs, strict=True), strict=True))
+        of_norms = map(list, zip(*outputs, strict=True))
+        return list(states), dict(zip(NORMS, of_norms, strict=True))
 
     def normalised(self) -> Iterator[Array]:
         """What the last norm gives, behind the last layer."""
@@ -112,7 +114,8 @@ def fit_readers(
     Returns:
       The narrower model.
     """
-    batches = [tokens[i : i + batch] for i in range(0, len(tokens), batch)]
+    # (batch, length) each
+    batches = [jnp.asarray(tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
     whole, narrow = _Stream(model, batches), _Stream(small, batches)
     before, named = (dict(tree.named_leaves(m.params)) for m in (model, small))
 
@@ -169,7 +172,8 @@ def _run_layer(
     graphdef: Any, params: Any, x: Array, arguments: Any
 ) -> tuple[Array, list[Array]]:
     """The stream behind a layer, and what its norms gave."""
-    layer, outputs = nnx.merge(graphdef, params), []
+    layer = nnx.merge(graphdef, params)
+    outputs: list[Array] = []
     for name in NORMS:
         setattr(layer, name, ReportingNorm(getattr(layer, name), outputs.append))
     return layer(x, *arguments)[0], outputs
@@ -186,7 +190,7 @@ class _Recording(nnx.Module):
         return x, None
 
 
-def _layer_arguments(decoder: Decoder, ids: np.ndarray) -> list[Any]:
+def _layer_arguments(decoder: Any, ids: Array) -> list[Any]:
     """What each layer is called with beside the stream: angles, mask, no cache."""
     notes: list[Any] = []
     layers = range(len(decoder.layers))
@@ -204,24 +208,28 @@ def _layer_params(params: Any, named: dict[str, Array], layer: int) -> Any:
 
 def _moments(outputs: Iterable[tuple[Array, Array]]) -> _Moments:
     """The moments of pairs (batch, length, k) and (batch, length, d)."""
-    sums = [0.0, 0.0]
-    for narrow, whole in outputs:
-        products = jax.device_get(_products(narrow, whole))
-        sums = [total + product for total, product in zip(sums, products, strict=True)]
+    sums: list[Any] = [0.0, 0.0]
+    for pair in outputs:
+        products = jax.device_get(_products(*pair))
+        sums = [
+            total + product.astype(np.float64)
+            for total, product in zip(sums, products, strict=True)
+        ]
     return _Moments(*sums)
 
 
 @jax.jit
 def _products(narrow: Array, whole: Array) -> tuple[Array, Array]:
     y, x = (z.astype(jnp.float32).reshape(-1, z.shape[-1]) for z in (narrow, whole))
-    return tuple(jnp.matmul(y.T, z, precision="highest") for z in (y, x))
+    square, cross = (jnp.matmul(y.T, z, precision="highest") for z in (y, x))
+    return square, cross
 
 
 def _least_squares(
     moments: _Moments, kept: Int[np.ndarray, "k"]
 ) -> Float[np.ndarray, "k d"]:
     """A, as above."""
-    narrow, cross = (np.asarray(m, np.float64) for m in moments)
+    narrow, cross = moments
     chosen = np.eye(cross.shape[1])[kept]  # (k, d), S
     # Of what S leaves, which is all that the ridge holds down.
     return chosen + _solve_with_ridge(narrow, cross - narrow @ chosen)
