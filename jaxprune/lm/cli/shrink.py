@@ -16,7 +16,7 @@ from jaxprune.lm.torch_models import routing
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shrink(ShrinkJob, Options):
-    """Removes whole layers, experts, heads and neurons; leaves a smaller model.
+    """Removes channels, layers, experts, heads and neurons; leaves a smaller model.
 
     All layers lose as many heads and neurons, since config.json has one number for all;
     which ones differs by layer. Without --calibration the sizes of the weights decide.

@@ -91,6 +91,7 @@ def shrink_lines(record: dict[str, Any]) -> list[str]:
     before, after = (record["sizes"][when] for when in ("before", "after"))
     # Of a model that went through torch the entries of config.json, which has others.
     shown = {"layers", *(["tokens"] if "vocabulary" in record else [])}
+    shown |= {"width"} if "channels" in record else set()
     counts = {
         name: _left(before, after, name)
         for name in before

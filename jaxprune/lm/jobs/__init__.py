@@ -33,4 +33,5 @@ __all__ = [
     "smaller_vocabulary",
     "speed",
     "transformation",
+    "width_rules",
 ]

@@ -37,12 +37,13 @@ from jaxprune.lm.jobs.shrink_plan import plan_shrink
 from jaxprune.lm.jobs.shrink_rules import check_fits, check_shrink
 from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
 from jaxprune.lm.jobs.transformation import Change, Prepared
+from jaxprune.lm.jobs.width_rules import channels_left
 from jaxprune.lm.measure import speed
 from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.loaded_model import LoadedModel
-from jaxprune.lm.shrinking import search, units
+from jaxprune.lm.shrinking import channels, search, units
 from jaxprune.lm.vocabulary.new_vocabulary import NewVocabulary
 from jaxprune.structured.budget import OutOfReach
 
@@ -50,7 +51,8 @@ _PROMPT, _STEPS = 256, 32  # tokens, of what is timed
 
 _SEARCHED = Rule(
     lambda v: v.share < 1,
-    "--budget {budget:g} is met by fewer tokens alone, so nothing is left to search",
+    "--budget {budget:g} is met by fewer tokens or channels alone, so nothing is left "
+    "to search",
     "give a smaller budget, or leave --search out",
 )
 
@@ -79,7 +81,7 @@ def prepare_shrink(job: ShrinkJob, console: Console) -> Prepared:
             evaluation=defaults.shorten_windows(job.evaluation, context),
         )
         model = open_for_job(job.model, job.loading, job.devices)
-        check_fits(job.removal, source, model.config)
+        check_fits(job.removal, source, model.config, job.loading.ignore_config)
         texts = inputs.read_texts(job, source)
         progress_dir.check_room(job, job.recovery, source, 1)
         fewer = smaller_vocabulary.choose_for_job(job, source, texts, console)
@@ -102,7 +104,7 @@ def prepare_shrink(job: ShrinkJob, console: Console) -> Prepared:
 
 @dataclasses.dataclass(kw_only=True)
 class ModelShrinking(ModelTransformation[ShrinkJob]):
-    """A model that loses tokens, layers, experts, heads and neurons.
+    """A model that loses tokens, channels, layers, experts, heads and neurons.
 
     Attributes:
       fewer: vocabulary that it gets, and the texts by its tokens; None where all stay.
@@ -148,7 +150,7 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         if self.fewer is not None:
             record["vocabulary"] = self.fewer[0].facts
         record |= {
-            "pattern": "whole tokens, layers, experts, heads and neurons",
+            "pattern": "whole tokens, channels, layers, experts, heads and neurons",
             "sparsity": self.job.removal.asked,
             "ignored_config": list(self.model.ignored),
             "method": "shrink by " + ", ".join(_ways(self.job, "units" in record)),
@@ -195,11 +197,16 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         work, note = self.job.work, self.console.note
         layers, narrowing = removal.layers, removal.narrowing
         dense = self.reference
-        possible = units.possible_head_units(self.source.config, self.model.config)
-        narrowing = narrowing._replace(head_units=possible)
         record: dict[str, Any] = {}
-        # Tokens went first. Then go layers, then experts of those that stay, then their
-        # heads and neurons.
+        if removal.hidden and tokens is not None:
+            remaining = channels_left(removal, self.source, dense.config)
+            dense, record["channels"] = channels.without_channels(
+                dense, tokens, remaining, batch=batch
+            )
+        possible = units.possible_head_units(self.source.config, dense.config)
+        narrowing = narrowing._replace(head_units=possible)
+        # Tokens and channels went first. Then go layers, then experts of those that
+        # stay, then their heads and neurons.
         if removal.search and tokens is not None:
             share = _remaining_budget(removal, self.model, dense)
             check(_SEARCHED, share=share, budget=removal.budget)
@@ -292,6 +299,7 @@ def _ways(job: ShrinkJob, narrowed: bool) -> list[str]:
     removal = job.removal
     ways = {
         "token counts": removal.vocab is not None,
+        "activations": bool(removal.hidden),
         "a search": removal.search,
         "the loss without each layer": removal.layers is not None,
         "the layers named": bool(removal.drop_layers),
@@ -310,6 +318,7 @@ def _sizes(model: LoadedModel) -> dict[str, int]:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
         "bytes": sum(leaf.size * stored[name] for name, leaf in named.items()),
         "tokens": config.vocab_size,
+        "width": config.width,
         "layers": config.layers,
         "heads": config.heads,
         "kv_heads": config.kv_heads,

@@ -11,6 +11,7 @@ from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.plan_words import say_needs, say_texts
 from jaxprune.lm.jobs.shrink_rules import neurons_left
 from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
+from jaxprune.lm.jobs.width_rules import channels_left
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.shrinking.units import count_head_units
@@ -37,6 +38,10 @@ def plan_shrink(
     """
     removal = job.removal
     shapes = _shapes(removal, model.config)
+    if removal.hidden:
+        width = model.config.width
+        channels = channels_left(removal, source, model.config)
+        shapes.insert(0, ("channels", width, channels))
     if removal.budget:  # what it is divided over is not known yet
         shapes = [] if removal.search else [s for s in shapes if s[1] != s[2]]
         division = "over layers, heads and neurons" if removal.search else "over both"
@@ -107,6 +112,8 @@ def _needs(
             for name, (_, rows, _) in work.matrices.items()
             if name.rsplit("/", 2)[1] in ("out", "down")
         )
+    if removal.hidden:  # scores, the model that is fitted to, and twice what is fitted
+        flops += 4 * once + 2 * estimates.statistics_flops(work)
     if removal.search:  # three ways for heads, then one for each layer that may go
         flops += once * total
     # The dense model twice and the small one: a prompt, then steps one by one, which

@@ -5,6 +5,7 @@ parameters are read.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from jaxprune.arrays.rules import Rule, check
@@ -13,6 +14,7 @@ from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.jobs import settings
 from jaxprune.lm.jobs.option_rules import at_least, not_while, option_values
 from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
+from jaxprune.lm.jobs.width_rules import check_width
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.shrinking.search import LEAST_SEQUENCES
@@ -20,7 +22,7 @@ from jaxprune.lm.shrinking.units import count_head_units, multiples
 from jaxprune.lm.texts import text_files
 from jaxprune.lm.vocabulary.new_vocabulary import MULTIPLE
 
-_SHARES = ("ffn", "heads", "query_heads", "experts")
+_SHARES = ("hidden", "ffn", "heads", "query_heads", "experts")
 
 
 def _share(option: str) -> Rule:
@@ -50,10 +52,14 @@ _BUDGET = (
         lambda v: (
             # A time is known of a whole model that was timed, not of what left it.
             v.measure != "milliseconds"
-            or not (v.layers is not None or v.drop_layers or v.experts or v.vocab)
+            or not (
+                v.layers is not None
+                or any((v.vocab, v.hidden, v.drop_layers, v.experts))
+            )
         ),
-        "what tokens, layers and experts take of a budget is counted, so with them it "
-        "is not of milliseconds; give --measure flops, bytes or parameters",
+        "what tokens, channels, layers and experts take of a budget is counted, so "
+        "with them it is not of milliseconds; give --measure flops, bytes or "
+        "parameters",
     ),
 )
 _SEARCH = (
@@ -86,7 +92,7 @@ _REMOVAL = (
     Rule(
         lambda v: v.asked,
         "something must be removed; give --ffn, --heads, --query-heads, --experts, "
-        "--layers, --drop-layers, --budget or --vocab",
+        "--layers, --drop-layers, --budget, --hidden or --vocab",
     ),
     Rule(
         lambda v: not v.self_sequences,
@@ -103,13 +109,17 @@ _REMOVAL = (
         "--experts needs --calibration FILE..., on which the router shows what it "
         "gives each expert",
     ),
+    Rule(
+        lambda v: not v.hidden or v.calibration,
+        "--hidden needs --calibration FILE..., by which the channels are chosen",
+    ),
     at_least("speed_rounds", 0),
     at_least("layers", 1),
     at_least("multiple", 1),
     Rule(
-        lambda v: v.multiple <= 1 or v.ffn or v.budget,
-        "--multiple is a rule for the neurons that stay, so some must go; give --ffn "
-        "or --budget too, or leave it out",
+        lambda v: v.multiple <= 1 or v.ffn or v.hidden or v.budget,
+        "--multiple is a rule for the neurons and channels that stay, so some must go; "
+        "give --ffn, --hidden or --budget too, or leave it out",
     ),
 )
 _VOCABULARY = (
@@ -245,13 +255,19 @@ _FAMILY = (
 )
 
 
-def check_fits(removal: Removal, source: CheckpointDir, config: DecoderConfig) -> None:
+def check_fits(
+    removal: Removal,
+    source: CheckpointDir,
+    config: DecoderConfig,
+    ignore_config: Sequence[str] = (),
+) -> None:
     """Refuses what this model cannot lose, before its parameters are read.
 
     Args:
       removal: what is to go.
       source: directory of the model, whose family may forbid it.
       config: shape of the model.
+      ignore_config: attributes of config.json that are not looked at.
 
     Raises:
       ValueError: it cannot go; the sentence says what can.
@@ -269,6 +285,7 @@ def check_fits(removal: Removal, source: CheckpointDir, config: DecoderConfig) -
     _check_family(removal, source)
     units = count_head_units(config)
     name = "query heads" if config.kv_heads == 1 else "key heads"
+    _check_units("hidden", removal.hidden, config.width, "channels")
     _check_units("ffn", removal.ffn, config.mlp_width, "neurons")
     _check_units("heads", removal.heads, units, name)
     if removal.experts:
@@ -276,7 +293,8 @@ def check_fits(removal: Removal, source: CheckpointDir, config: DecoderConfig) -
     queries = config.heads // config.kv_heads
     name = "query heads of each key head"
     _check_units("query-heads", removal.query_heads, queries, name)
-    _check_heads(removal, source, config)
+    narrow = check_width(removal, source, config, ignore_config)
+    _check_heads(removal, source, narrow)
     if removal.multiple > 1 and "neurons" in hf.shrinkable(source.config):
         check(
             _MULTIPLE,

@@ -31,9 +31,12 @@ class Removal:
     Attributes:
       vocab: how many tokens to leave, a multiple of 64: those that --calibration needs
         most, and what any text needs. The texts then are split by the new tokenizer.
+      hidden: the share of the channels of the residual stream to remove, the same in
+        all layers: those by which least of what the matrices are given enters, on
+        --calibration. The matrices that read the stream are then fitted to what stays.
       ffn: the share of the neurons of each MLP to remove.
-      multiple: the neurons that are left are the nearest multiple of this; 64 or
-        128 suits the kernels of GPUs and TPUs.
+      multiple: the neurons and channels that are left are the nearest multiple of this;
+        64 or 128 suits the kernels of GPUs and TPUs.
       heads: the share of the heads to remove: of key heads, each with all query heads
         that share it; where all share one key head, of query heads. transformers takes
         Llama and Gemma only with query heads that divide the width.
@@ -52,6 +55,7 @@ class Removal:
     """
 
     vocab: MaybeCount = None
+    hidden: Number = 0.0
     ffn: Number = 0.0
     multiple: Count = 1
     heads: Number = 0.0
@@ -67,7 +71,7 @@ class Removal:
     def asked(self) -> dict[str, Any]:
         """What is to go; JSON-able."""
         shares = ("ffn", "heads", "query_heads", "experts", "layers", "drop_layers")
-        names = ("vocab", *shares, "budget")
+        names = ("vocab", "hidden", *shares, "budget")
         asked = {name: value for name in names if (value := getattr(self, name))}
         if asked and self.multiple > 1:
             asked["multiple"] = self.multiple

@@ -97,6 +97,7 @@ def _sizes(sizes: Mapping[str, Any]) -> list[list[str]]:
         "parameters": "parameters",
         "bytes": "bytes of weights",
         "tokens": "tokens of the vocabulary",
+        "width": "channels of the residual stream",
         "layers": "layers",
         "heads": "query heads a layer",
         "kv_heads": "key heads a layer",

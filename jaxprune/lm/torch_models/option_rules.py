@@ -65,6 +65,7 @@ _PRUNE_RULES = (
 _SHRINK_RULES = (
     *JOB_RULES,
     _refused("vocab", "leave it out: tokens go from the families of ours alone"),
+    _refused("hidden", "leave it out: channels go from the families of ours alone"),
     _refused("layers", _LAYERS),
     _refused("drop_layers", _LAYERS),
     _refused("experts", _LAYERS),

@@ -124,7 +124,7 @@ def _tensors(
     """All tensors, those with a row for each token without some of the rows."""
     before = leaf_shapes(hf.abstract(loaded.config))
     axes: dict[str, int] = {}  # tensor to its axis of tokens
-    for leaf, axis in hf.token_axes(loaded.config, small).items():
+    for leaf, axis in hf.changed_axes(loaded.config, small).items():
         origin = loaded.names[leaf]
         for name in (*origin.names, *origin.copies):
             axes[name] = len(before[leaf]) - 1 - axis if origin.transposed else axis

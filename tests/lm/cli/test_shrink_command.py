@@ -310,7 +310,7 @@ def test_an_earlier_result_is_replaced_when_asked(place, capsys):
             "32, is a multiple of its query heads, but 3 of 4 query heads would be "
             "left; give --heads 0.5 or --heads 0.75",
         ),
-        ("llama", ("--drop-layers", "1", "--multiple", "8"), "give --ffn or"),
+        ("llama", ("--drop-layers", "1", "--multiple", "8"), "give --ffn, --hidden or"),
         ("llama", ("--ffn", "0.1", "--multiple", "16"), "leaves all 48 neurons"),
         ("llama", ("--budget", "0.9", "--multiple", "48"), "less than the 48 neurons"),
         ("llama", ("--ffn", "0.5", "--multiple", "0"), "--multiple must be at least 1"),

@@ -211,7 +211,7 @@ def test_every_family_gives_the_same_logits_at_the_tokens_that_stay(name, tmp_pa
         ),
         (
             ("--vocab", "320", "--budget", "0.5", "--measure", "milliseconds"),
-            "what tokens, layers and experts take of a budget is counted",
+            "what tokens, channels, layers and experts take of a budget is counted",
         ),
     ],
 )

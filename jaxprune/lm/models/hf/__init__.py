@@ -2,13 +2,14 @@
 
 from jaxprune.lm.models.hf.families import decoder_config, vision_config
 from jaxprune.lm.models.hf.loading import Loaded, abstract, embedded, load, tensors
+from jaxprune.lm.models.hf.narrower import check_channels, keep_channels
 from jaxprune.lm.models.hf.parameters import Dtype, Shardings, split_over, to_tensors
 from jaxprune.lm.models.hf.smaller import (
+    changed_axes,
     keep_experts,
     keep_layers,
     keep_tokens,
     resized,
-    token_axes,
     write_smaller,
 )
 from jaxprune.lm.models.hf.smaller_config import (
@@ -16,6 +17,7 @@ from jaxprune.lm.models.hf.smaller_config import (
     shrinkable,
     smaller_config,
     when_heads_fit,
+    with_width,
 )
 from jaxprune.lm.models.hf.tensor_names import Source
 from jaxprune.lm.models.hf.tokenizer import Tokenizer, load_tokenizer
@@ -27,9 +29,12 @@ __all__ = [
     "Source",
     "Tokenizer",
     "abstract",
+    "changed_axes",
+    "check_channels",
     "decoder_config",
     "embedded",
     "heads_that_fit",
+    "keep_channels",
     "keep_experts",
     "keep_layers",
     "keep_tokens",
@@ -41,8 +46,8 @@ __all__ = [
     "split_over",
     "tensors",
     "to_tensors",
-    "token_axes",
     "vision_config",
     "when_heads_fit",
+    "with_width",
     "write_smaller",
 ]

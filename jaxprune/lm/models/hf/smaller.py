@@ -1,4 +1,4 @@
-"""A model with fewer tokens, layers, experts, heads and neurons: its directory.
+"""A model with fewer tokens, channels, layers, experts, heads, neurons: a directory.
 
 What parameters became smaller decides what config.json says (`smaller_config`): all
 layers must have the same sizes, since that is what a configuration can hold.
@@ -28,7 +28,7 @@ from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf import families
 from jaxprune.lm.models.hf.loading import abstract
 from jaxprune.lm.models.hf.parameters import leaf_shapes
-from jaxprune.lm.models.hf.smaller_config import smaller_config
+from jaxprune.lm.models.hf.smaller_config import smaller_config, with_width
 from jaxprune.lm.models.hf.tensor_names import Source
 
 EMBEDDING = "embedding/embedding"
@@ -67,8 +67,8 @@ _SIZES = (
 )
 _SHAPES = Rule(
     lambda v: not v.wrong,
-    "a configuration can only say fewer tokens, layers, experts, heads and neurons, "
-    "but {wrong} became smaller in another way",
+    "a configuration can only say fewer tokens, channels, layers, experts, heads and "
+    "neurons, but {wrong} became smaller in another way",
     "leave them whole",
 )
 _KEPT = Rule(
@@ -205,7 +205,7 @@ def keep_tokens(
       (32, (32, 16))
     """
     small = dataclasses.replace(config, vocab_size=len(kept))
-    axes = token_axes(config, small)
+    axes = changed_axes(config, small)
     leaves = [
         jnp.take(lazy.array(leaf), kept, axes[name]) if name in axes else leaf
         for name, leaf in tree.named_leaves(params).items()
@@ -213,12 +213,12 @@ def keep_tokens(
     return small, jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def token_axes(before: DecoderConfig, after: DecoderConfig) -> dict[str, int]:
-    """The axis of tokens of each leaf that has one: embedding, head and its bias.
+def changed_axes(before: DecoderConfig, after: DecoderConfig) -> dict[str, int]:
+    """The axis that becomes smaller of each leaf that has one: of tokens, of channels.
 
     Args:
       before: shape of a decoder.
-      after: shape of the same decoder with another number of tokens.
+      after: shape of the same decoder with fewer tokens, or of a smaller width.
 
     Returns:
       Leaf name to axis.
@@ -239,7 +239,8 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
       params: parameters that it has now.
 
     Returns:
-      The shape with other `vocab_size`, `experts`, `heads`, `kv_heads` and `mlp_width`.
+      The shape with other `vocab_size`, `width`, `experts`, `heads`, `kv_heads` and
+      `mlp_width`.
 
     Raises:
       ValueError: layers have different sizes, or no such decoder has the shapes of the
@@ -264,8 +265,12 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
     rules.check(
         _SIZES, layer=different, first=sizes[0], size=sizes[different], **sizes[0]
     )
-    vocab_size = shapes_now[EMBEDDING][0]
-    small = dataclasses.replace(config, vocab_size=vocab_size, **sizes[0])  # type: ignore[arg-type]
+    vocab_size, width = shapes_now[EMBEDDING]
+    small = dataclasses.replace(
+        with_width(config, width),
+        vocab_size=vocab_size,
+        **sizes[0],  # type: ignore[arg-type]
+    )
     expected = leaf_shapes(abstract(small))
     wrong = [name for name in expected if expected[name] != shapes_now.get(name)]
     rules.check([_SHAPES], wrong=listed(wrong))
