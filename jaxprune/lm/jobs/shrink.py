@@ -15,7 +15,11 @@ from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints import rewrite
-from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
+from jaxprune.lm.checkpoints.checkpoint_dir import (
+    CONFIG,
+    CheckpointDir,
+    open_directory,
+)
 from jaxprune.lm.jobs import (
     defaults,
     inputs,
@@ -43,6 +47,7 @@ from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.shrinking import search, units
+from jaxprune.lm.shrinking.unequal import narrow_unequally
 from jaxprune.lm.vocabulary.new_vocabulary import NewVocabulary
 from jaxprune.structured.budget import OutOfReach
 
@@ -165,13 +170,18 @@ class ModelShrinking(Transformation[ShrinkJob]):
 
     def write(self, change: Change, page: Page) -> None:
         """Writes all of the smaller model."""
+        settings = {} if self.fewer is None else dict(self.fewer[0].settings)
+        if change.model.config.layer_sizes:  # config.json is to say them
+            before = settings.get(CONFIG) or self.source.config
+            by_layer = hf.block_configs(self.model.config)
+            settings[CONFIG] = {**before, hf.BLOCK_CONFIGS: by_layer}
         hf.write_smaller(
             self.source.path,
             self.job.out,
             change.model.params,
             self.model.names,  # of all layers
             kept=change.record["layers"]["kept"],
-            settings=None if self.fewer is None else self.fewer[0].settings,
+            settings=settings,
             ignore_config=self.job.loading.ignore_config,
             provenance={**change.record, **self.costs.facts()},
             overwrite=self.job.overwrite,
@@ -233,14 +243,13 @@ class ModelShrinking(Transformation[ShrinkJob]):
     ) -> tuple[LoadedModel, dict[str, Any]]:
         """As `units.narrow`; a budget out of reach is named as it was asked for."""
         removal = self.job.removal
+        settings = {"batch": self.job.calibration.batch, "work": self.job.work}
         try:
-            return units.narrow(
-                small,
-                narrowing,
-                tokens,
-                batch=self.job.calibration.batch,
-                work=self.job.work,
-            )
+            if removal.unequal and tokens is not None:
+                return narrow_unequally(
+                    small, narrowing, tokens, note=self.console.note, **settings
+                )
+            return units.narrow(small, narrowing, tokens, **settings)
         except OutOfReach as error:
             if removal.search or narrowing.budget == removal.budget:
                 raise
@@ -284,6 +293,7 @@ def _ways(job: ShrinkJob, narrowed: bool) -> list[str]:
     ways = {
         "token counts": removal.vocab is not None,
         "a search": removal.search,
+        "sizes by layer": removal.unequal,
         "the loss without each layer": removal.layers is not None,
         "the layers named": bool(removal.drop_layers),
         "reap": bool(removal.experts),
@@ -292,19 +302,27 @@ def _ways(job: ShrinkJob, narrowed: bool) -> list[str]:
     return [way for way, used in ways.items() if used]
 
 
-def _sizes(model: LoadedModel) -> dict[str, int]:
+def _whole(mean: float) -> float:
+    """An integer where it is one, else with one digit."""
+    return int(mean) if mean == int(mean) else round(mean, 1)
+
+
+def _sizes(model: LoadedModel) -> dict[str, float]:
     """Parameters, bytes as they are stored, and the shape."""
     named = jp.tree.named_leaves(model.params)
     stored = {name: model.names[name].dtype.itemsize for name in named}
     config = model.config
+    layers = np.array([config.sizes(layer) for layer in range(config.layers)])
+    # Of layers that differ in size the mean.
+    heads, kv_heads, mlp_width = layers.mean(0).tolist()
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
         "bytes": sum(leaf.size * stored[name] for name, leaf in named.items()),
         "tokens": config.vocab_size,
         "layers": config.layers,
-        "heads": config.heads,
-        "kv_heads": config.kv_heads,
-        "mlp_width": config.mlp_width,
+        "heads": _whole(heads),
+        "kv_heads": _whole(kv_heads),
+        "mlp_width": _whole(mlp_width),
         "experts": config.experts,
     }
 

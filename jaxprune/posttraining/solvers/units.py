@@ -8,6 +8,7 @@ what is left.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -103,6 +104,116 @@ def remove(
         raise ValueError(f"at_once must be at least 1 unit, got {at_once}")
     at_once = min(at_once, len(units))
     return _remove(weight, hessian, units, lost, damping, at_once=at_once)
+
+
+class Ladder(NamedTuple):
+    """A kernel at several numbers of kept units.
+
+    Attributes:
+      weights: kernels (sizes, in, out) float32; rows of removed units are zero.
+      kept: masks (sizes, units), True where kept.
+      errors: relative squared errors of the outputs, (sizes,).
+      damping: damping that was used, infinity where none helped; see `Solution`.
+    """
+
+    weights: Float[Array, "sizes in out"]
+    kept: Bool[Array, "sizes units"]
+    errors: Float[Array, " sizes"]
+    damping: Float[Array, ""]
+
+
+def remove_to_sizes(
+    weight: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    units: Int[np.ndarray, "units rows"],
+    sizes: Sequence[int],
+    *,
+    damping: Any = 0.01,
+) -> Ladder:
+    """Removes units until so many are left, for several numbers in one sweep.
+
+    The choice is greedy, so the units of a size are among those of every larger one,
+    and each size has the kept units and the kernel that `remove` gives.
+
+    Args:
+      weight: kernel (in, out), floating.
+      hessian: matrix (in, in), proportional to X^T X of the inputs.
+      units: rows of each unit, (units, rows); no row is in two.
+      sizes: numbers of units that stay, from 1 to all of them.
+      damping: share of the Hessian's mean diagonal added to its diagonal.
+
+    Returns:
+      The kernel at each size, with the errors of its outputs.
+
+    Raises:
+      ValueError: a shape or number does not fit, or a value is not finite.
+      TypeError: a dtype does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> from jaxprune.posttraining.solvers import units
+      >>> weight, rows = jnp.array([[1.0], [2.0], [9.0]]), np.arange(3)[:, None]
+      >>> ladder = units.remove_to_sizes(weight, jnp.eye(3), rows, [2, 1])
+      >>> ladder.kept.tolist()
+      [[False, True, True], [False, False, True]]
+    """
+    layer_problem.checked(weight, hessian, damping)
+    units = np.asarray(units)
+    for size in sizes:
+        _check_units(units, len(weight), len(units) - size)
+    at_once = -(-len(units) // _ROUNDS)
+    return _ladder(weight, hessian, units, jnp.asarray(sizes), damping, at_once=at_once)
+
+
+@functools.partial(jax.jit, static_argnames="at_once")
+@layer_problem.precise
+def _ladder(
+    weight: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    units: Integer[Array, "units rows"],
+    sizes: Int[Array, " sizes"],
+    damping: Any,
+    *,
+    at_once: int,
+) -> Ladder:
+    damped = layer_problem.damped(hessian, damping)
+    wide = weight.astype(jnp.float32)
+    identity = jnp.eye(len(hessian), dtype=jnp.float32)
+    inverse = jax.scipy.linalg.cho_solve((damped.factor, True), identity)  # (in, in)
+    total = len(units)
+
+    def unfinished(progress: tuple[_State, Array]) -> jax.Array:
+        return jnp.sum(progress[0].kept) > jnp.min(sizes)
+
+    def step(progress: tuple[_State, Array]) -> tuple[_State, Array]:
+        state, places = progress
+        cheapest = jnp.argsort(_costs(state, units), stable=True)[:at_once]
+        remaining = jnp.sum(state.kept)
+        order = jnp.arange(at_once)
+        # Of the units of a round the cheapest goes first, as in a shorter last round.
+        places = places.at[cheapest].set(
+            jnp.where(order < remaining, total - remaining + order, places[cheapest])
+        )
+        return _without(state, units, cheapest, order < remaining), places
+
+    start = _State(wide, inverse, jnp.ones(total, bool))
+    # (units,): how many went before each; those that no size loses go last.
+    places = jax.lax.while_loop(unfinished, step, (start, jnp.full(total, total)))[1]
+
+    def at_size(size: Array) -> tuple[Array, Array, Array]:
+        kept = places >= total - size  # (units,)
+        rows = jnp.ones(len(weight), bool).at[units].set(kept[:, None])  # (in,)
+        solved = jnp.where(
+            size == total, wide, solve_rows(wide, damped.matrix, rows)
+        )  # (in, out)
+        lost = jnp.sum((wide - solved) * (hessian @ (wide - solved)))
+        output = jnp.sum(wide * (hessian @ wide))
+        return solved, kept, lost / jnp.where(output > 0, output, 1)
+
+    # One after the other, since each holds matrices as large as the Hessian.
+    weights, kept, errors = jax.lax.map(at_size, sizes)
+    return Ladder(weights, kept, errors, damped.damping)
 
 
 def _check_units(units: np.ndarray, inputs: int, lost: Any) -> None:

@@ -1,9 +1,11 @@
 """Keys and values that attention keeps, and what models ask of their tokens."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
+
+from jaxprune.lm.models.decoder.config import DecoderConfig
 
 
 class Cache(NamedTuple):
@@ -21,17 +23,13 @@ class Cache(NamedTuple):
     length: Array
 
 
-def empty_cache(
-    config: Any, batch: int, size: int | None, heads: int, head_dim: int
-) -> Cache:
+def empty_cache(config: DecoderConfig, batch: int, size: int | None) -> Cache:
     """A cache of zeros with length 0.
 
     Args:
-      config: shape of the model: its context, number of layers and dtype are read.
+      config: shape of the model.
       batch: number of sequences.
       size: number of tokens that it can hold, at most (and by default) the context.
-      heads: number of key and value heads of a layer.
-      head_dim: number of features of a head.
 
     Returns:
       The cache.
@@ -44,9 +42,13 @@ def empty_cache(
         raise ValueError(
             f"a cache needs size <= context, got {size} > {config.context}"
         )
-    shape = (batch, size, heads, head_dim)
-    zeros = (jnp.zeros(shape, config.dtype),) * config.layers
-    return Cache(zeros, zeros, jnp.int32(0))
+    heads = [config.sizes(layer).kv_heads for layer in range(config.layers)]
+    # (batch, size, kv_heads, head_dim): layers of one size share their zeros.
+    zeros = {
+        n: jnp.zeros((batch, size, n, config.head_dim), config.dtype) for n in {*heads}
+    }
+    layers = tuple(zeros[n] for n in heads)
+    return Cache(layers, layers, jnp.int32(0))
 
 
 def check_tokens(tokens: Array, model: str) -> None:

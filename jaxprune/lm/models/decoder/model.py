@@ -191,8 +191,7 @@ class Decoder(nnx.Module):
 
     def init_cache(self, batch: int, size: int | None = None) -> Cache:
         """An empty cache for at most, and by default, `context` tokens."""
-        config = self.config
-        return empty_cache(config, batch, size, config.kv_heads, config.head_dim)
+        return empty_cache(self.config, batch, size)
 
 
 def loss_per_token(

@@ -1,5 +1,7 @@
 """Hugging Face checkpoint directories into models and back."""
 
+from jaxprune.lm.models.hf.block_configs import NAME as BLOCK_CONFIGS
+from jaxprune.lm.models.hf.block_configs import block_configs
 from jaxprune.lm.models.hf.families import decoder_config, vision_config
 from jaxprune.lm.models.hf.loading import Loaded, abstract, embedded, load, tensors
 from jaxprune.lm.models.hf.parameters import Dtype, Shardings, split_over, to_tensors
@@ -21,12 +23,14 @@ from jaxprune.lm.models.hf.tensor_names import Source
 from jaxprune.lm.models.hf.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
+    "BLOCK_CONFIGS",
     "Dtype",
     "Loaded",
     "Shardings",
     "Source",
     "Tokenizer",
     "abstract",
+    "block_configs",
     "decoder_config",
     "embedded",
     "heads_that_fit",
