@@ -47,7 +47,7 @@ BY_LAYER: Mapping[str, Architecture] = {
 }
 """The same where layers have sizes of their own."""
 NO_NEURONS = 32
-"""Neurons, of zeros, of a layer without an MLP: a graph without any forgets attention."""
+"""Neurons of zeros where a layer has no MLP: without any the graph drops attention."""
 
 
 def check_shape(model_type: str, config: DecoderConfig) -> Architecture:

@@ -91,7 +91,9 @@ def run_shrink(
         model = open_for_job(job.model, job.loading, job.devices)
         check_fits(job.removal, source, model.config)
         texts = inputs.read_texts(job, source)
-        progress_dir.check_room(job, job.recovery, source, 1)
+        # What is solved at several sizes takes about twice the room of the model.
+        copies = 3 if job.removal.unequal else 1
+        progress_dir.check_room(job, job.recovery, source, copies)
         fewer = smaller_vocabulary.choose_for_job(job, source, texts, console)
     note_ignored(model, console)
     _note_narrowed(job.loading.dtype, source, console)

@@ -26,6 +26,7 @@ Choice = dict[str, int]
 
 _MOST = 20_000  # totals that the knapsack tells apart
 _SWITCHES = 3  # swaps of an offspring, at most
+_DRAWN = 4  # swaps that are drawn for one that is judged
 
 
 class Menu(NamedTuple):
@@ -103,6 +104,11 @@ def total_cost(menus: Mapping[str, Menu], choice: Mapping[str, int]) -> int:
     return sum(menus[name].costs[place] for name, place in choice.items())
 
 
+def total_damage(menus: Mapping[str, Menu], choice: Mapping[str, int]) -> float:
+    """The sum of the damages of a choice."""
+    return sum(menus[name].damages[place] for name, place in choice.items())
+
+
 def swapped(
     menus: Mapping[str, Menu],
     choice: Choice,
@@ -163,8 +169,7 @@ def search_sizes(
     loss: Callable[[Choice, int | None], float],
     *,
     generations: int,
-    offspring: int = 8,
-    finalists: int = 2,
+    offspring: int = 6,
     save: Callable[[Progress], Any] = lambda progress: None,
 ) -> Progress:
     """Swaps sizes as long as it makes the loss smaller.
@@ -176,8 +181,9 @@ def search_sizes(
       loss: function of a choice, and of a number of batches (None for all), to the loss
         on them.
       generations: number of generations in all.
-      offspring: number of choices of a generation, which are judged by one batch.
-      finalists: number of those that all batches judge.
+      offspring: number of choices of a generation, which are judged by one batch: of
+        four times as many swaps those of the least sum of damages. The best is judged
+        by all batches, if it is better by one.
       save: function that is called with the state after each generation.
 
     Returns:
@@ -188,15 +194,17 @@ def search_sizes(
         # A generation of its own seed: a search that goes on draws the same.
         rng = np.random.default_rng(generation)
         tried = [state.choice]
-        for _ in range(offspring):
+        for _ in range(_DRAWN * offspring):
             candidate = swapped(menus, state.choice, budget, rng)
             if candidate not in tried:
                 tried.append(candidate)
-        ranked = sorted(tried[1:], key=lambda choice: loss(choice, 1))
-        choice, least = state.choice, state.loss
-        for candidate in ranked[:finalists]:
-            if (nats := loss(candidate, None)) < least:
-                choice, least = candidate, nats
+        likely = sorted(tried[1:], key=lambda choice: total_damage(menus, choice))
+        # Of few tokens first: most swaps are worse, and need no more to show it.
+        losses = [loss(choice, 1) for choice in (state.choice, *likely[:offspring])]
+        place, least = int(np.argmin(losses)), state.loss
+        choice = state.choice
+        if place and (nats := loss(likely[place - 1], None)) < least:
+            choice, least = likely[place - 1], nats
         state = Progress(choice, least, generation + 1)
         save(state)
     return state

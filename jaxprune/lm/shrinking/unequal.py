@@ -10,7 +10,7 @@ any others are: layer after layer, on all sequences. What was solved, measured a
 chosen is kept in the directory of progress.
 """
 
-import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +25,7 @@ import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.files import atomic
 from jaxprune.files.safetensors_file import read_json
-from jaxprune.lm.models import hf
-from jaxprune.lm.models.decoder.config import DecoderConfig, LayerSizes
+from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.recovery.distill import divergence_of_states
 from jaxprune.lm.shrinking import size_choice, units
@@ -36,8 +35,10 @@ from jaxprune.posttraining.unit_sizes import SolvedSizes, solve_sizes
 from jaxprune.structured import shrink as structured
 
 _SOLVED, _DAMAGES, _SIZES = "sizes", "damages.json", "sizes.json"  # in the progress
-_STEPS = 8  # parts of a layer by which sizes differ
+STEPS = 8
+"""Parts of a layer by which the numbers of its units differ."""
 _GENERATIONS = 24
+_FEW = 4  # parts of the judging sequences, one of which is asked first
 
 
 class _Task(NamedTuple):
@@ -110,10 +111,25 @@ def narrow_unequally(
     )
     costs = {group.name: group.weights // group.units for group in chosen_groups}
     task = _Task(model, solved, start, costs)
-    sizes, nats = _choose(task, units.equal_batches(judges, batch), work, note)
+    few = units.equal_batches(judges, min(batch, -(-judging // _FEW)))
+    sizes, nats = _choose(task, few, work, note)
     small, report = _solve_chosen(model, sizes, roles, tokens, batch)
     by_layer = [small.config.sizes(layer) for layer in range(small.config.layers)]
     return small, {**report, "unequal": {**nats, "layers": by_layer}}
+
+
+def passes_of_judge(layers: int) -> float:
+    """How often all sequences would be run to measure and to search the sizes.
+
+    Args:
+      layers: number of layers of the model.
+
+    Returns:
+      The number, for an estimate.
+    """
+    # A quarter of the sequences judges, and a part of that is asked first.
+    groups, few, judging = 2 * layers, 1 / (4 * _FEW), 1 / 4
+    return 3 * groups * few + _GENERATIONS * (7 * few + judging)
 
 
 def _equal_sizes(
@@ -138,7 +154,7 @@ def _equal_sizes(
 
 def _ladder(units_: int, start: int, multiple: int, *, none: bool) -> list[int]:
     """The numbers of units to solve, ascending, that of equal layers among them."""
-    steps = {round(units_ * i / _STEPS) for i in range(1, _STEPS + 1)}
+    steps = {round(units_ * i / STEPS) for i in range(1, STEPS + 1)}
     fitting = {-(-size // multiple) * multiple for size in steps if size}
     inside = {size for size in fitting if size < units_}
     return sorted({start, units_, *inside, *([0] if none else [])})
@@ -163,9 +179,13 @@ def _choose(
     places = {name: menu.sizes.index(task.start[name]) for name, menu in menus.items()}
     budget = size_choice.total_cost(menus, places)
 
+    @functools.cache
+    def nats_of(sizes: tuple[tuple[str, int], ...], batches: int | None) -> float:
+        return judge.nats(dict(sizes), batches)
+
     def loss(choice: Choice, batches: int | None) -> float:
-        sizes = {name: menus[name].sizes[place] for name, place in choice.items()}
-        return judge.nats(sizes, batches)
+        pairs = ((name, menus[name].sizes[place]) for name, place in choice.items())
+        return nats_of(tuple(pairs), batches)
 
     state_file = work / _SIZES
     if state_file.is_file():
@@ -259,10 +279,12 @@ def _measured_menus(task: _Task, judge: _Judge, file: Path) -> dict[str, Menu]:
 
 
 def _measured_sizes(sizes: Sequence[int], start: int) -> list[int]:
-    """The sizes of a group that are measured: the ends, and those half way to them."""
+    """The sizes of a group that are measured: all of few; one below, and the whole."""
     place = sizes.index(start)
-    places = {0, place // 2, (place + len(sizes)) // 2, len(sizes) - 1} - {place}
-    return [sizes[i] for i in sorted(places)]
+    last = len(sizes) - 1
+    if last <= _FEW:  # heads, say
+        return [size for size in sizes if size != start]
+    return [sizes[i] for i in {place // 2, last} - {place}]
 
 
 def _menu(
@@ -272,9 +294,13 @@ def _menu(
     points = {start: 0.0, **{int(size): nats for size, nats in measured.items()}}
     errors = dict(zip(solved.sizes, solved.errors, strict=True))
     ordered = sorted(points, key=lambda size: errors[size])
-    damages = np.interp(
-        solved.errors, [errors[s] for s in ordered], [points[s] for s in ordered]
-    )  # (sizes,)
+    known = np.array([[errors[size], points[size]] for size in ordered])
+    damages = np.interp(solved.errors, *known.T)  # (sizes,)
+    # Past the last that was measured it goes on as between the last two.
+    (inner, least), (outer, most) = known[-2:]
+    slope = (most - least) / max(outer - inner, np.finfo(np.float32).tiny)
+    beyond = np.maximum(np.array(solved.errors) - outer, 0)  # (sizes,)
+    damages = damages + max(slope, 0.0) * beyond
     costs = tuple(size * unit_cost for size in solved.sizes)
     return Menu(solved.sizes, costs, tuple(damages.tolist()))
 
@@ -287,7 +313,10 @@ def _solve_chosen(
     batch: int,
 ) -> tuple[LoadedModel, dict[str, Any]]:
     """The model at the chosen sizes, solved layer after layer, and the report."""
-    model = _without_absent(model, sizes, roles)
+    absent = {name for name, size in sizes.items() if not size}
+    model = units.without_parts(
+        model, {(int(name.split("/")[1]), roles[name]) for name in absent}
+    )
     fn, _, groups = units.group_axes(model)
     roles = units.group_roles(groups, model.config)
     shares = {g.name: 1 - sizes[g.name] / g.units for g in groups if g.name in sizes}
@@ -298,29 +327,3 @@ def _solve_chosen(
     report = result.report
     small = units.with_smaller(model, result.params)
     return small, {**report, "roles": {name: roles[name] for name in report["kept"]}}
-
-
-def _without_absent(
-    model: LoadedModel, sizes: Mapping[str, int], roles: Mapping[str, str]
-) -> LoadedModel:
-    """The model without the attentions and MLPs of which no unit stays."""
-    absent = {
-        (int(name.split("/")[1]), roles[name])
-        for name, size in sizes.items()
-        if not size
-    }
-    config = model.config
-    layers = []
-    for layer in range(config.layers):
-        heads, kv_heads, neurons = config.sizes(layer)
-        if (layer, "heads") in absent:
-            heads = kv_heads = 0
-        layers.append(
-            LayerSizes(heads, kv_heads, neurons * ((layer, "ffn") not in absent))
-        )
-    config = dataclasses.replace(config, layer_sizes=tuple(layers))
-    graphdef, state = nnx.split(hf.abstract(config), nnx.Param)
-    named = jp.tree.named_leaves(model.params)
-    leaves = [named[name] for name in jp.tree.names(state)]
-    params = jax.tree.unflatten(jax.tree.structure(state), leaves)
-    return model._replace(graphdef=graphdef, params=params, config=config)

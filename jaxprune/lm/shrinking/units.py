@@ -4,6 +4,7 @@ What takes long is noted in a directory of progress, where a run that was stoppe
 it.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from jaxprune.files import atomic
 from jaxprune.files.safetensors_file import read_json
 from jaxprune.graph.axis_dims import root
 from jaxprune.lm.models import hf
-from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.models.decoder.config import DecoderConfig, LayerSizes
 from jaxprune.lm.models.hf.smaller import name_before
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.shrinking import layer_search
@@ -73,6 +74,31 @@ def keep_layers(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
         name: model.names[name_before(name, kept)] for name in jp.tree.names(params)
     }
     return model._replace(graphdef=graphdef, params=params, config=config, names=names)
+
+
+def without_parts(
+    model: LoadedModel, absent: Collection[tuple[int, str]]
+) -> LoadedModel:
+    """The model without some attentions and MLPs, whose layers then have sizes.
+
+    Args:
+      model: model with its parameters, in memory or in their files.
+      absent: pairs of a layer and what it loses, "heads" or "ffn".
+
+    Returns:
+      The model with `config.layer_sizes`, and without the leaves of what is absent.
+    """
+    config, layers = model.config, []
+    for layer in range(config.layers):
+        heads, kv_heads, neurons = config.sizes(layer)
+        attends, feeds = ((layer, part) not in absent for part in ("heads", "ffn"))
+        layers.append(LayerSizes(heads * attends, kv_heads * attends, neurons * feeds))
+    config = dataclasses.replace(config, layer_sizes=tuple(layers))
+    graphdef, state = nnx.split(hf.abstract(config), nnx.Param)
+    named = jp.tree.named_leaves(model.params)
+    leaves = [named[name] for name in jp.tree.names(state)]
+    params = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    return model._replace(graphdef=graphdef, params=params, config=config)
 
 
 def search_layers(

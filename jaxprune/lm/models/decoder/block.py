@@ -35,11 +35,7 @@ class Block(nnx.Module):
         # Both map (batch, time, width) to itself; a layer may lack either.
         self.attention = Attention(config, layer, rngs=rngs) if heads else None
         self.norm_mlp = norm(pre and not shared and neurons > 0)
-        self.mlp: Experts | MLP | None = None
-        if config.experts:
-            self.mlp = Experts(config, rngs=rngs)
-        elif neurons:
-            self.mlp = MLP(config, rngs=rngs, neurons=neurons)
+        self.mlp = _mlp(config, neurons, rngs)
         self.norm_attended = norm(post and heads > 0)
         self.norm_added = norm(post and neurons > 0)
         self.residual_scale = config.residual_scale
@@ -84,3 +80,9 @@ class Block(nnx.Module):
         if self.residual_scale == 1:
             return y
         return (y.astype(jnp.float32) * self.residual_scale).astype(y.dtype)
+
+
+def _mlp(config: DecoderConfig, neurons: int, rngs: nnx.Rngs) -> Experts | MLP | None:
+    if config.experts:
+        return Experts(config, rngs=rngs)
+    return MLP(config, rngs=rngs, neurons=neurons) if neurons else None
