@@ -33,6 +33,7 @@ def solved(directory):
     )
 
 
+@pytest.mark.full
 def test_at_the_start_every_group_is_as_shrink_solves_it(tmp_path):
     tables = solved(tmp_path / "work")
     settings = {"batches": list(BATCHES), "relative": True, "progress": False}

@@ -157,7 +157,8 @@ def test_what_no_damping_helps_ends_and_says_so(lost):
     assert int(found.kept.sum()) == 4 - lost
 
 
-@pytest.mark.parametrize(("rows", "at_once"), [(1, 1), (2, 1), (1, 4)])
+@pytest.mark.full
+@pytest.mark.parametrize(("rows", "at_once"), [(2, 1), (1, 4)])
 def test_a_ladder_has_the_units_and_the_kernel_of_each_size(rows, at_once, monkeypatch):
     # With fewer rounds several units go at once, and a size may end inside a round.
     monkeypatch.setattr(units, "_ROUNDS", -(-UNITS // at_once))

@@ -43,7 +43,7 @@ def small(place):
 
 @pytest.mark.full
 def test_layers_differ_within_the_parameters_of_equal_ones(place, small):
-    layers = np.array(small["unequal"]["layers"])  # (layers, 3)
+    layers = np.array(small["units"]["unequal"]["layers"])  # (layers, 3)
     assert len({*map(tuple, layers.tolist())}) > 1
     # Of Llama's (out, in): 32 wide, heads of 8; equal layers keep 24 neurons, 1 of 2
     # key heads and 2 of 4 query heads.
@@ -60,7 +60,7 @@ def test_layers_differ_within_the_parameters_of_equal_ones(place, small):
         for block in config["block_configs"]
     ]
     assert written == [tuple(sizes) for sizes in layers.tolist()]
-    nats = small["unequal"]
+    nats = small["units"]["unequal"]
     assert nats["searched"] <= min(nats["equal"], nats["knapsack"])
     assert "sizes by layer" in small["method"]
     assert not (place / ".small.progress").exists()
@@ -76,6 +76,8 @@ def test_every_job_reads_unequal_layers(place, small, capsys):
         assert code == 0, err
         assert record["texts"]["rows.npy"]["nats"] == pytest.approx(expected, rel=1e-4)
     archive = place / "small.jaxprune"
+    calibrated = ("--method", "wanda", "--calibration", rows, "--length", 16)
+    calibrated += ("--sequences", 12)
     for command in (
         ("sample", model, "--prompt", "w4 w5", "--steps", 3),
         ("inspect", model),
@@ -83,13 +85,14 @@ def test_every_job_reads_unequal_layers(place, small, capsys):
         ("expand", archive, place / "expanded"),
         ("speed", model, "--rounds", 1, "--prompt", 4, "--steps", 2),
         ("prune", model, place / "zeros", "--sparsity", 0.5, "--method", "magnitude"),
+        ("prune", model, place / "wanda", "--sparsity", 0.5, *calibrated),
         ("shrink", model, place / "fewer", "--ffn", 0.25, "--speed-rounds", 0),
     ):
         code, _, err = run(capsys, *command)
         assert code == 0, (command, err)
     np.testing.assert_array_equal(logits(place / "expanded", ids), logits(model, ids))
     fewer = json.loads((place / "fewer" / "config.json").read_text())
-    before = [sizes[2] for sizes in small["unequal"]["layers"]]
+    before = [sizes[2] for sizes in small["units"]["unequal"]["layers"]]
     after = [b["ffn"].get("intermediate_size", 0) for b in fewer["block_configs"]]
     assert after == [n - round(n / 4) for n in before]
 
@@ -117,7 +120,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(place, small, capsys, monkeypatch
             assert cli.main([*map(str, command)]) != 0
     code, record, err = run(capsys, *command)
     assert code == 0, err
-    assert record["unequal"] == small["unequal"]
+    assert record["units"]["unequal"] == small["units"]["unequal"]
     first, second = (tiny_cli.weights(place / n) for n in ("small", "again"))
     assert first.keys() == second.keys()
     for name, tensor in first.items():

@@ -14,6 +14,7 @@ pytest.importorskip("tokenizers")
 gguf = pytest.importorskip("gguf")
 
 
+@pytest.mark.full
 def test_deci_has_the_sizes_of_each_layer_and_zeros_for_no_mlp(tmp_path):
     model_folder(tmp_path / "whole", "byte-level", layers=LAYERS)
     dense, small, _ = unequal(tmp_path / "whole")

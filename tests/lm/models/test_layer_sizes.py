@@ -18,10 +18,8 @@ from tests.support.unequal_layers import (
 )
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["llama", pytest.param("gemma3", marks=pytest.mark.full)],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_directory_of_unequal_layers_computes_what_the_zeroed_model_does(
     name, tmp_path
 ):
