@@ -183,14 +183,13 @@ class _SizeSolver(UnitRemover):
         solved = placement.automatic(ladder, before, statistics.hessian)
         damping = float(solved.damping)
         check(FACTORISED, name=op.name, damping=damping, also="")
+        masks = np.array(solved.kept)  # (sizes, units)
         weights = {0: jnp.zeros_like(before), total: before}
         kept = {0: np.zeros(total, bool), total: np.ones(total, bool)}
-        errors, arrays = {"0": 1.0, str(total): 0.0}, {}
+        errors = {"0": 1.0, str(total): 0.0}
+        arrays: dict[str, Any] = {}
         for i, size in enumerate(inner):
-            weights[size], kept[size] = (
-                solved.weights[i][None],
-                np.array(solved.kept[i]),
-            )
+            weights[size], kept[size] = solved.weights[i][None], masks[i]
             errors[str(size)] = float(solved.errors[i])
             read = np.ones(before.shape[1], bool)
             read[rows[~kept[size]]] = False

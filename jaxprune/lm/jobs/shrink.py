@@ -245,13 +245,14 @@ class ModelShrinking(Transformation[ShrinkJob]):
     ) -> tuple[LoadedModel, dict[str, Any]]:
         """As `units.narrow`; a budget out of reach is named as it was asked for."""
         removal = self.job.removal
-        settings = {"batch": self.job.calibration.batch, "work": self.job.work}
+        batch, work = self.job.calibration.batch, self.job.work
         try:
             if removal.unequal and tokens is not None:
+                note = self.console.note
                 return narrow_unequally(
-                    small, narrowing, tokens, note=self.console.note, **settings
+                    small, narrowing, tokens, batch=batch, work=work, note=note
                 )
-            return units.narrow(small, narrowing, tokens, **settings)
+            return units.narrow(small, narrowing, tokens, batch=batch, work=work)
         except OutOfReach as error:
             if removal.search or narrowing.budget == removal.budget:
                 raise

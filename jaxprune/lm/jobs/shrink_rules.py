@@ -84,7 +84,7 @@ _REMOVAL = (
         "--layers and --drop-layers exclude each other; give one",
     ),
     Rule(
-        lambda v: {*v.asked} - {"unequal"},
+        lambda v: bool({*v.asked} - {"unequal"}),
         "something must be removed; give --ffn, --heads, --query-heads, --experts, "
         "--layers, --drop-layers, --budget or --vocab",
     ),

@@ -85,8 +85,9 @@ def choose_sizes(menus: Mapping[str, Menu], budget: int) -> Choice:
         )  # (sizes, totals)
         picks[name] = candidates.argmin(0)
         best = candidates.min(0)
-    total, choice = totals - 1, {}
-    for name in reversed(menus):
+    choice: Choice = {}
+    total = totals - 1
+    for name in reversed([*menus]):
         choice[name] = int(picks[name][total])
         total -= -(-extra[name][choice[name]] // unit)
     return {name: choice[name] for name in menus}

@@ -6,7 +6,7 @@ it.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -286,7 +286,7 @@ def possible_head_units(
 
 
 def narrowing_request(
-    narrowing: Narrowing, roles: dict[str, str], config: DecoderConfig
+    narrowing: Narrowing, roles: Mapping[str, str], config: DecoderConfig
 ) -> dict[str, Any]:
     """The arguments of `jp.shrink`, by the names of groups."""
     request: dict[str, Any]

@@ -1,11 +1,10 @@
 """Keys and values that attention keeps, and what models ask of their tokens."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
-
-from jaxprune.lm.models.decoder.config import DecoderConfig
 
 
 class Cache(NamedTuple):
@@ -23,13 +22,17 @@ class Cache(NamedTuple):
     length: Array
 
 
-def empty_cache(config: DecoderConfig, batch: int, size: int | None) -> Cache:
+def empty_cache(
+    config: Any, batch: int, size: int | None, heads: Sequence[int], head_dim: int
+) -> Cache:
     """A cache of zeros with length 0.
 
     Args:
-      config: shape of the model.
+      config: shape of the model: its context and dtype are read.
       batch: number of sequences.
       size: number of tokens that it can hold, at most (and by default) the context.
+      heads: number of key and value heads of each layer.
+      head_dim: number of features of a head.
 
     Returns:
       The cache.
@@ -42,11 +45,8 @@ def empty_cache(config: DecoderConfig, batch: int, size: int | None) -> Cache:
         raise ValueError(
             f"a cache needs size <= context, got {size} > {config.context}"
         )
-    heads = [config.sizes(layer).kv_heads for layer in range(config.layers)]
-    # (batch, size, kv_heads, head_dim): layers of one size share their zeros.
-    zeros = {
-        n: jnp.zeros((batch, size, n, config.head_dim), config.dtype) for n in {*heads}
-    }
+    # (batch, size, heads, head_dim): layers of one size share their zeros.
+    zeros = {n: jnp.zeros((batch, size, n, head_dim), config.dtype) for n in {*heads}}
     layers = tuple(zeros[n] for n in heads)
     return Cache(layers, layers, jnp.int32(0))
 

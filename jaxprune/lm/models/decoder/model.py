@@ -191,7 +191,9 @@ class Decoder(nnx.Module):
 
     def init_cache(self, batch: int, size: int | None = None) -> Cache:
         """An empty cache for at most, and by default, `context` tokens."""
-        return empty_cache(self.config, batch, size)
+        config = self.config
+        heads = [config.sizes(layer).kv_heads for layer in range(config.layers)]
+        return empty_cache(config, batch, size, heads, config.head_dim)
 
 
 def loss_per_token(
