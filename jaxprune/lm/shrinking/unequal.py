@@ -239,7 +239,7 @@ class _Judge:
 
         self._nats = nats
         self._batches = [(ids, states(task.model.params, ids)) for ids in batches]
-        self._matrices: dict[tuple[str, int], Any] = {}  # one of each group
+        self._matrices: dict[str, tuple[int, jax.Array]] = {}  # one of each group
 
     def nats(self, sizes: Mapping[str, int], batches: int | None) -> float:
         """The mean KL(whole || smaller), nats a token, on the first batches."""
@@ -252,10 +252,10 @@ class _Judge:
         return float(np.mean([self._nats(params, *pair) for pair in chosen]))
 
     def _matrix(self, name: str, size: int) -> jax.Array:
-        """The matrix of a group at a size; the last few of each stay in memory."""
-        if (name, size) not in self._matrices:
-            self._matrices[name, size] = jnp.asarray(self._solved[name].read(size))
-        return self._matrices[name, size]
+        """The matrix of a group at a size; the last of each group stays in memory."""
+        if name not in self._matrices or self._matrices[name][0] != size:
+            self._matrices[name] = size, jnp.asarray(self._solved[name].read(size))
+        return self._matrices[name][1]
 
 
 def _measured_menus(task: _Task, judge: _Judge, file: Path) -> dict[str, Menu]:
