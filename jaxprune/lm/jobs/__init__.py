@@ -31,4 +31,5 @@ __all__ = [
     "smaller_vocabulary",
     "speed",
     "transformation",
+    "unequal_rules",
 ]

@@ -1,8 +1,10 @@
-"""Which layers and experts a language model can do without."""
+"""Which layers, experts, heads and neurons a language model can do without."""
 
 __all__ = [
     "expert_scores",
     "layer_search",
     "search",
+    "size_choice",
+    "unequal",
     "units",
 ]
