@@ -93,6 +93,31 @@ def choose_sizes(menus: Mapping[str, Menu], budget: int) -> Choice:
     return {name: choice[name] for name in menus}
 
 
+def choose_near(
+    menus: Mapping[str, Menu], start: Choice, budget: int, radius: int
+) -> Choice:
+    """`choose_sizes` among sizes that are few steps from those of another choice.
+
+    Damages that were measured beside that choice add up near it alone.
+
+    Args:
+      menus: group name to its sizes.
+      start: choice, within the budget.
+      budget: greatest sum of costs.
+      radius: number of steps that a group may go up or down.
+
+    Returns:
+      Group name to the place of its size.
+    """
+    first = {name: max(0, start[name] - radius) for name in menus}
+    near = {
+        name: Menu(*(column[first[name] : start[name] + radius + 1] for column in menu))
+        for name, menu in menus.items()
+    }
+    chosen = choose_sizes(near, budget)
+    return {name: first[name] + place for name, place in chosen.items()}
+
+
 def _shifted(best: Float[np.ndarray, " totals"], step: int) -> np.ndarray:
     """The least damage within what is left of each total after a cost."""
     if step >= len(best):

@@ -38,6 +38,7 @@ _SOLVED, _DAMAGES, _SIZES = "sizes", "damages.json", "sizes.json"  # in the prog
 STEPS = 8
 """Parts of a layer by which the numbers of its units differ."""
 _GENERATIONS = 24
+_RADII = (1, 2, 3, STEPS)  # steps from equal layers that the knapsack may go
 _FEW = 4  # parts of the judging sequences, one of which is asked first
 
 
@@ -192,7 +193,11 @@ def _choose(
         content = read_json(state_file)
         nats, state = content["nats"], size_choice.Progress(**content["state"])
     else:
-        by_damage = size_choice.choose_sizes(menus, budget)
+        # Far from equal layers damages add up badly, and may ruin the model.
+        near = [
+            size_choice.choose_near(menus, places, budget, radius) for radius in _RADII
+        ]
+        by_damage = min(near, key=lambda choice: loss(choice, None))
         nats = {"equal": loss(places, None), "knapsack": loss(by_damage, None)}
         best = by_damage if nats["knapsack"] < nats["equal"] else places
         state = size_choice.Progress(best, min(nats.values()), 0)

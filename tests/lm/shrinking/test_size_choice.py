@@ -8,6 +8,7 @@ import pytest
 from jaxprune.lm.shrinking.size_choice import (
     Menu,
     Progress,
+    choose_near,
     choose_sizes,
     search_sizes,
     swapped,
@@ -46,6 +47,18 @@ def test_the_knapsack_is_as_good_as_all_choices(seed):
         assert total_cost(menus, chosen) <= budget
         best = min(damage(menus, choice) for choice in within)
         assert damage(menus, chosen) == pytest.approx(best, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_near_a_choice_the_knapsack_goes_few_steps(seed):
+    menus = random_menus(np.random.default_rng(seed))
+    start = {name: len(menu.sizes) // 2 for name, menu in menus.items()}
+    budget = total_cost(menus, start)
+    assert choose_near(menus, start, budget, 9) == choose_sizes(menus, budget)
+    near = choose_near(menus, start, budget, 1)
+    assert max(abs(near[name] - start[name]) for name in menus) <= 1
+    assert total_cost(menus, near) <= budget
+    assert damage(menus, near) <= damage(menus, start)
 
 
 def test_costs_without_a_common_divisor_stay_within_the_budget():
