@@ -130,7 +130,7 @@ def passes_of_judge(layers: int) -> float:
     """
     # A quarter of the sequences judges, and a part of that is asked first.
     groups, few, judging = 2 * layers, 1 / (4 * _FEW), 1 / 4
-    return 3 * groups * few + _GENERATIONS * (7 * few + judging)
+    return 4 * groups * few + _GENERATIONS * (7 * few + judging)
 
 
 def _equal_sizes(
@@ -284,12 +284,14 @@ def _measured_menus(task: _Task, judge: _Judge, file: Path) -> dict[str, Menu]:
 
 
 def _measured_sizes(sizes: Sequence[int], start: int) -> list[int]:
-    """The sizes of a group that are measured: all of few; one below, and the whole."""
+    """The sizes of a group that are measured: all of few; two below and two above."""
     place = sizes.index(start)
     last = len(sizes) - 1
     if last <= _FEW:  # heads, say
         return [size for size in sizes if size != start]
-    return [sizes[i] for i in {place // 2, last} - {place}]
+    # Upwards alone says too little: the first units that go cost least.
+    places = {max(place - 1, 0), place // 2, (place + last) // 2, last} - {place}
+    return [sizes[i] for i in sorted(places)]
 
 
 def _menu(
