@@ -22,13 +22,17 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 from flax import nnx
 
 import jaxprune as jp
 from benchmarks import measure
+from experiments.datasets import Batches, load
 from experiments.gpt.config import preset
 from experiments.gpt.model import GPT
+from experiments.harness import training
+from experiments.tasks.language_model import LanguageModel
 from jaxprune.lm.models.decoder import rope
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.decoder.model import Decoder
@@ -71,7 +75,7 @@ GEMMA3 = DecoderConfig(
 MODELS: dict[str, tuple[Any, Any]] = {
     "smollm2": (Decoder, SMOLLM2),
     "gemma3": (Decoder, GEMMA3),
-    "gpt": (GPT, preset("cpu", vocab_size=65)),
+    "gpt": (GPT, preset("cpu", vocab_size=78)),
 }
 """Name to class and shape."""
 _CACHE = 64  # positions that a cache has room for
@@ -91,6 +95,8 @@ class Config:
       model: name of a shape in `MODELS`.
       batch: sequences that are decoded together.
       steps: tokens that are decoded in a measured call.
+      train: steps of training in which the GPT loses its weights; 0 takes masks at
+        random. It needs the model "gpt" whole.
       layers: number of layers of the decoder; None for those of the shape.
       llama: GGUF files that llama.cpp decodes with too, one sequence.
       repeats: number of measured rounds.
@@ -107,6 +113,7 @@ class Config:
     model: Literal["smollm2", "gemma3", "gpt"] = "smollm2"
     batch: int = 1
     steps: int = 8
+    train: int = 0
     layers: int | None = None
     llama: tuple[Path, ...] = ()
     repeats: int = 7
@@ -114,7 +121,13 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Times the candidates in turn and reports."""
+    """Times the candidates in turn and reports.
+
+    Raises:
+      ValueError: another model, or a part of it, is to be trained.
+    """
+    if config.train and (config.model != "gpt" or config.layers):
+        raise ValueError("--train is for all layers of --model gpt")
     before = os.getloadavg()
     make = _matrices if config.what == "matrices" else _decoders
     candidates, sizes = make(config)
@@ -222,8 +235,7 @@ def _decoders(config: Config) -> Candidates:
     first = (jnp.zeros(config.batch, jnp.int32), cache)
     for name in config.encodings:
         for zeros in (0.0, *config.zeros):
-            scores = jp.scores.random(params)
-            pruned = jp.prune(params, scores, zeros) if zeros else params
+            pruned = _pruned(config, params, zeros) if zeros else params
             packed = jp.pack(step, pruned, first, values=name, dense=True)
             label = f"{name} {zeros:.0%} zeros" if zeros else f"{name} dense"
             _add_decoder(
@@ -232,6 +244,27 @@ def _decoders(config: Config) -> Candidates:
     if config.llama:
         _add_llama(config, candidates, sizes)
     return candidates, sizes
+
+
+def _pruned(config: Config, params: Any, zeros: float) -> Any:
+    """The parameters with zeros: at random, or pruned while the GPT trains."""
+    if not config.train:
+        return jp.prune(params, jp.scores.random(params), zeros)
+    corpus = load()  # the plays, of 78 characters
+    model = LanguageModel(preset("cpu", vocab_size=len(corpus.vocabulary)))
+    sparsity = jp.schedules.cubic(
+        zeros, begin=config.train // 10, end=config.train * 4 // 5
+    )
+    tx = jp.gradual(optax.adamw(1e-3), sparsity)
+    state = training.train(
+        training.init(model.init(0), tx),
+        training.make_step(model.loss, tx),
+        Batches(corpus.train, 64, model.config.context, 0),
+        steps=config.train,
+        key=jax.random.key(0),
+    )
+    leaves = jax.tree.leaves(state.params)
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def _add_llama(

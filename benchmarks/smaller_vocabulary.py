@@ -8,22 +8,19 @@ the packages of `benchmarks.texts`, and for the German
 `pip install --no-deps django==5.2.8`.
 """
 
-import ast
 import dataclasses
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from benchmarks import measure, texts
-from experiments.datasets import shakespeare_plays
 from jaxprune.arrays.messages import columns
 from jaxprune.lm import cli
 from jaxprune.lm.checkpoints import rewrite
 
 CALIBRATION = ("plays", "technical")
-HELD_OUT = ("other plays", "other technical", "news", "german")
+HELD_OUT = ("other-plays", "other-technical", "news", "german")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Config:
 def main(config: Config) -> None:
     """Runs what is missing, prints the table, then one JSON line."""
     config.out.mkdir(parents=True, exist_ok=True)
-    paths = _write_texts(config.out)
+    paths = texts.write_documents(config.out, (*CALIBRATION, *HELD_OUT))
     for size in config.sizes:
         out = config.out / str(size)
         if not (out / rewrite.NAME).is_file():
@@ -93,40 +90,6 @@ def _speed_row(record: dict[str, Any]) -> list[str]:
         f"{speed['low']:.2f} to {speed['high']:.2f}",
         f"{speed['noise']:.2f}",
     ]
-
-
-def _write_texts(folder: Path) -> dict[str, Path]:
-    """The texts as files; calibrated and held out share no document."""
-    plays = [shakespeare_plays.render(x) for x in shakespeare_plays.read_plays()]
-    documents = {
-        "plays": [x for n, x in enumerate(plays) if n % 10 != 4],
-        "technical": texts.technical_documents("sympy"),
-        "other plays": plays[4::10],
-        "other technical": texts.technical_documents("networkx"),
-        "news": texts.news_documents(),
-        "german": _german(),
-    }
-    paths = {}
-    for name, parts in documents.items():
-        paths[name] = folder / f"{name.replace(' ', '-')}.txt"
-        paths[name].write_text("\n".join(parts), encoding="utf-8")
-    return paths
-
-
-def _german() -> list[str]:
-    """The messages of Django in German, as its package carries them."""
-    messages = []
-    for path in sorted(
-        texts.package_folder("django").rglob("de/LC_MESSAGES/django.po")
-    ):
-        entries = re.findall(
-            r'^msgstr(?:\[\d\])? ((?:"[^\n]*"\n?)+)', path.read_text("utf-8"), re.M
-        )
-        for entry in entries[1:]:  # the first is the header of the file
-            message = "".join(ast.literal_eval(x) for x in entry.strip().split("\n"))
-            if message:
-                messages.append(message)
-    return messages
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import importlib.util
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,13 +68,12 @@ class Config:
 def main(config: Config) -> None:
     """Writes the files and prints their names and checksums."""
     encode = encoder(config.model)
-    plays = [shakespeare_plays.render(x) for x in shakespeare_plays.read_plays()]
     calibration = {
-        "shakespeare": [x for n, x in enumerate(plays) if n % 10 != 4],
+        "shakespeare": play_documents(held_out=False),
         "technical": technical_documents("sympy"),
     }
     held_out = {
-        "shakespeare": plays[4::10],
+        "shakespeare": play_documents(held_out=True),
         "technical": technical_documents("networkx"),
         "news": news_documents(),
     }
@@ -163,6 +162,30 @@ def mixture(pools: Mapping[str, np.ndarray], share: float, count: int) -> np.nda
     return np.stack(chosen)
 
 
+def play_documents(*, held_out: bool) -> list[str]:
+    """The plays; every tenth is held out, whole."""
+    plays = [shakespeare_plays.render(x) for x in shakespeare_plays.read_plays()]
+    return [play for n, play in enumerate(plays) if (n % 10 == 4) == held_out]
+
+
+def write_documents(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Texts as files, for the command; none of one name shares a document with others.
+
+    Args:
+      folder: directory to write; files that are there stay.
+      names: names of `DOCUMENTS`.
+
+    Returns:
+      The path of each, by name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.txt" for name in names}
+    for name, path in paths.items():
+        if not path.is_file():
+            path.write_text("\n".join(DOCUMENTS[name]()), encoding="utf-8")
+    return paths
+
+
 def technical_documents(package: str) -> list[str]:
     """The prose of the docstrings of each file of a pinned package."""
     documents, known = [], set()
@@ -212,6 +235,20 @@ def news_documents() -> list[str]:
     return path.read_text("utf-8").splitlines(keepends=True)
 
 
+def german_documents() -> list[str]:
+    """The messages of Django in German, as its package carries them."""
+    messages = []
+    for path in sorted(package_folder("django").rglob("de/LC_MESSAGES/django.po")):
+        entries = re.findall(
+            r'^msgstr(?:\[\d\])? ((?:"[^\n]*"\n?)+)', path.read_text("utf-8"), re.M
+        )
+        for entry in entries[1:]:  # the first is the header of the file
+            message = "".join(ast.literal_eval(x) for x in entry.strip().split("\n"))
+            if message:
+                messages.append(message)
+    return messages
+
+
 def package_folder(package: str) -> Path:
     """Where a pinned package lies; it is not imported.
 
@@ -251,6 +288,15 @@ def write(out: Path, files: Mapping[str, np.ndarray]) -> None:
         print(checksum[:16], array.shape, name)
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
+
+DOCUMENTS: dict[str, Callable[[], list[str]]] = {
+    "plays": lambda: play_documents(held_out=False),
+    "technical": lambda: technical_documents("sympy"),
+    "other-plays": lambda: play_documents(held_out=True),
+    "other-technical": lambda: technical_documents("networkx"),
+    "news": news_documents,
+    "german": german_documents,
+}
 
 if __name__ == "__main__":
     main(tyro.cli(Config))

@@ -4,14 +4,18 @@
 of base size (width 768) and prints, in JSON: seconds to take it as a function, to list
 its weights, to compile its forward pass as one program, and to prune it by SparseGPT on
 one batch. `prune_trained` compiles segment by segment, and layers that are alike share
-their programs, so its time should not grow as that of one program for all layers does.
+their programs: how many programs it compiles, and how long that takes, are printed
+beside its time, and should not grow with the layers as one program for all does.
 It needs the extra [transformers].
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,6 +24,9 @@ import transformers
 import tyro
 
 import jaxprune as jp
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+"""What JAX calls the seconds that XLA takes for a program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,27 +71,52 @@ def main(config: Config) -> None:
         start = time.perf_counter()
         result = run()
         seconds[name] = round(time.perf_counter() - start, 1)
+        print(f"{name}: {seconds[name]} s", file=sys.stderr)  # a kill leaves these
         return result
 
     fn, params = timed("function", lambda: jp.torch.function(module, example))
     timed("trace", lambda: jp.trace(fn, params, batch))
     lowered = timed("lower", lambda: jax.jit(fn).lower(params, batch))
     timed("compile", lowered.compile)
+    programs: list[float] = []
     if config.prune:
-        timed(
-            "prune",
-            lambda: jp.prune_trained(
-                fn, params, [batch], "sparsegpt", sparsity=0.5, progress=False
-            ),
-        )
+        with compilations() as programs:
+            timed(
+                "prune",
+                lambda: jp.prune_trained(
+                    fn, params, [batch], "sparsegpt", sparsity=0.5, progress=False
+                ),
+            )
+        seconds["compile in prune"] = round(sum(programs), 1)
     facts = {
         **dataclasses.asdict(config),
         "parameters": sum(leaf.size for leaf in params.values()),
+        "programs of prune": len(programs),
         "seconds": seconds,
         "load": round(os.getloadavg()[0], 1),
         "versions": [torch.__version__, transformers.__version__, jax.__version__],
     }
     print(json.dumps(facts))
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[float]]:
+    """Listens to what is compiled.
+
+    Yields:
+      Seconds of XLA, an entry for each program as it is done.
+    """
+    seconds: list[float] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == COMPILED:
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 if __name__ == "__main__":

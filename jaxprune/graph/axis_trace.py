@@ -22,6 +22,7 @@ from jaxprune.graph.axis_moves import AxesOperand, ValueAxes, new_axes
 from jaxprune.graph.equation import Equation
 from jaxprune.graph.primitives import rules_of
 from jaxprune.graph.program import Fixed, Program, Step
+from jaxprune.graph.view_rules import cast_view, same_views
 from jaxprune.typing import Params
 
 UNUSED = "is not used"
@@ -156,8 +157,11 @@ class _Walker:
         index = self._stacks.indices.get(position)
         if index is None:
             return  # moved as a whole: `_Stacks` follows it
-        leaf, order = self._stacks.views[first]
-        dims = tuple(self._leaf_of[leaf].parts[index][axis] for axis in order)
+        number, order = self._stacks.views[first]
+        leaf = self._leaf_of[number]
+        if len(self.flat.avals[step.outputs[0]].shape) < len(order):  # a gather's
+            order = tuple(axis for axis in order if axis != leaf.stacked)
+        dims = tuple(leaf.parts[index][axis] for axis in order)
         self.axes[step.outputs[0]] = ValueAxes(dims, (True,) * len(dims))
 
     def _operand(self, position: int, i: int, x: int | Fixed) -> AxesOperand:
@@ -230,7 +234,7 @@ class _Walker:
 
 
 def _new_leaf_axes(name: str, leaf: Any, stacked: int | None) -> LeafAxes:
-    shape = tuple(jnp.shape(leaf))
+    shape = tuple(np.shape(leaf))
     count = 1 if stacked is None else shape[stacked]
     why = None if tree.is_floating(leaf) else "is not floating"
     # (layers or 1, axes): each layer of a stack has dimensions of its own.
@@ -295,7 +299,8 @@ class _Stacks:
     def _moved(self, flat: Program, position: int, step: Step) -> bool:
         """Whether a step transposes, casts or takes one index of a leaf."""
         leaf, order = self.views[step.inputs[0]]  # type: ignore[index]
-        if step.primitive.name == "convert_element_type":
+        same = rules_of(step.primitive.name).view in (same_views, cast_view)
+        if same and len(step.inputs) == 1:
             self.views[step.outputs[0]] = (leaf, order)
             return True
         if step.primitive.name == "transpose":
@@ -311,18 +316,30 @@ class _Stacks:
 
 def _single_index(flat: Program, step: Step) -> tuple[int, int] | None:
     """Along which axis a step takes one index of its operand, and which, if it does."""
-    if step.primitive.name not in ("slice", "dynamic_slice"):
+    name = step.primitive.name
+    if name not in ("slice", "dynamic_slice", "gather"):
         return None
     before = flat.avals[step.inputs[0]].shape  # type: ignore[index]
     after = flat.avals[step.outputs[0]].shape
+    if name == "gather":  # as `jnp.take` of one index
+        after = step.params["slice_sizes"]
     cut_axes = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
     if len(cut_axes) != 1 or after[cut_axes[0]] != 1:
         return None
     axis = cut_axes[0]
-    if step.primitive.name == "slice":
+    if name == "slice":
         return axis, int(step.params["start_indices"][axis])
-    start = program_.constant_value(flat, step.inputs[1 + axis])
+    if name == "gather":
+        numbers, operand = step.params["dimension_numbers"], step.inputs[1]
+        one_axis = numbers.start_index_map == numbers.collapsed_slice_dims == (axis,)
+        if not one_axis or len(flat.avals[operand].shape) != 1:  # type: ignore[index]
+            return None
+    else:
+        operand = step.inputs[1 + axis]
+    start = program_.constant_value(flat, operand)
     if start is None:
         return None
-    # Moved until it fits, as XLA does.
-    return axis, min(max(int(jnp.asarray(start)), 0), before[axis] - 1)
+    index = int(jnp.ravel(jnp.asarray(start))[0])
+    fitting = min(max(index, 0), before[axis] - 1)
+    # A dynamic slice is moved until it fits, as XLA does; a gather may be filled.
+    return None if name == "gather" and index != fitting else (axis, fitting)

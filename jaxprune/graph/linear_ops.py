@@ -10,6 +10,7 @@ patches of its input.
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from jaxprune.arrays import lazy, tree
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.messages import columns
+from jaxprune.arrays.messages import columns, listed
 from jaxprune.graph import program as program_
 from jaxprune.graph.equation import Equation
 from jaxprune.graph.operands import Input, WeightUse, output_parts
@@ -29,7 +30,7 @@ from jaxprune.graph.weight_parts import index_and_part, inputs_and_outputs
 from jaxprune.graph.weight_view import WeightView
 from jaxprune.leaves import Explanation, as_rule, explain
 from jaxprune.leaves import prunable as is_prunable
-from jaxprune.typing import Params, PrunableLike
+from jaxprune.typing import Params, Prunable, PrunableLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,8 @@ class Trace:
           prunable: which leaves may be pruned; see `jp.tree.explain`.
 
         Returns:
-          Path name to axes; without leaves whose uses differ, or that mix them.
+          Path name to axes; without leaves whose uses differ, or that mix them. A
+          pattern takes the usual axes of those, so it warns where most are unseen.
 
         Example:
           >>> import jax.numpy as jnp
@@ -107,11 +109,12 @@ class Trace:
           {'q': Axes(inputs=(2,), outputs=(0, 1))}
         """
         rule = as_rule(prunable)
+        self.warn_of_unseen(self.linear_ops, rule)
         axes_of: dict[str, Axes] = {}
         ambiguous = set()  # leaves whose uses differ, as a tied embedding's may
+        avals = self._leaf_avals()
         for op in self.linear_ops:
-            aval = self.program.avals[self.program.leaves[self.leaves[op.leaf]]]
-            if not rule(op.leaf, aval):
+            if not rule(op.leaf, avals[op.leaf]):
                 continue
             if op.axes is None or axes_of.setdefault(op.leaf, op.axes) != op.axes:
                 ambiguous.add(op.leaf)
@@ -143,11 +146,7 @@ class Trace:
           up    (2, 6)  pruned
           12 of 48 weights may be pruned
         """
-        leaves = {
-            name: self.program.avals[self.program.leaves[position]]
-            for name, position in self.leaves.items()
-        }
-        rows = explain(leaves, prunable=prunable)
+        rows = explain(self._leaf_avals(), prunable=prunable)
         heads = self._leaves_of_result()
         return Explanation(
             row._replace(pruned=False, why=self.unseen[row.name])
@@ -157,6 +156,34 @@ class Trace:
             else row
             for row in rows
         )
+
+    def warn_of_unseen(
+        self, ops: Sequence[LinearOp], rule: Prunable, stacklevel: int = 3
+    ) -> None:
+        """Warns where less than half of the weights that may be pruned are in ops.
+
+        Args:
+          ops: linear ops that are used.
+          rule: function that says which leaves may be pruned.
+          stacklevel: number of calls from here to the user's.
+        """
+        avals = self._leaf_avals()
+        sizes = {n: math.prod(v.shape) for n, v in avals.items() if rule(n, v)}
+        total = sum(sizes.values())
+        seen = sum(sizes.get(leaf, 0) for leaf in {op.leaf for op in ops})
+        if 2 * seen < total:
+            unseen = [f"{name} ({why})" for name, why in self.unseen.items()]
+            warnings.warn(
+                f"only {seen:,} of {total:,} weights that may be pruned were seen in a "
+                f"matmul or convolution; not {listed(unseen, 3)}; "
+                "print(jp.trace(fn, params, batch).explain()) has all",
+                stacklevel=stacklevel,
+            )
+
+    def _leaf_avals(self) -> dict[str, Any]:
+        """Shape and dtype of each leaf, by its name."""
+        leaves = self.program.leaves
+        return {n: self.program.avals[leaves[i]] for n, i in self.leaves.items()}
 
     def _leaves_of_result(self) -> set[str]:
         """The leaves of the last linear ops before the function's results."""
@@ -228,7 +255,7 @@ def trace(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> Trace
     finder = _Finder(flat, list(leaves))
     for position, step in enumerate(flat.steps):
         finder.look(position, step)
-    shapes = {name: jnp.shape(leaf) for name, leaf in leaves.items()}
+    shapes = {name: np.shape(leaf) for name, leaf in leaves.items()}
     return Trace(
         tuple(finder.ops),
         finder.unseen(shapes),

@@ -113,9 +113,15 @@ def resize_slice(
 def resize_gather(
     equation: DimsEquation, results: Sequence[Dims], kept: KeptPositions
 ) -> dict[str, Any]:
-    """The size of each slice, where it is all of an axis."""
-    pairs = zip(equation.operands[0], equation.params["slice_sizes"], strict=True)
-    sizes = (kept.size(dim) if size == dim.size else size for dim, size in pairs)
+    """The size of each slice: that of the result's axis which it becomes."""
+    numbers = equation.params["dimension_numbers"]
+    indexed = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    # By the result, since a stacked leaf has no dimensions of its own.
+    windows = (kept.size(results[0][axis]) for axis in numbers.offset_dims)
+    sizes = (
+        size if axis in indexed else next(windows)
+        for axis, size in enumerate(equation.params["slice_sizes"])
+    )
     return {"slice_sizes": tuple(sizes)}
 
 

@@ -23,7 +23,9 @@ from jaxprune.typing import Masks, Params
 T = TypeVar("T")
 
 # The fields of the states with masks, all together.
-_FIELDS = frozenset({"masks", "inner", "step", "parked", "split", "gradients"})
+_FIELDS = frozenset(
+    {"masks", "inner", "step", "parked", "split", "gradients", "restarts"}
+)
 
 
 def get(state: Any, params: Params | None = None) -> Masks:

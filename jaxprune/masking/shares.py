@@ -26,7 +26,10 @@ def exact_shares(
     low, high = -1.0, 1.0
     for _ in range(64):
         middle = (low + high) / 2
-        pruned = (np.clip(shares + middle, 0, 1) * lengths).sum()
+        # Not `np.clip`, whose Python takes as long as all else: a schedule asks for
+        # the shares of each of its events.
+        clipped = np.minimum(np.maximum(shares + middle, 0), 1)
+        pruned = np.add.reduce(clipped * lengths)
         low, high = (middle, high) if pruned < goal else (low, middle)
     # Rounded are the ends of the running sum, so that the counts add up to the goal.
     ends = np.rint(np.cumsum(np.clip(shares + high, 0, 1) * lengths))

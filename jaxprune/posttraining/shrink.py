@@ -125,8 +125,8 @@ def shrink(
       ValueError: arguments disagree, a share or budget is out of range or cannot be
         met, a rule matches nothing, a group would lose all units or may keep no number
         that it could, scores are NaN, or masks are not of whole units. With batches: a
-        group's units do not go out by one matrix, an input is not finite, or a Hessian
-        could not be factorised.
+        group's units go out by no matrix, or by one that is also read transposed or in
+        part, an input is not finite, or a Hessian could not be factorised.
       TypeError: a share stands in the place of the scores, or a setting is unknown.
 
     Example:
@@ -218,8 +218,10 @@ def _solved(
     )
     traced = trace(fn, params, first)
     consumers = unit_rows.consumers(units, list(lost), traced)
-    ops = {consumer.op.name: consumer.op for consumer in consumers.values()}
-    program = SegmentedProgram(traced, leaves, list(ops.values()))
+    updated = {reader.op.name for readers in consumers.values() for reader in readers}
+    # Each use of a weight has inputs of its own.
+    uses = [op for op in traced.linear_ops if op.name in updated]
+    program = SegmentedProgram(traced, leaves, uses)
     sums = Sums(hessian=True, relative=relative)
     calibration = directory and fingerprint.of_arrays(batches)  # before it is emptied
     pipeline = SequentialPipeline(program, batches, settings.get("positions"), sums)
@@ -231,8 +233,8 @@ def _solved(
         log = ProgressLog(Path(directory), {**facts, **job})
     remover = UnitRemover(consumers, lost, pipeline, log, damping=damping)
     remover.run("shrinking", progress=settings.get("progress", True))
-    updated = jax.tree.unflatten(jax.tree.structure(params), leaves.all)
-    return _Solved(updated, remover.kept, remover.rows)
+    params = jax.tree.unflatten(jax.tree.structure(params), leaves.all)
+    return _Solved(params, remover.kept, remover.rows)
 
 
 RULES = [

@@ -1,15 +1,18 @@
 """Removes units of trained groups, segment by segment, and makes up for them.
 
-Groups are handled one after the other, in the order of the program. The consumer of a
-group is the matrix that reads the group's units. Its inputs are summed up over the
+Groups are handled one after the other, in the order of the program. The consumers of a
+group are the matrices that read the group's units. Their inputs are summed up over the
 batches, in the model that the groups before have left. The units whose removal changes
-the consumer's outputs least are removed, and the consumer's other rows are updated.
+the consumers' outputs least are removed, and the consumers' other rows are updated.
+
+Groups that share a consumer are solved together, once the batches have come to the last
+use of their last consumer. What the program computed on the way there is as the weights
+were before, so each weight is solved for inputs that it really has.
 """
 
-import functools
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,6 +31,20 @@ from jaxprune.posttraining.solvers import units
 from jaxprune.posttraining.unit_rows import Consumer
 
 
+class _Inputs(NamedTuple):
+    """What is known of a weight's inputs, behind its last use.
+
+    Attributes:
+      op: the last use.
+      statistics: `InputStatistics` of all uses; None where the log has the result.
+      value: what the last input is read from, in the first batch.
+    """
+
+    op: LinearOp
+    statistics: Any
+    value: Any
+
+
 class UnitRemover(SegmentJob):
     """The weights of the groups' consumers on the way to their smaller values.
 
@@ -38,7 +55,7 @@ class UnitRemover(SegmentJob):
 
     def __init__(
         self,
-        consumers: Mapping[str, Consumer],
+        consumers: Mapping[str, Sequence[Consumer]],
         lost: Mapping[str, int],
         pipeline: SequentialPipeline,
         log: ProgressLog | None,
@@ -48,27 +65,31 @@ class UnitRemover(SegmentJob):
         """Begins before the first segment, and reads what the log holds already.
 
         Args:
-          consumers: group name to the matrix that its units go out by.
+          consumers: group name to the matrices that its units go out by.
           lost: group name to the number of units that it loses.
           pipeline: all batches, whose sums have Hessians, before a program that is cut
-            at the inputs of the consumers.
+            at the inputs of all uses of the consumers.
           log: log of what is done, or None.
           damping: share of the Hessian's mean diagonal that is added to its diagonal.
         """
         super().__init__(pipeline)
-        self._lost, self._damping, self._log = lost, damping, log
-        # Heads, and the query heads of each, go out by one weight, one after the other.
-        self._groups: dict[str, list[tuple[str, np.ndarray]]] = {}
-        for name, consumer in consumers.items():
-            groups = self._groups.setdefault(consumer.op.name, [])
-            groups.append((name, consumer.rows))
+        self._consumers, self._lost = consumers, lost
+        self._damping, self._log = damping, log
+        self._together = _joined_by_groups(consumers)
         program = pipeline.program
         self._store = WeightStore(program, log)
         self.kept: dict[str, np.ndarray] = {}
         self.rows: list[dict[str, Any]] = []
-        names = [op.name for part in program.segments for op in part.linear_ops]
-        self._restored = {n: log.read(_entry(n)) if log else None for n in names}
-        self.done = {name for name, entry in self._restored.items() if entry}
+        self._restored = {
+            n: log.read(_entry(n)) if log else None for n in self._together
+        }
+        # A run that was killed between the weights of a group begins it anew.
+        self.done = {
+            name
+            for name, names in self._together.items()
+            if all(self._restored[n] for n in names)
+        }
+        self._observed: dict[str, _Inputs] = {}
 
     def is_done(self, numbers: range) -> bool:
         """Whether the log holds all weights of some segments."""
@@ -81,70 +102,125 @@ class UnitRemover(SegmentJob):
         return self.pipeline.finished_statistics(numbers, self.done)
 
     def at_segment(self, number: int, inputs: Observed) -> None:
-        """Removes the units that go out by the weights of a segment."""
-        for op in self.pipeline.program.segments[number].linear_ops:
-            entry = self._restored.pop(op.name)
-            if entry is None:
-                moments = inputs.statistics[op.name]
-                arrays, row = self._solve(op, moments, inputs.values[number])
-                if self._log:
-                    self._log.write(_entry(op.name), jax.device_get(arrays), row)
-            else:
-                arrays, row = entry
-            for name, _ in self._groups[op.name]:
-                self.kept[name] = np.array(arrays[f"kept of {name}"])
-            self._store.replace(op.view, arrays["weight"])
-            self._store.note_logged(op.view, _entry(op.name), "weight")
-            self.rows.append(row)
+        """Removes the units all of whose consumers are behind the batches now."""
+        program = self.pipeline.program
+        for op in program.finished_in(program.segments[number]):
+            statistics = inputs.statistics.get(op.name)
+            self._observed[op.name] = _Inputs(op, statistics, inputs.values[number])
+            names = self._together[op.name]
+            if names <= self._observed.keys():
+                # In the order of the program.
+                self._replace([n for n in self._observed if n in names])
 
     def release(self, number: int) -> None:
         """Frees lazy leaves; with a log, those that were updated too."""
         self._store.release(number)
 
+    def _replace(self, names: Sequence[str]) -> None:
+        """Puts new values in the place of weights, from the log or solved for."""
+        observed = {name: self._observed.pop(name) for name in names}
+        restored: dict[str, Any] = {name: self._restored.pop(name) for name in names}
+        solved = restored if {*names} <= {*self.done} else self._solve(observed)
+        for name, (arrays, row) in solved.items():
+            if self._log and solved is not restored:
+                self._log.write(_entry(name), jax.device_get(arrays), row)
+            for group in row["groups"]:
+                self.kept[group] = np.array(arrays[f"kept of {group}"])
+            view = observed[name].op.view
+            self._store.replace(view, arrays["weight"])
+            self._store.note_logged(view, _entry(name), "weight")
+            self.rows.append(row)
+
     def _solve(
-        self, op: LinearOp, statistics: InputStatistics, value: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The weight without units and what groups keep, by name, and a row."""
-        before = self._store.read(op.view)  # (1, in, out)
-        finite = bool(np.isfinite(before).all())
-        check(_FINITE, name=op.name, is_finite=finite)
+        self, observed: Mapping[str, _Inputs]
+    ) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+        """By weight its values without units and what groups keep, and a row."""
+        # (1, in, out) each
+        before = {n: self._store.read(inputs.op.view) for n, inputs in observed.items()}
+        for name, weight in before.items():
+            check(_FINITE, name=name, is_finite=bool(np.isfinite(weight).all()))
         # Inside an Explicit mesh even a slice must be taken on its Auto twin.
         after, kept, damping = placement.automatic(
-            functools.partial(self._without_units, op.name), before, statistics.hessian
+            self._without_units, before, _moments(observed)
         )
-        check(FACTORISED, name=op.name, damping=damping, also="")
-        positions = self.pipeline.first_positions
-        error = relative_error.weight_error(
-            op.source, value, before, after, positions=positions
-        )
-        arrays: dict[str, Any] = {f"kept of {name}": kept[name] for name in kept}
-        arrays["weight"] = after
-        row = {
-            "name": op.name,
-            "groups": {name: self._lost[name] for name, _ in self._groups[op.name]},
-            "shape": list(op.shape),
-            "damping": damping,
-            "error": error,
-        }
-        return arrays, row
+        solved = {}
+        for name, (op, _, value) in observed.items():
+            check(FACTORISED, name=name, damping=damping[name], also="")
+            positions = self.pipeline.first_positions
+            error = relative_error.weight_error(
+                op.source, value, before[name], after[name], positions=positions
+            )
+            groups = self._groups_of(name)
+            arrays: dict[str, Any] = {f"kept of {g}": kept[g] for g in groups}
+            arrays["weight"] = after[name]
+            row = {
+                "name": name,
+                "groups": {group: self._lost[group] for group in groups},
+                "shape": list(op.shape),
+                "damping": damping[name],
+                "error": error,
+            }
+            solved[name] = arrays, row
+        return solved
+
+    def _groups_of(self, name: str) -> list[str]:
+        """The groups that a weight reads; heads, and the query heads of each, say."""
+        return [
+            group
+            for group, readers in self._consumers.items()
+            if any(reader.op.name == name for reader in readers)
+        ]
 
     def _without_units(
-        self, name: str, before: jax.Array, moments: Any
-    ) -> tuple[jax.Array, dict[str, np.ndarray], float]:
-        """A weight (1, in, out) after the units of all its groups went, one by one."""
-        after, hessian, damping = before[0], moments[0], 0.0
+        self, before: Mapping[str, jax.Array], moments: Mapping[str, jax.Array]
+    ) -> tuple[dict[str, jax.Array], dict[str, np.ndarray], dict[str, float]]:
+        """Weights (1, in, out) after the units of all groups went, one by one."""
+        after = {name: weight[0] for name, weight in before.items()}
+        hessians = {name: hessian[0] for name, hessian in moments.items()}
+        damping = dict.fromkeys(before, 0.0)
         kept: dict[str, np.ndarray] = {}
-        for group, rows in self._groups[name]:
-            removal = units.remove(
-                after, hessian, rows, self._lost[group], damping=self._damping
+        for group, readers in self._consumers.items():
+            names = [reader.op.name for reader in readers]
+            if names[0] not in before:
+                continue
+            problems = [
+                units.Reader(after[name], hessians[name], reader.rows)
+                for name, reader in zip(names, readers, strict=True)
+            ]
+            removals = units.remove_from_all(
+                problems, self._lost[group], damping=self._damping
             )
-            damping = max(damping, float(removal.damping))
-            after = removal.weight
-            kept[group] = np.flatnonzero(removal.kept)
-            # For the next group, what is gone is as if it never saw anything.
-            gone = np.delete(rows, kept[group], 0).reshape(-1)
-            hessian = hessian.at[gone].set(0).at[:, gone].set(0)
-        return after[None], kept, damping
+            kept[group] = np.flatnonzero(removals[0].kept)
+            for name, reader, removal in zip(names, readers, removals, strict=True):
+                damping[name] = max(damping[name], float(removal.damping))
+                after[name] = removal.weight
+                # For the next group, what is gone is as if it never saw anything.
+                gone = np.delete(reader.rows, kept[group], 0).reshape(-1)
+                hessian = hessians[name].at[gone].set(0).at[:, gone].set(0)
+                hessians[name] = hessian
+        return {n: weight[None] for n, weight in after.items()}, kept, damping
+
+
+def _moments(observed: Mapping[str, _Inputs]) -> dict[str, jax.Array]:
+    """X^T X of each weight's inputs, (1, in, in)."""
+    statistics = {name: inputs.statistics for name, inputs in observed.items()}
+    if len(statistics) == 1:
+        return {name: item.hessian for name, item in statistics.items()}
+    # Sums, not means: a weight with more inputs has more outputs to lose.
+    return {name: item.hessian * item.samples for name, item in statistics.items()}
+
+
+def _joined_by_groups(
+    consumers: Mapping[str, Sequence[Consumer]],
+) -> dict[str, frozenset[str]]:
+    """Each weight to those that are solved with it, itself among them."""
+    together: dict[str, frozenset[str]] = {}
+    for readers in consumers.values():
+        names = frozenset(reader.op.name for reader in readers)
+        # With all that earlier groups have put together with one of them.
+        names = names.union(*(together.get(name, ()) for name in names))
+        together |= dict.fromkeys(names, names)
+    return together
 
 
 def _entry(name: str) -> str:

@@ -1,8 +1,9 @@
-"""The consumer of an axis group: the matrix whose rows read the group's units.
+"""The consumers of an axis group: the matrices whose rows read the group's units.
 
 A neuron or head is read by rows of one matrix, the down projection of an MLP or the
-output projection of attention; elsewhere its units are said to go out by this matrix.
-Where a unit is removed, an update of the other rows of this matrix makes up for it.
+output projection of attention; the state of a recurrent layer is read by several, and
+by one of them at every step. Elsewhere units are said to go out by these matrices.
+Where a unit is removed, an update of the other rows of each matrix makes up for it.
 """
 
 import collections
@@ -22,10 +23,10 @@ from jaxprune.graph.linear_ops import LinearOp, Trace
 
 
 class Consumer(NamedTuple):
-    """The weight that a group's units go out by.
+    """A weight that a group's units go out by.
 
     Attributes:
-      op: linear op whose weight is one matrix (1, in, out).
+      op: linear op whose weight is one matrix (1, in, out); the first of its uses.
       rows: rows of each unit, (units, rows of one).
     """
 
@@ -35,8 +36,8 @@ class Consumer(NamedTuple):
 
 def consumers(
     groups: AxisGroups, names: Sequence[str], traced: Trace
-) -> dict[str, Consumer]:
-    """The consumer of each group.
+) -> dict[str, tuple[Consumer, ...]]:
+    """The consumers of each group.
 
     Args:
       groups: axis groups of the function.
@@ -44,46 +45,60 @@ def consumers(
       traced: linear ops of the function.
 
     Returns:
-      Group name to its consumer, in the order of the groups.
+      Group name to its consumers, in the order of the groups; a weight is there once,
+      however often it is used.
 
     Raises:
-      ValueError: the units of a group go out by no linear op, by several, or by one
-        that is several matrices.
+      ValueError: the units of a group go out by no linear op, by one that is several
+        matrices, or by a weight that is also used in another way.
     """
     chosen = {group.name: group for group in groups if group.name in {*names}}
-    uses = collections.Counter(op.name for op in traced.linear_ops)
-    candidates: dict[str, list[Consumer]] = {name: [] for name in chosen}
+    candidates: dict[str, dict[str, Consumer]] = {name: {} for name in chosen}
     for leaf in groups.trace.leaves:
         ops = [op for op in traced.linear_ops if op.leaf == leaf.name]
         for axis in range(len(leaf.shape)):
             for members in _on_axis(leaf, axis, list(chosen.values())) if ops else ():
                 for name, consumer in _consumers(leaf, axis, members, ops):
-                    candidates[name] += [consumer] * uses[consumer.op.name]
-    wrong = {name: ops for name, ops in candidates.items() if not _is_one(ops)}
-    ways_out = {
-        name: [f"{c.op.name} {c.op.shape}" for c in ops] or ["none"]
-        for name, ops in wrong.items()
+                    candidates[name].setdefault(consumer.op.name, consumer)
+    ways_out = {name: [*by_name.values()] for name, by_name in candidates.items()}
+    wrong = {
+        name: [f"{c.op.name} {c.op.shape}" for c in readers] or ["none"]
+        for name, readers in ways_out.items()
+        if not readers or any(c.op.shape[0] != 1 for c in readers)
     }
+    read_by = {c.op.name: c.op for readers in ways_out.values() for c in readers}
     check(
-        _ONE_MATRIX,
+        _MATRICES,
         wrong=listed(wrong),
-        ways_out=dict(itertools.islice(ways_out.items(), 3)),
+        ways_out=dict(itertools.islice(wrong.items(), 3)),
+        shared=listed([name for name, op in read_by.items() if _is_shared(op, traced)]),
     )
-    return {name: members[0] for name, members in candidates.items()}
+    return {name: tuple(readers) for name, readers in ways_out.items()}
 
 
-_ONE_MATRIX = [
+_MATRICES = [
     Rule(
         lambda v: not v.wrong,
-        "the units of a group must go out by one matrix, whose other rows can make up "
+        "the units of a group must go out by matrices, whose other rows can make up "
         "for them, but those of {wrong} do not: {ways_out}",
         "remove them by jp.shrink with scores, or ask for other groups",
-    )
+    ),
+    Rule(
+        lambda v: not v.shared,
+        "a matrix that makes up for units must be used in one way, or what else it "
+        "does would change, but {shared} is also read transposed or in part",
+        "remove such units by jp.shrink with scores, or ask for other groups",
+    ),
 ]
 
 
-def _is_one(candidates: Sequence[Consumer]) -> bool:
-    return len(candidates) == 1 and candidates[0].op.shape[0] == 1
+def _is_shared(op: LinearOp, traced: Trace) -> bool:
+    """Whether a weight overlaps with one that is read otherwise, as a tied one is."""
+    # Uses of the very same matrix are solved together, whatever their inputs.
+    return any(
+        not op.view.is_apart(use.view) and op.view != use.view
+        for use in traced.linear_ops
+    )
 
 
 def _on_axis(

@@ -58,20 +58,21 @@ def name_adamax(
     Returns:
       A state of the same leaves.
     """
-    nodes = jax.tree.leaves(state, is_leaf=_has_adams_type)
-    if not any(map(_has_adams_type, nodes)):
+    nodes = jax.tree.leaves(state, is_leaf=has_adams_type)
+    if not any(map(has_adams_type, nodes)):
         return state
     maxima = iter(_are_maxima(optimizer, params))
 
     def renamed(node: Any) -> Any:
-        if _has_adams_type(node) and next(maxima, False):
+        if has_adams_type(node) and next(maxima, False):
             return AdamaxState(node.count, node.mu, node.nu)
         return node
 
-    return jax.tree.map(renamed, state, is_leaf=_has_adams_type)
+    return jax.tree.map(renamed, state, is_leaf=has_adams_type)
 
 
-def _has_adams_type(node: Any) -> bool:
+def has_adams_type(node: Any) -> bool:
+    """Whether a node of a state is Adam's, or one of the kind that shares its type."""
     return isinstance(node, optax.ScaleByAdamState)
 
 
@@ -86,13 +87,21 @@ def _are_maxima(optimizer: optax.GradientTransformation, params: Params) -> list
         # With values in `jit` too; the optimizer's warnings are for its real steps.
         with jax.ensure_compile_time_eval(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            zeros = jax.tree.map(lambda leaf: _pair(leaf, 0.0), params)
-            gradients = jax.tree.map(lambda leaf: _pair(leaf, _GRADIENT), params)
+            zeros, gradients = pairs_like(params)
             _, state = optimizer.update(gradients, optimizer.init(zeros), zeros)
-            nodes = jax.tree.leaves(state, is_leaf=_has_adams_type)
-            return [_is_linear(node.nu) for node in nodes if _has_adams_type(node)]
+            nodes = jax.tree.leaves(state, is_leaf=has_adams_type)
+            return [is_linear(node.nu) for node in nodes if has_adams_type(node)]
     except Exception:  # whatever an optimizer says of leaves that are not the model's
         return []
+
+
+def pairs_like(params: Params) -> tuple[Params, Params]:
+    """Two numbers in the place of each leaf: zeros, and a gradient and its double."""
+
+    def leaves(first: float) -> Params:
+        return jax.tree.map(lambda leaf: _pair(leaf, first), params)
+
+    return leaves(0.0), leaves(_GRADIENT)
 
 
 def _pair(leaf: Any, first: float) -> Any:
@@ -104,7 +113,7 @@ def _pair(leaf: Any, first: float) -> Any:
     return jnp.asarray((first * scale).reshape(shape), jnp.float32)
 
 
-def _is_linear(nu: Params) -> bool:
+def is_linear(nu: Params) -> bool:
     """Whether the second number of a leaf is twice the first, and not four times."""
     pairs = [np.ravel(leaf) for leaf in jax.tree.leaves(nu) if np.size(leaf) == 2]
     moved = [second / first for first, second in pairs if first > 0]

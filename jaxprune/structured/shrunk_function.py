@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arrays import lazy
@@ -100,7 +99,7 @@ class ShrunkFunction:
         # Abstract, since only shapes and dtypes tell the programs apart.
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
-                jnp.shape(x), jax.typeof(x).dtype, weak_type=jax.typeof(x).weak_type
+                np.shape(x), jax.typeof(x).dtype, weak_type=jax.typeof(x).weak_type
             ),
             batch,
         )

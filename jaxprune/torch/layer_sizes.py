@@ -66,6 +66,9 @@ WIDTHS = (
 )
 """Attributes that may hold the width of an axis of the layers inside."""
 
+HEADS_LAST = ("bias_shape",)
+"""Attributes that are shapes, the last axis of which is one of heads."""
+
 
 class AxisChange(NamedTuple):
     """An axis of a tensor that became shorter.
@@ -244,9 +247,9 @@ def _ancestors(name: str) -> Iterator[str]:
         name = name.rpartition(".")[0]
 
 
-def _shared_sizes(part: Any, change: AxisChange) -> dict[str, int]:
+def _shared_sizes(part: Any, change: AxisChange) -> dict[str, Any]:
     """The attributes by name that hold what an axis of a layer inside has lost."""
-    values: dict[str, int] = {}
+    values: dict[str, Any] = {}
     for path, value in _integers(part).items():
         name = path.rpartition(".")[2]
         if name in COUNTS:
@@ -261,6 +264,12 @@ def _shared_sizes(part: Any, change: AxisChange) -> dict[str, int]:
         # (heads x features,): the whole axis, as a reshape of the class has it.
         elif path in WIDTHS and value == change.before:
             values[path] = change.after
+    for path in HEADS_LAST:
+        # (query position, key position, heads): a bias that the layers inside compute
+        shape = vars(part).get(path)
+        if isinstance(shape, tuple):
+            counts = [after for before, after in change.units if before == shape[-1]]
+            values |= {path: [*shape[:-1], counts[0]]} if counts else {}
     return values
 
 

@@ -8,6 +8,7 @@ __all__ = [
     "kept_units",
     "mask_events",
     "masked",
+    "restarts",
     "running_average",
     "schedules",
     "straight_through",

@@ -26,6 +26,7 @@ from jaxprune.training.event_table import Event, EventTable
 from jaxprune.training.grow import Grow, parse_growth
 from jaxprune.training.mask_events import MaskEvents
 from jaxprune.training.masked import masked_step, require_params, wrapped_optimizer
+from jaxprune.training.restarts import RestartState, restarted_step, start_restarts
 from jaxprune.typing import Criterion, Masks, Params, Pattern, PrunableLike
 
 
@@ -36,11 +37,13 @@ class GradualState(NamedTuple):
       step: number of updates so far, int32 scalar.
       masks: boolean masks like the parameters; packed where that was asked for.
       inner: state of the wrapped optimizer.
+      restarts: how long ago weights came back, where Adam's steps count; else ().
     """
 
     step: jax.Array
     masks: Masks
     inner: optax.OptState
+    restarts: RestartState | tuple[()] = ()
 
 
 def gradual(
@@ -84,9 +87,9 @@ def gradual(
       prunable: which leaves may be pruned, a function of leaf name and leaf.
       grow: rule of what comes back at each event, `jp.grow.gradient()` ("rigl") or
         `jp.grow.random()` ("set"), by which the number kept is still the schedule's.
-        The first event grows nothing. A weight that comes back begins at zero and with
-        the moments that its own gradients left, which have decayed since it was pruned;
-        JaxPruner sets them to zero.
+        The first event grows nothing. A weight that comes back begins at zero, with
+        the moments that the optimizer's `init` gives, and Adam's bias correction counts
+        its steps from there, for which the state holds two bytes more a weight.
       packed: whether the state holds masks at one bit a weight rather than eight. Of
         the checkpoints, orbax takes these; `flax.serialization` does not.
 
@@ -130,7 +133,12 @@ def gradual(
         inner = optimizer.init(params)
         masking.refuse_blind_start(params)
         masks = masking.start(params, name_adamax(optimizer, inner, params))
-        return GradualState(placement.counter(params), masks, inner)
+        restarts = (
+            ()
+            if grow is None
+            else start_restarts(optimizer, inner, masking.read(masks, params), params)
+        )
+        return GradualState(placement.counter(params), masks, inner, restarts)
 
     def update(
         updates: optax.Updates,
@@ -139,18 +147,28 @@ def gradual(
         **extra_args: Any,
     ) -> tuple[optax.Updates, GradualState]:
         params = require_params(params, "gradual")
-        step, state_masks, inner = state
+        step, state_masks, inner, restarts = state
         # RigL ranks pruned weights by this step's gradient, before it is masked.
         gradients = updates if grow is not None and grow.reads_gradient else params
         due = masking.due(step)
-        state_masks = masking.choose(
-            due, step, state_masks, lambda: (params, state.inner), gradients
+        before, state_masks = (
+            state_masks,
+            masking.choose(
+                due, step, state_masks, lambda: (params, state.inner), gradients
+            ),
         )
         masks = masking.read(state_masks, params)
-        updates, inner = masked_step(
-            optimizer, masks, updates, inner, params, extra_args
-        )
-        return updates, GradualState(optax.safe_increment(step), state_masks, inner)
+        if grow is None:
+            updates, inner = masked_step(
+                optimizer, masks, updates, inner, params, extra_args
+            )
+        else:
+            before = masking.read(before, params)
+            updates, inner, restarts = restarted_step(
+                optimizer, before, masks, updates, inner, restarts, params, extra_args
+            )
+        step = optax.safe_increment(step)
+        return updates, GradualState(step, state_masks, inner, restarts)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

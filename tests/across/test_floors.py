@@ -46,7 +46,7 @@ FLOORS: dict[str, set[str]] = {
     "lm.recovery": {"flax"},
     "lm.shrinking": {"flax"},
     "lm.vocabulary": {"tokenizers"},
-    "lm.export": {"gguf"},
+    "lm.export": {"gguf", "ml_dtypes", "orbax"},
     "lm.jobs": {"flax", "tyro"},
     "lm.torch_models": {"torch", "transformers", "PIL"},
     "lm.report": {"jinja2", "matplotlib"},

@@ -1,6 +1,6 @@
 """Names of what Haliax, Penzai and Keras make themselves, where they are installed.
 
-`pip install '.[layouts]'`; the layouts of `tests/support/trainer_layouts.py` and the
+`pip install '.[clients]'`; the layouts of `tests/support/trainer_layouts.py` and the
 wrappers of `test_names.py` stand for them elsewhere.
 """
 
@@ -15,7 +15,7 @@ import pytest
 import jaxprune as jp
 
 # Warnings of their own are no matter of ours.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
 
 
 def pruned_and_trained(params):

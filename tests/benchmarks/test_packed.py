@@ -38,3 +38,9 @@ def test_decoding_counts_the_tokens_of_all_sequences(batch, capsys):
     for name, rate in report["tokens_per_second"].items():
         seconds = report["milliseconds"][name]["median"] / 1e3
         assert rate == pytest.approx(2 * batch / seconds)
+
+
+def test_only_the_whole_gpt_is_trained():
+    config = packed.Config(what="decode", model="smollm2", train=3)
+    with pytest.raises(ValueError, match="--model gpt"):
+        packed.main(config)

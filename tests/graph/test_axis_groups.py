@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 import jaxprune as jp
+from tests.support import removal
 from tests.support.removal import check_each_kind, row
 from tests.support.small_models import draw
 
@@ -357,3 +359,29 @@ def test_nothing_is_computed():
 
 
 # Random functions.
+
+
+def taken(params, i):
+    return jax.tree.map(lambda leaf: jnp.take(leaf, i, axis=1), params)
+
+
+def named(params, i):
+    """As remat policies have it: the whole stack bears a name."""
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, "layers")[:, i], params)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", [taken, named])
+def test_layers_that_are_looked_up_by_their_number_choose_their_own(way):
+    params = {"up": draw(0, 8, 3, 6), "down": draw(1, 6, 3, 8)}
+
+    def fn(params, x):
+        def layer(x, i):
+            own = way(params, i)
+            return x + jnp.tanh(x @ own["up"]) @ own["down"], None
+
+        return jax.lax.scan(layer, x, jnp.arange(3))[0]
+
+    groups, small = removal.check(fn, params, draw(2, 4, 8), 0.5)
+    assert [(g.kind, g.units) for g in groups if g.default] == [("down/*:0", 6)] * 3
+    assert small.params["up"].shape == (8, 3, 3)

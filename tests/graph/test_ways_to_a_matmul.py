@@ -304,6 +304,13 @@ def test_a_model_of_which_less_than_half_is_seen_warns_and_says_why():
         prune(mostly_hidden, HIDDEN, [X])
 
 
+def test_axes_of_a_model_of_which_less_than_half_is_seen_warn_too():
+    # A pattern would lie along the usual axes of the leaves without an entry.
+    with pytest.warns(UserWarning, match=r"only 12 of 108 .*explain"):
+        axes = jp.trace(mostly_hidden, HIDDEN, X).axes()
+    assert [*axes] == ["last"]
+
+
 def test_an_explanation_of_a_trace_names_what_is_hidden_and_what_makes_the_result():
     rows = {row.name: row for row in jp.trace(mostly_hidden, HIDDEN, X).explain()}
     assert [rows[name].pruned for name in ("w", "more", "last")] == [False, False, True]

@@ -1,5 +1,6 @@
 """Smaller trained functions: group after group, beside NumPy's least squares."""
 
+import itertools
 import json
 
 import jax
@@ -76,6 +77,68 @@ def test_each_layer_is_solved_for_what_the_one_before_has_left(relative):
     np.testing.assert_allclose(found, x, rtol=1e-3, atol=1e-3)
 
 
+def two_ways(p, x):
+    h = jnp.tanh(x @ p["up"])
+    return h @ p["down"] + jnp.square(h) @ p["other"]
+
+
+def recurrent(p, x):
+    """A state that is read by the next step and, in the end, by the head."""
+    h = jnp.tanh(x[:, 0] @ p["up"])
+    for step in (1, 2):
+        h = jnp.tanh(x[:, step] @ p["up"] + h @ p["down"])
+    return h @ p["other"]
+
+
+def inputs_of_two_ways(p, x):
+    h = np.tanh(x @ p["up"])
+    return [h, np.square(h)]
+
+
+def inputs_of_recurrent(p, x):
+    first = np.tanh(x[:, 0] @ p["up"])
+    second = np.tanh(x[:, 1] @ p["up"] + first @ p["down"])
+    last = np.tanh(x[:, 2] @ p["up"] + second @ p["down"])
+    return [np.concatenate([first, second]), last]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("model", "inputs_of", "x", "outputs"),
+    [
+        (two_ways, inputs_of_two_ways, draw(3, 60, 5), 2),
+        (recurrent, inputs_of_recurrent, draw(3, 60, 3, 5), 7),
+    ],
+)
+def test_of_units_with_several_readers_go_those_that_cost_all_least(
+    model, inputs_of, x, outputs
+):
+    params = {"up": draw(0, 5, 7), "down": draw(1, 7, outputs), "other": draw(2, 7, 2)}
+    small = quiet(model, params, [x], 2 / 7, damping=0.0)
+    inputs = [np.float64(part) for part in inputs_of(params, x)]
+    weights = [np.float64(params[name]) for name in ("down", "other")]
+
+    def best(kept):
+        """The rows of both readers by least squares, and the sum of their errors."""
+        pairs = [(x[:, kept], x @ w) for x, w in zip(inputs, weights, strict=True)]
+        rows = [np.linalg.lstsq(*pair, rcond=None)[0] for pair in pairs]
+        errors = [y - x @ new for (x, y), new in zip(pairs, rows, strict=True)]
+        return rows, sum(np.square(error).sum() for error in errors)
+
+    # All pairs of units are tried.
+    choices = [list(kept) for kept in itertools.combinations(range(7), 5)]
+    kept = min(choices, key=lambda kept: best(kept)[1])
+    assert [*small.report["kept"].values()] == [kept]
+    rows, _ = best(kept)
+    if model is recurrent:  # what it writes is gone too
+        rows[0] = rows[0][:, kept]
+    np.testing.assert_array_equal(small.params["up"], params["up"][:, kept])
+    for name, expected in zip(("down", "other"), rows, strict=True):
+        np.testing.assert_allclose(small.params[name], expected, rtol=1e-3, atol=1e-3)
+    names = [row["name"] for row in small.report["weights"]]
+    assert sorted(names) == ["down", "other"]
+
+
 @pytest.mark.full
 def test_only_positions_that_count_are_solved_for():
     def positions(batch):
@@ -138,11 +201,11 @@ def test_the_rows_of_a_head_are_its_features():
     groups = jp.axis_groups(attention, HEADS, x)
     traced = jp.trace(attention, HEADS, x)
     found = unit_rows.consumers(groups, ["k:1", "out:0.1"], traced)
-    assert {own.op.name for own in found.values()} == {"out"}
+    assert {own.op.name for (own,) in found.values()} == {"out"}
     rows = np.arange(12).reshape(2, 2, 3)  # key heads, query heads of each, features
-    np.testing.assert_array_equal(found["k:1"].rows, rows.reshape(2, 6))
+    np.testing.assert_array_equal(found["k:1"][0].rows, rows.reshape(2, 6))
     of_queries = rows.transpose(1, 0, 2).reshape(2, 6)
-    np.testing.assert_array_equal(found["out:0.1"].rows, of_queries)
+    np.testing.assert_array_equal(found["out:0.1"][0].rows, of_queries)
 
 
 @pytest.mark.full
@@ -222,7 +285,7 @@ class Stopped(Exception):
 
 def test_a_job_killed_in_a_layer_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     expected = quiet(fn, PARAMS, BATCHES, 0.5)
-    remove, calls = units.remove, []
+    remove, calls = units.remove_from_all, []
 
     def stopping(*arguments, **options):
         calls.append(1)
@@ -231,11 +294,11 @@ def test_a_job_killed_in_a_layer_goes_on_to_the_same_bits(tmp_path, monkeypatch)
         return remove(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(units, "remove", stopping)
+        patched.setattr(units, "remove_from_all", stopping)
         with pytest.raises(Stopped):
             quiet(fn, PARAMS, BATCHES, 0.5, directory=tmp_path)
     monkeypatch.setattr(
-        units, "remove", lambda *a, **k: calls.append(2) or remove(*a, **k)
+        units, "remove_from_all", lambda *a, **k: calls.append(2) or remove(*a, **k)
     )
     found = quiet(fn, PARAMS, BATCHES, 0.5, directory=tmp_path)
     assert calls == [1, 1, 2]  # the first layer is there already
@@ -252,9 +315,8 @@ def test_the_report_is_json_and_has_a_row_for_each_updated_weight():
     assert all(0 < row["error"] < 1 for row in rows)
 
 
-def two_ways(p, x):
-    h = jnp.tanh(x @ p["up"])
-    return h @ p["down"] + jnp.square(h) @ p["other"]
+def tied(p, x):
+    return jnp.tanh(x @ p["up"] + p["bias"][None]) @ p["up"].T
 
 
 def no_way(p, x):
@@ -267,7 +329,12 @@ UP = {"up": draw(0, 5, 8)}
 @pytest.mark.parametrize(
     ("fn", "params", "options", "told"),
     [
-        (two_ways, UP | {"down": draw(1, 8, 3), "other": draw(2, 8, 3)}, {}, "one mat"),
+        (
+            tied,
+            UP | {"bias": draw(1, 8)},
+            {},
+            "'up' is also read transposed or in part",
+        ),
         (no_way, UP | {"scale": draw(1, 8)}, {}, "'scale:0'.*'none'"),
         (fn, PARAMS, {"budget": 0.5}, "either a sparsity or a budget"),
         (fn, PARAMS, {"sparsity": None, "budget": 1.5}, "share in"),

@@ -128,6 +128,64 @@ def test_the_weights_are_those_that_prune_trained_gives(place, capsys, tmp_path)
         assert np.mean((result == 0) == (np.asarray(array) == 0)) > 0.995, name
 
 
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_rows_of_token_ids_beside_a_text_are_used_as_they_are(place, tmp_path, name):
+    from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+    from jaxprune.lm.jobs import prune_settings as settings
+    from jaxprune.lm.torch_models.model_inputs import read_inputs
+    from jaxprune.lm.torch_models.opening import open_torch_model
+
+    rows = np.random.default_rng(0).integers(5, 60, (6, 12)).astype(np.int32)
+    np.save(tmp_path / "rows.npy", rows)
+    files = (tmp_path / "rows.npy", place / "text.txt")
+    job = settings.PruneJob(
+        model=place / name,
+        out=tmp_path / "out",
+        pruning=settings.Pruning(),
+        calibration=settings.PruneCalibration(calibration=files, sequences=8, length=8),
+        evaluation=settings.PruneEvaluation(evaluate=files[:1], context=16),
+    )
+    inputs = read_inputs(job, open_torch_model(open_directory(place / name)))
+    # An encoder and a decoder share a row.
+    size = {"bert": 12, "t5": 6}[name]
+    found = inputs.calibration.arrays["input_ids"]
+    assert found.shape == (8, size)
+    expected = {tuple(row[:size]) for row in rows}
+    of_text = [row for row in found.tolist() if tuple(row) not in expected]
+    assert len(of_text) == 4
+    first, last = {"bert": (2, 3), "t5": (None, 3)}[name]
+    assert all(row[-1] == last and first in (None, row[0]) for row in of_text)
+    measured = inputs.measured["rows.npy"]
+    if name == "bert":  # the tokens that are hidden are those of the rows
+        hidden = measured.targets >= 0
+        np.testing.assert_array_equal(measured.targets[hidden], rows[hidden])
+        shown = measured.samples.arrays["input_ids"]
+        np.testing.assert_array_equal(shown[~hidden], rows[~hidden])
+    else:
+        np.testing.assert_array_equal(
+            measured.samples.arrays["input_ids"], rows[:, :size]
+        )
+        assert inputs.calibration.arrays["decoder_input_ids"].shape == (8, 6)
+
+
+def test_only_what_was_pruned_counts_as_pruned(place, capsys, tmp_path):
+    out = tmp_path / "out"
+    code, found, err = run(
+        capsys, "prune", place / "vit", out, "--calibration", place / "pictures",
+        *SAMPLES, *HALF, "--method", "wanda", "--refine", "1",
+    )  # fmt: skip
+    assert code == 0, err
+    before, after = weights(place / "vit"), weights(out)
+    moved = {n for n in before if not np.array_equal(before[n], after[n])}
+    pruned = {row["name"] for row in found["weights"]}
+    # Of several axes, trained and no matrix of a layer.
+    assert any(before[name].ndim > 1 for name in moved - pruned)
+    assert found["tensors"].keys() == pruned
+    zeros = sum(int(np.sum(after[name] == 0)) for name in pruned)
+    assert found["achieved"] == zeros / sum(after[name].size for name in pruned)
+    assert found["sizes"]["zeros"] == zeros
+
+
 def test_a_vision_model_is_pruned_on_a_folder_of_pictures(place, capsys):
     out = place / "vit_out"
     code, found, err = run(
@@ -181,6 +239,25 @@ def test_a_speech_model_is_pruned_on_a_folder_of_wav_files(name, tmp_path, capsy
 
 
 @pytest.mark.slow
+def test_whisper_becomes_smaller_on_wav_files_and_is_measured(tmp_path, capsys):
+    tiny_transformers.whisper(tmp_path / "model")
+    tiny_transformers.sounds(tmp_path / "sounds")
+    out, sounds = tmp_path / "out", tmp_path / "sounds"
+    words = ["--ffn", "0.5", "--calibration", sounds, *SAMPLES]
+    code, found, err = run(capsys, "shrink", tmp_path / "model", out, *words)
+    assert code == 0, err
+    small = loaded(out)
+    config = small.config
+    assert (config.encoder_ffn_dim, config.decoder_ffn_dim) == (12, 12)
+    parameters = sum(p.numel() for p in small.parameters())
+    assert found["sizes"]["after"]["parameters"] == parameters
+    words = ["--text", sounds, "--dense", tmp_path / "model"]
+    code, measured, err = run(capsys, "eval", out, *words)
+    assert code == 0, err
+    assert 0 < measured["outputs"]["sounds"]["model"]["error"] < 1
+
+
+@pytest.mark.slow
 def test_an_encoder_and_a_decoder_share_a_text(place, capsys):
     out = place / "t5_out"
     code, found, err = run(
@@ -194,23 +271,23 @@ def test_an_encoder_and_a_decoder_share_a_text(place, capsys):
 
 
 def test_an_interrupted_run_goes_on(place, capsys, monkeypatch):
-    from jaxprune.lm.torch_models import writing
+    from jaxprune.lm.torch_models import prune
 
     words = [
         *("prune", place / "vit", place / "resumed"),
         *("--calibration", place / "pictures", *SAMPLES, "--method", "wanda", *HALF),
     ]
-    write = writing.write_pruned
+    write = prune.write_replaced
 
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writing, "write_pruned", interrupted)
+    monkeypatch.setattr(prune, "write_replaced", interrupted)
     assert run(capsys, *words)[0] == 130
     assert not (place / "resumed").exists()
     progress = {path.name for path in (place / ".resumed.work").iterdir()}
     assert len(progress) > 1
-    monkeypatch.setattr(writing, "write_pruned", write)
+    monkeypatch.setattr(prune, "write_replaced", write)
     code, found, err = run(capsys, *words)
     assert code == 0, err
     assert not (place / ".resumed.work").exists()

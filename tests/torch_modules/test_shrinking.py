@@ -37,13 +37,16 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
+    def bias(self):
+        return None
+
     def forward(self, x):
         batch, time, _ = x.shape
         q, k, v = (
             part.reshape(batch, time, self.num_heads, -1).transpose(1, 2)
             for part in self.qkv(self.norm(x)).split(self.attn_dim, -1)
         )
-        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, self.bias())
         return x + self.proj(y.transpose(1, 2).reshape(batch, time, self.attn_dim))
 
 
@@ -101,6 +104,28 @@ def test_the_attributes_are_those_of_the_smaller_layers():
     )
     assert (attention.num_heads, attention.attn_dim) == (2, 8)
     assert attention.norm.normalized_shape == (16,)
+
+
+class BiasedAttention(Attention):
+    """Its biases come from relative positions, reshaped to what an attribute says."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias_shape = (5, 5, self.num_heads)
+        self.positions = nn.Linear(2, self.num_heads)
+        self.register_buffer("distances", torch.randn(25, 2))
+
+    def bias(self):
+        biases = self.positions(self.distances).view(self.bias_shape)
+        return biases.permute(2, 0, 1)  # (heads, query position, key position)
+
+
+def test_a_shape_that_ends_with_the_heads_is_set():
+    small, report = jp.torch.shrink(
+        BiasedAttention(), torch.randn(2, 5, 16), jp.scores.magnitude, 0.5
+    )
+    assert small.bias_shape == (5, 5, 2)
+    assert report["attributes"][""]["bias_shape"] == [5, 5, 2]
 
 
 def test_half_precision_is_compared_at_its_own_accuracy():
@@ -168,6 +193,42 @@ def test_the_solver_makes_up_for_what_is_gone():
         assert error(by_solver) < 0.5 * error(by_scores)
     assert by_solver[2].in_features == 16
     assert [row["name"] for row in report["weights"]] == ["2.weight"]
+
+
+class Recurrent(nn.Module):
+    """Two recurrent layers and a projection of the last state."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(5, 8, 2, batch_first=True)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.lstm(x)[0][:, -1])
+
+
+@pytest.mark.full
+def test_the_states_of_an_lstm_go_by_the_solver_too():
+    torch.manual_seed(0)
+    module = Recurrent()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(2)  # states that matter
+    x = torch.randn(64, 4, 5) @ torch.randn(5, 5)
+    with torch.no_grad():
+        reference = module(x)
+
+        def error(small):
+            return float((small(x) - reference).square().mean())
+
+        by_scores, _ = jp.torch.shrink(module, x, jp.scores.magnitude, 0.25)
+        by_solver, report = jp.torch.shrink(
+            module, x, sparsity=0.25, batches=[x], progress=False
+        )
+        assert error(by_solver) < 0.8 * error(by_scores)
+    assert by_solver.lstm.hidden_size == by_solver.out.in_features == 6
+    names = {row["name"] for row in report["weights"]}
+    assert names >= {"out.weight", "lstm.weight_hh_l0", "lstm.weight_ih_l1"}
 
 
 def test_masks_of_whole_units_say_which_go():

@@ -1,10 +1,11 @@
 """The cases with which JaxPruner tests itself, asked of this package.
 
 Inputs and expected values are those of its test files (google-research/jaxpruner at
-f133ee5). Two more stand beside what they test: the cubic's half way in
-`test_schedules.py`, RigL's exchanges in `test_gradual.py`. Where we differ, a test says
-so and why. Without a counterpart here: pooling a block by its maximum, and the growth
-of a mask that is drawn rather than ranked.
+f133ee5). Three more stand beside what they test: the cubic's half way in
+`test_schedules.py`, RigL's exchanges in `test_gradual.py`, the moments of what is grown
+in `test_restarts.py`. Where we differ, a test says so and why. Without a counterpart
+here: pooling a block by its maximum, and the growth of a mask that is drawn rather than
+ranked.
 """
 
 import jax

@@ -23,6 +23,7 @@ SIZE = 12 * 20
 TABLE = {
     "gradual": functools.partial(jp.gradual, schedule=SCHEDULE),
     "gradual, packed": functools.partial(jp.gradual, schedule=SCHEDULE, packed=True),
+    "gradual, grown": functools.partial(jp.gradual, schedule=SCHEDULE, grow="set"),
     "straight_through": functools.partial(
         jp.straight_through, schedule=SCHEDULE, freeze=10, every=2
     ),

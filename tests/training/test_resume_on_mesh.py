@@ -27,8 +27,8 @@ def like_of(state):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("inside", [False, True])
-def test_the_page_restores_what_lies_on_a_mesh(tmp_path, kind, inside):
+@pytest.mark.parametrize(("inside", "grow"), [(False, None), (True, "rigl")])
+def test_the_page_restores_what_lies_on_a_mesh(tmp_path, kind, inside, grow):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
     spec = {"up": jax.P("data", "model"), "down": jax.P("model")}
     params = {
@@ -38,7 +38,7 @@ def test_the_page_restores_what_lies_on_a_mesh(tmp_path, kind, inside):
         )
         for name, part in spec.items()
     }
-    tx = jp.gradual(optax.adam(1e-2), {1: 0.25, 5: 0.5})
+    tx = jp.gradual(optax.adam(1e-2), {1: 0.25, 3: 0.3, 5: 0.5}, grow=grow)
     step = jax.jit(lambda g, s, p: tx.update(jax.tree.map(jnp.cos, g), s, p))
 
     def trained(params, state, steps):

@@ -8,8 +8,9 @@ from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.cli import launch, summary
 from jaxprune.lm.cli.options import Options
 from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.prune import run_prune
+from jaxprune.lm.jobs.prune import prepare_prune
 from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.jobs.transformation import run_job
 from jaxprune.lm.torch_models import routing
 
 
@@ -33,10 +34,12 @@ class Prune(PruneJob, Options):
             command = summary.command_line(launch.without_start(words))
             if routing.prunes_through_torch(self):
                 routing.check_installed(open_directory(self.model).config)
-                from jaxprune.lm.torch_models.prune import run_torch_prune as run
+                from jaxprune.lm.torch_models.prune import prepare_torch_prune
+
+                prepare = prepare_torch_prune
             else:
-                run = run_prune
-            record = run(self, console, command, _page)
+                prepare = prepare_prune
+            record = run_job(prepare, self, console, command, _page)
             lines = [] if self.plan else summary.prune_lines(record)
             return summary.say_done(self, record, lines, console)
 

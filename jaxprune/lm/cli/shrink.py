@@ -8,8 +8,9 @@ from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.cli import summary
 from jaxprune.lm.cli.options import Options
 from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.shrink import run_shrink
+from jaxprune.lm.jobs.shrink import prepare_shrink
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
+from jaxprune.lm.jobs.transformation import run_job
 from jaxprune.lm.torch_models import routing
 
 
@@ -32,10 +33,13 @@ class Shrink(ShrinkJob, Options):
         """Shrinks the model; the record."""
         if routing.is_foreign_directory(self.model):
             routing.check_installed(open_directory(self.model).config)
-            from jaxprune.lm.torch_models.shrink import run_torch_shrink as run
+            from jaxprune.lm.torch_models.shrink import prepare_torch_shrink
+
+            prepare = prepare_torch_shrink
         else:
-            run = run_shrink
-        record = run(self, console, summary.command_line(words), _page)
+            prepare = prepare_shrink
+        command = summary.command_line(words)
+        record = run_job(prepare, self, console, command, _page)
         lines = [] if self.plan else summary.shrink_lines(record)
         return summary.say_done(self, record, lines, console)
 

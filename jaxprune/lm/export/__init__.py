@@ -1,3 +1,10 @@
-"""A model's directory as one file of another program: GGUF, which llama.cpp reads."""
+"""A directory as other programs read it: GGUF for llama.cpp, models of trainers."""
 
-__all__ = ["gguf_file", "gguf_shape", "gguf_tokenizer"]
+__all__ = [
+    "gguf_file",
+    "gguf_shape",
+    "gguf_tokenizer",
+    "maxtext_checkpoint",
+    "trainer_shape",
+    "tunix_model",
+]

@@ -21,17 +21,19 @@ from jaxprune.lm.jobs import (
 )
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.exclusions import check_globs, prunable_leaf
+from jaxprune.lm.jobs.model_transformation import ModelTransformation
 from jaxprune.lm.jobs.opening import note_ignored, open_for_job, read_dense
 from jaxprune.lm.jobs.provenance import Page
 from jaxprune.lm.jobs.prune_record import (
     count_zeros,
     describe_pruning,
+    pruning_facts,
     write_pruned,
 )
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.recovery import as_stored
 from jaxprune.lm.jobs.samples import Samples, prepare_samples
-from jaxprune.lm.jobs.transformation import Change, Transformation
+from jaxprune.lm.jobs.transformation import Change
 from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.model import Decoder
@@ -58,7 +60,12 @@ def begin_pruning(
         progress_dir.check_room(job, job.recovery, source, copies)
     note_ignored(model, console)
     return ModelPruning(
-        *(job, source, model, texts, console, costs),
+        job=job,
+        source=source,
+        console=console,
+        costs=costs,
+        model=model,
+        texts=texts,
         chosen=chosen,
         prunable=prunable,
         samples=prepare_samples(job, source, texts, model.config.context),
@@ -66,7 +73,7 @@ def begin_pruning(
 
 
 @dataclasses.dataclass(kw_only=True)
-class ModelPruning(Transformation[PruneJob]):
+class ModelPruning(ModelTransformation[PruneJob]):
     """A pruning of a loaded model after a look at calibration texts.
 
     Attributes:
@@ -83,20 +90,13 @@ class ModelPruning(Transformation[PruneJob]):
 
     def facts(self) -> dict[str, Any]:
         """What decides the pruned weights, as far as it is known without reading."""
-        job, texts, words = self.job, self.texts, self.chosen.facts()
+        job, texts, calibration = self.job, self.texts, self.job.calibration
         return {
             **progress_dir.job_facts(
                 job, self.source, texts.calibration, texts.begins.why
             ),
-            **words,
-            "method": f"{job.pruning.method}: {words['settings']}",
-            "sparsity": job.pruning.sparsity,
-            "allocation": job.pruning.allocation,
-            "excluded": list(job.pruning.exclude),
-            "self": [
-                job.calibration.self_sequences,
-                job.calibration.calibration_temperature,
-            ],
+            **pruning_facts(job, self.chosen),
+            "self": [calibration.self_sequences, calibration.calibration_temperature],
         }
 
     def look_at_dense(self) -> None:
@@ -109,7 +109,7 @@ class ModelPruning(Transformation[PruneJob]):
             with self.costs.phase("write calibration"):
                 self.texts = self.texts._replace(written=self._written(dense))
 
-    def change(self) -> Change:
+    def change(self) -> Change[LoadedModel]:
         """Prunes the model segment by segment, its parameters read as they are due."""
         job, model = self.job, self.model
         self.console.note(f"what is done is kept in '{job.work}' until the end")
@@ -127,10 +127,18 @@ class ModelPruning(Transformation[PruneJob]):
         leaves = {row["name"] for row in report["weights"]}
         moved = leaves.union(*(row["leaves"] for row in report["refined"]))
         pruned = as_stored(model._replace(params=params).read(), moved)
-        record = describe_pruning(job, self.chosen, model, self.texts, report)
+        calibration = inputs.describe_calibration(job.calibration, self.texts)
+        record = describe_pruning(
+            job,
+            self.chosen,
+            calibration,
+            report,
+            lambda leaf: model.names[leaf].name,
+        )
+        record["dtype"] = model.config.dtype
         return Change(pruned, moved, leaves, record)
 
-    def teacher(self, change: Change) -> Decoder:
+    def teacher(self, change: Change[LoadedModel]) -> Decoder:
         """The model before; what has not moved is shared with the pruned one."""
         model = change.model
         before = jp.tree.named_leaves(self.model.params)
@@ -141,7 +149,7 @@ class ModelPruning(Transformation[PruneJob]):
         structure = jax.tree.structure(model.params)
         return nnx.merge(model.graphdef, jax.tree.unflatten(structure, params))
 
-    def finish(self, change: Change) -> None:
+    def finish(self, change: Change[LoadedModel]) -> None:
         """Adds a sample of the pruned model, and its sizes."""
         # Of the model that is written, whatever stage it has come to.
         self.samples.add(self.last_stage, change.model.decoder())
@@ -152,9 +160,8 @@ class ModelPruning(Transformation[PruneJob]):
             self.source, counts, self.job.quantization
         )
 
-    def write(self, change: Change, page: Page) -> None:
+    def write(self, change: Change[LoadedModel], page: Page) -> None:
         """Writes the leaves that moved; the zeros of those that were pruned count."""
-        change.record.update(self.costs.facts())
         write_pruned(self.job, self.source, change, page)
 
     def _written(self, dense: LoadedModel) -> np.ndarray:

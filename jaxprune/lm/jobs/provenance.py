@@ -1,7 +1,7 @@
 """What is written down of a job, and read again by its page: jaxprune.json."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -48,11 +48,11 @@ def weight_sizes(
     }
 
 
-def environment(command: str) -> dict[str, Any]:
-    """The command, the versions and the devices; JSON-able."""
+def environment(command: str, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """The command, the versions (of more packages too) and the devices; JSON-able."""
     return {
         "command": command,
-        "versions": machine.versions(),
+        "versions": machine.versions(*packages),
         "device": machine.device(),
     }
 

@@ -1,15 +1,15 @@
 """What is written of a pruned model: its tensors, and what jaxprune.json says."""
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jaxprune as jp
 from jaxprune.arrays import processes
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.jobs import inputs, passes, provenance
+from jaxprune.lm.jobs import passes, provenance
 from jaxprune.lm.jobs.console import byte_progress
-from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.provenance import Page
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.transformation import Change
@@ -18,26 +18,39 @@ from jaxprune.lm.models.loaded_model import LoadedModel
 _NAMED = ("weights", "leaves")  # columns of a refined block
 
 
+def pruning_facts(job: PruneJob, chosen: passes.Pass) -> dict[str, Any]:
+    """What decides the pruned weights beside the model and its inputs; JSON-able."""
+    words, pruning = chosen.facts(), job.pruning
+    return {
+        **words,
+        "method": f"{pruning.method}: {words['settings']}",
+        "sparsity": pruning.sparsity,
+        "allocation": pruning.allocation,
+        "excluded": list(pruning.exclude),
+    }
+
+
 def describe_pruning(
     job: PruneJob,
     chosen: passes.Pass,
-    model: LoadedModel,
-    texts: JobTexts,
-    report: dict[str, Any],
+    calibration: Mapping[str, Any],
+    report: Mapping[str, Any],
+    tensor_name: Callable[[str], str] = str,
 ) -> dict[str, Any]:
     """What jaxprune.json says besides what was measured.
 
     Args:
       job: what was asked for.
       chosen: method, pattern and what else was done.
-      model: dense model, whose tensors the rows are named by.
-      texts: what was calibrated on.
+      calibration: what is said of what was calibrated on.
       report: report of `jp.prune_trained`.
+      tensor_name: function of a leaf's name to the name of its tensor, which the page
+        names rows by.
 
     Returns:
       A JSON-able record.
     """
-    names, quantization = model.names, job.quantization
+    quantization, solver = job.quantization, job.solver
     words = chosen.facts()
     rounding = {"bits": quantization.bits, "group": quantization.group}
     return {
@@ -48,22 +61,18 @@ def describe_pruning(
         "allocation": job.pruning.allocation,
         "rounding": rounding if quantization.quantize else None,
         "excluded": list(job.pruning.exclude),
-        "dtype": model.config.dtype,
-        "calibration": {
-            **inputs.describe_calibration(job.calibration, texts),
-            "positions": report["positions"],
-        },
+        "calibration": {**calibration, "positions": report["positions"]},
         "unseen": report["unseen"],
         "weights": [
-            {**row, "name": names[row["name"]].name, "leaf": row["name"]}
+            {**row, "name": tensor_name(row["name"]), "leaf": row["name"]}
             for row in report["weights"]
         ],
-        "refine": job.solver.refine
+        "refine": solver.refine
         and {
-            "passes": job.solver.refine,
-            "learning_rate": job.solver.refine_learning_rate,
+            "passes": solver.refine,
+            "learning_rate": solver.refine_learning_rate,
             "blocks": [
-                {**row, **{k: [names[x].name for x in row[k]] for k in _NAMED}}
+                {**row, **{key: [*map(tensor_name, row[key])] for key in _NAMED}}
                 for row in report["refined"]
             ],
         },
@@ -82,7 +91,7 @@ def count_zeros(model: LoadedModel, leaves: set[str]) -> dict[str, tuple[int, in
 
 
 def write_pruned(
-    job: PruneJob, source: CheckpointDir, change: Change, page: Page
+    job: PruneJob, source: CheckpointDir, change: Change[LoadedModel], page: Page
 ) -> None:
     """Writes the directory of a pruned model; each process hands over its parts.
 
@@ -108,14 +117,36 @@ def write_pruned(
             replaced[name]()
         return
     pruned = {tensor for name in change.matrices for tensor in model.names[name].names}
+    write_replaced(job, source, replaced, pruned, change.record, page)
+
+
+def write_replaced(
+    job: PruneJob,
+    source: CheckpointDir,
+    replaced: Mapping[str, Any],
+    pruned: set[str],
+    record: Mapping[str, Any],
+    page: Page,
+) -> None:
+    """Writes a directory with new values of some tensors, with its record and page.
+
+    Args:
+      job: place of the result, and whether an earlier one is replaced.
+      source: directory of the dense model, which all else is copied from.
+      replaced: tensor name to its values, or to a function that gives them.
+      pruned: names of those tensors whose zeros count.
+      record: what jaxprune.json says.
+      page: function that makes report.html of the record.
+    """
     with byte_progress(source.size, "writing") as progress:
         rewrite.write_directory(
             source,
             job.out,
             replaced,
-            uncounted=replaced.keys() - pruned,  # vectors have no sparsity
-            provenance=change.record,
+            # A refinement moves norms, biases and embeddings too.
+            uncounted=replaced.keys() - pruned,
+            provenance=record,
             overwrite=job.overwrite,
             progress=progress,
-            finish=lambda _, record: ({}, provenance.page_file(page, record)),
+            finish=lambda _, facts: ({}, provenance.page_file(page, facts)),
         )

@@ -16,10 +16,10 @@ from jaxprune.lm.checkpoints.prune_magnitude import prune_directory
 from jaxprune.lm.jobs import inputs, passes, progress_dir, provenance
 from jaxprune.lm.jobs.console import Console, byte_progress
 from jaxprune.lm.jobs.exclusions import check_globs, prunable_tensor
+from jaxprune.lm.jobs.model_transformation import Measurements
 from jaxprune.lm.jobs.opening import note_ignored, open_for_job
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.samples import Samples, prepare_samples
-from jaxprune.lm.jobs.transformation import Measurements
 from jaxprune.lm.measure.machine import Costs
 
 

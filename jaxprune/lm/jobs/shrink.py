@@ -14,7 +14,6 @@ import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check
-from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import (
     CONFIG,
     CheckpointDir,
@@ -29,6 +28,7 @@ from jaxprune.lm.jobs import (
 )
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.inputs import JobTexts
+from jaxprune.lm.jobs.model_transformation import ModelTransformation
 from jaxprune.lm.jobs.opening import (
     model_context,
     note_ignored,
@@ -40,7 +40,7 @@ from jaxprune.lm.jobs.recovery import as_stored
 from jaxprune.lm.jobs.shrink_plan import plan_shrink
 from jaxprune.lm.jobs.shrink_rules import check_fits, check_shrink
 from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
-from jaxprune.lm.jobs.transformation import Change, Transformation
+from jaxprune.lm.jobs.transformation import Change, Prepared
 from jaxprune.lm.measure import speed
 from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.models import hf
@@ -60,24 +60,19 @@ _SEARCHED = Rule(
 )
 
 
-def run_shrink(
-    job: ShrinkJob, console: Console, command: str, page: Page
-) -> dict[str, Any]:
-    """Writes a smaller model.
+def prepare_shrink(job: ShrinkJob, console: Console) -> Prepared:
+    """Reads what a shrinking needs, and refuses what does not fit.
 
     Args:
       job: what was asked for.
       console: where the job speaks.
-      command: words that the record says made it, and that a second run is known by.
-      page: function that makes report.html of the record.
 
     Returns:
-      The record, as in jaxprune.json; with `plan`, what would be done.
+      The shrinking, with its plan.
 
     Raises:
-      ValueError: something does not fit; nothing was written.
+      ValueError: something does not fit.
     """
-    progress_dir.refuse_done(job, command)
     check_shrink(job)
     costs = Costs()
     with costs.phase("read"):
@@ -97,21 +92,23 @@ def run_shrink(
         fewer = smaller_vocabulary.choose_for_job(job, source, texts, console)
     note_ignored(model, console)
     _note_narrowed(job.loading.dtype, source, console)
-    if job.plan:
-        return plan_shrink(job, source, model, texts, console)
-    calibrated = texts.calibration
-    facts = progress_dir.job_facts(job, source, calibrated, texts.begins.why)
-    facts["asked"] = job.removal.asked
-    with progress_dir.hold_progress(job.work, facts):
-        # In memory to the end: it teaches, and is timed beside the small one.
-        dense = read_dense(model)
-        shrinking = ModelShrinking(job, source, dense, texts, console, costs, fewer)
-        shrinking.transform(page, command)
-    return rewrite.read_provenance(job.out)
+    shrinking = ModelShrinking(
+        job=job,
+        source=source,
+        console=console,
+        costs=costs,
+        model=model,
+        texts=texts,
+        fewer=fewer,
+    )
+    return Prepared(
+        functools.partial(plan_shrink, job, source, model, texts, console),
+        shrinking.run,
+    )
 
 
-@dataclasses.dataclass
-class ModelShrinking(Transformation[ShrinkJob]):
+@dataclasses.dataclass(kw_only=True)
+class ModelShrinking(ModelTransformation[ShrinkJob]):
     """A model that loses tokens, layers, experts, heads and neurons.
 
     Attributes:
@@ -121,6 +118,18 @@ class ModelShrinking(Transformation[ShrinkJob]):
     NAME, STAGE = "shrink", "shrunk"
 
     fewer: tuple[NewVocabulary, JobTexts] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the smaller model, known without reading a weight."""
+        calibrated, begins = self.texts.calibration, self.texts.begins.why
+        facts = progress_dir.job_facts(self.job, self.source, calibrated, begins)
+        return {**facts, "asked": self.job.removal.asked}
+
+    def look_at_dense(self) -> None:
+        """Reads the dense model and measures it."""
+        # In memory to the end: it teaches, and is timed beside the small one.
+        self.model = read_dense(self.model)
+        super().look_at_dense()
 
     @functools.cached_property
     def reference(self) -> LoadedModel:
@@ -133,7 +142,7 @@ class ModelShrinking(Transformation[ShrinkJob]):
         graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
         return self.model._replace(graphdef=graphdef, params=params, config=config)
 
-    def change(self) -> Change:
+    def change(self) -> Change[LoadedModel]:
         """Removes what was asked for; the weights that stay are as they are stored."""
         if self.fewer is not None:  # the dense model was measured by its own tokens
             self.texts = self.measurements.texts = self.fewer[1]
@@ -157,11 +166,11 @@ class ModelShrinking(Transformation[ShrinkJob]):
         matrices = {n for n, leaf in named.items() if jp.tree.prunable(n, leaf)}
         return Change(small, set(named), matrices, record)
 
-    def teacher(self, change: Change) -> Decoder:
+    def teacher(self, change: Change[LoadedModel]) -> Decoder:
         """The model before, which knows the tokens that stay."""
         return self.reference.decoder()
 
-    def finish(self, change: Change) -> None:
+    def finish(self, change: Change[LoadedModel]) -> None:
         """Adds the sizes of both models, and how fast they are."""
         sizes = {"before": _sizes(self.model), "after": _sizes(change.model)}
         before, after = (sizes[when]["parameters"] for when in ("before", "after"))
@@ -170,7 +179,7 @@ class ModelShrinking(Transformation[ShrinkJob]):
             with self.costs.phase("time"):
                 change.record["speed"] = _timed(self.model, change.model, rounds)
 
-    def write(self, change: Change, page: Page) -> None:
+    def write(self, change: Change[LoadedModel], page: Page) -> None:
         """Writes all of the smaller model."""
         settings = {} if self.fewer is None else dict(self.fewer[0].settings)
         if change.model.config.layer_sizes:  # config.json is to say them
@@ -185,7 +194,7 @@ class ModelShrinking(Transformation[ShrinkJob]):
             kept=change.record["layers"]["kept"],
             settings=settings,
             ignore_config=self.job.loading.ignore_config,
-            provenance={**change.record, **self.costs.facts()},
+            provenance=change.record,
             overwrite=self.job.overwrite,
             finish=lambda _, record: ({}, provenance.page_file(page, record)),
         )

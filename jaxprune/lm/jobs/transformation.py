@@ -1,238 +1,176 @@
-"""The skeleton of a job: measure, change, measure, recover, measure, write.
+"""The skeleton of a job: measure, change, measure, recover, write.
 
-Texts and headers were read before, so that all that can be refused is refused. What is
-measured is what will be written.
+Inputs and headers were read before, so that all that can be refused is refused. What is
+measured is what will be written. What a model is, and what it is measured by, say the
+classes that fill the skeleton in.
 """
 
 import abc
+import contextlib
 import dataclasses
-import functools
-from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
-import numpy as np
-from jaxtyping import Int
-
-from jaxprune.arrays.rules import Rule, check
+from jaxprune.arrays import processes
+from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.jobs import provenance, recovery
+from jaxprune.lm.jobs import progress_dir, provenance
 from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.provenance import Page
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
-from jaxprune.lm.measure import perplexity
 from jaxprune.lm.measure.machine import Costs
-from jaxprune.lm.measure.tables import (
-    describe_windows,
-    format_bits,
-    format_perplexity,
-    measure_texts,
-)
-from jaxprune.lm.models.decoder.model import Decoder
-from jaxprune.lm.models.loaded_model import LoadedModel
+
+AnyJob = TypeVar("AnyJob", PruneJob, ShrinkJob)
+AnyModel = TypeVar("AnyModel")
 
 
-class Change(NamedTuple):
+class Prepared(NamedTuple):
+    """A job of which all that can be refused has been refused.
+
+    Attributes:
+      plan: function of nothing that says what would be done, and returns it.
+      run: function of the command's words and of the page that does it, and returns the
+        record.
+    """
+
+    plan: Callable[[], dict[str, Any]]
+    run: Callable[[str, Page], dict[str, Any]]
+
+
+def run_job(
+    prepare: Callable[[AnyJob, Console], Prepared],
+    job: AnyJob,
+    console: Console,
+    command: str,
+    page: Page,
+) -> dict[str, Any]:
+    """Carries a job out, or says what it would do.
+
+    Args:
+      prepare: function that reads what the job needs, and refuses what does not fit.
+      job: what was asked for.
+      console: where the job speaks.
+      command: words that the record says made it, and that a second run is known by.
+      page: function that makes report.html of the record.
+
+    Returns:
+      The record, as in jaxprune.json; with `plan`, what would be done.
+
+    Raises:
+      ValueError: something does not fit; nothing was written.
+    """
+    processes.on_first(lambda: progress_dir.refuse_done(job, command))
+    prepared = prepare(job, console)
+    return prepared.plan() if job.plan else prepared.run(command, page)
+
+
+class Change(NamedTuple, Generic[AnyModel]):
     """What became of a model.
 
     Attributes:
       model: model with the parameters that will be written.
       moved: names of the leaves that changed.
-      matrices: names of the leaves that "matrices" and "lora" of a recovery mean.
+      matrices: names of the leaves that were pruned, or of those that "matrices" and
+        "lora" of a recovery mean.
       record: what jaxprune.json says of it.
     """
 
-    model: LoadedModel
+    model: AnyModel
     moved: set[str]
     matrices: set[str]
     record: dict[str, Any]
 
 
-_SANE = Rule(  # one text that it knows is enough
-    lambda v: v.sane,
-    "the dense model must know something before anything is removed, but its "
-    "perplexity is {results} (vocabulary {vocab_size})",
-    "look at the checkpoint, the tokenizer and BOS, or give --any-perplexity",
-)
+class StageMeasurements(Protocol):
+    """What is measured of a model, stage by stage."""
 
-
-@dataclasses.dataclass
-class Measurements:
-    """The perplexity of a job's texts, stage by stage.
-
-    Attributes:
-      texts: what is evaluated.
-      batch: number of windows that the model sees at once.
-      any_perplexity: whether a dense model that knows nothing is accepted.
-      console: where a result is noted.
-      perplexity: name of a text to how it is evaluated and what each stage gave.
-    """
-
-    texts: JobTexts
-    batch: int
-    any_perplexity: bool
-    console: Console
-    perplexity: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-
-    def measure(self, stage: str, decoder: Decoder) -> None:
+    def measure(self, stage: str, model: Any) -> None:
         """Measures the model at a stage, which is noted."""
-        for name, result in self.add(stage, decoder).items():
-            shown = format_perplexity(result["perplexity"])
-            self.console.note(
-                f"{stage}: perplexity {shown} on {name}{_bits_words(result)}"
-            )
 
-    def add(self, stage: str, decoder: Decoder) -> dict[str, dict[str, Any]]:
-        """Measures the model at a stage; the results by text."""
-        results = measure_texts(decoder, self.texts.windows, self.batch)
-        for name, result in results.items():
-            self.perplexity[name][stage] = result
-        return results
-
-    def measure_dense(self, decoder: Decoder) -> None:
-        """Measures the model as it is, and refuses one that knows nothing.
-
-        Args:
-          decoder: dense model.
-
-        Raises:
-          ValueError: it predicts no text better than a guess by frequency.
-        """
-        for name, windows in self.texts.windows.items():
-            role = self.texts.roles[name]
-            self.perplexity[name] = describe_windows(windows) | {"role": role}
-        for name, result in self.add("dense", decoder).items():
-            text = self.perplexity[name]
-            self.console.note(
-                f"dense: perplexity {format_perplexity(result['perplexity'])} on "
-                f"{name} ({text['role']}; {result['tokens']} tokens, context "
-                f"{text['context']}, {self.texts.begins.why}){_bits_words(result)}"
-            )
-        self._check_sane()
-
-    def _check_sane(self) -> None:
-        # A model may know one kind of text and not another.
-        size = self.texts.vocab_size
-        texts = self.perplexity
-        sane = [
-            perplexity.is_sane(text["dense"], text["by_frequency"], size)
-            for text in texts.values()
-        ]
-        results = ", ".join(
-            f"{format_perplexity(text['dense']['perplexity'])} on {name}, where "
-            f"guessing by frequency has {format_perplexity(text['by_frequency'])}"
-            for name, text in texts.items()
-        )
-        accepted = self.any_perplexity or not texts or any(sane)
-        check([_SANE], sane=accepted, results=results, vocab_size=size)
+    def facts(self) -> dict[str, Any]:
+        """What jaxprune.json says of all stages so far; JSON-able."""
 
 
-def _bits_words(result: Mapping[str, Any]) -> str:
-    """Bits per byte, where the bytes are known."""
-    bits = result["bits_per_byte"]
-    return "" if bits is None else f"; {format_bits(bits)} bits per byte"
-
-
-AnyJob = TypeVar("AnyJob", PruneJob, ShrinkJob)
-
-
-@dataclasses.dataclass
-class Transformation(abc.ABC, Generic[AnyJob]):
+@dataclasses.dataclass(kw_only=True)
+class Transformation(abc.ABC, Generic[AnyJob, AnyModel]):
     """A job from the dense model to the directory that is written.
 
     Attributes:
       NAME: what the job does, which is the name of its phase.
       STAGE: what the model then is.
+      PACKAGES: packages beside ours whose versions decide the numbers.
       job: settings.
       source: directory of the dense model.
-      model: dense model.
-      texts: what is calibrated on and evaluated.
       console: where the job speaks.
       costs: time and memory of each phase.
     """
 
     NAME: ClassVar[str]
     STAGE: ClassVar[str]
+    PACKAGES: ClassVar[tuple[str, ...]] = ()
 
     job: AnyJob
     source: CheckpointDir
-    model: LoadedModel
-    texts: JobTexts
     console: Console
     costs: Costs
 
-    def __post_init__(self) -> None:
-        """Begins with nothing measured."""
-        self.measurements = Measurements(
-            self.texts,
-            self.job.calibration.batch,
-            self.job.evaluation.any_perplexity,
-            self.console,
-        )
-
-    def transform(self, page: Page, command: str) -> None:
-        """Takes the job from the dense model to its directory.
+    def run(self, command: str, page: Page) -> dict[str, Any]:
+        """Takes the job to its directory, and holds the place of its progress.
 
         Args:
+          command: words that the record says made it.
           page: function that makes report.html of the record.
-          command: the words that the record says made it.
+
+        Returns:
+          The record, as in jaxprune.json.
         """
+        # The first process alone holds the place; each has its part of the progress.
+        with contextlib.ExitStack() as place:
+            held = progress_dir.hold_progress(self.job.work, self.facts())
+            processes.on_first(lambda: place.enter_context(held))
+            self._transform(command, page)
+        return processes.on_first(lambda: rewrite.read_provenance(self.job.out))
+
+    def _transform(self, command: str, page: Page) -> None:
         self.look_at_dense()
         with self.costs.phase(self.NAME):
             change = self.change()
-        # The same object: later stages are added to it.
-        change.record["perplexity"] = self.measurements.perplexity
         with self.costs.phase("evaluate after"):
-            self.measurements.measure(self.STAGE, change.model.decoder())
-        if self.texts.training is not None:
-            change = self._recover(change, self.texts.training)
+            self.measurements.measure(self.STAGE, change.model)
+        change.record.update(self.measurements.facts())
+        change = self.recover(change)
         self.finish(change)
         # Last, so that the record has what the result was made with.
-        change.record.update(provenance.environment(command))
+        change.record.update(provenance.environment(command, self.PACKAGES))
+        change.record.update(self.costs.facts())
         self.write(change, page)
 
+    @property
+    @abc.abstractmethod
+    def measurements(self) -> StageMeasurements:
+        """What is measured of the model."""
+
+    @abc.abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What decides the result, as far as it is known without doing the job."""
+
+    @abc.abstractmethod
     def look_at_dense(self) -> None:
         """Measures the dense model, while its parameters are in memory."""
-        with self.costs.phase("evaluate before"):
-            self.measurements.measure_dense(self.model.decoder())
 
     @abc.abstractmethod
-    def change(self) -> Change:
+    def change(self) -> Change[AnyModel]:
         """Prunes or shrinks the model."""
 
-    @abc.abstractmethod
-    def teacher(self, change: Change) -> Decoder:
-        """The dense model, for a distillation of what became of it."""
+    def recover(self, change: Change[AnyModel]) -> Change[AnyModel]:
+        """The change after a training that makes up for it; none if not defined."""
+        return change
 
     @abc.abstractmethod
-    def finish(self, change: Change) -> None:
+    def finish(self, change: Change[AnyModel]) -> None:
         """Adds to the record what is measured of the last model."""
 
     @abc.abstractmethod
-    def write(self, change: Change, page: Page) -> None:
+    def write(self, change: Change[AnyModel], page: Page) -> None:
         """Writes the result with its record and its page."""
-
-    @property
-    def last_stage(self) -> str:
-        """What the model is in the end."""
-        return self.STAGE if self.texts.training is None else self.job.recovery.stage
-
-    def _recover(
-        self, change: Change, sequences: Int[np.ndarray, "sequences length"]
-    ) -> Change:
-        """The change after the recovery, which is measured too."""
-        settings = self.job.recovery
-        with self.costs.phase(settings.recover_by):
-            model, trained, change.record[settings.recover_by] = recovery.recover(
-                settings,
-                self.job.calibration,
-                sequences,
-                change.model,
-                functools.partial(self.teacher, change),
-                change.matrices,
-                self.job.work,
-            )
-        with self.costs.phase(f"evaluate {settings.stage}"):
-            self.measurements.measure(settings.stage, model.decoder())
-        return change._replace(model=model, moved=change.moved | trained)

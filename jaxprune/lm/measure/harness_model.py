@@ -8,7 +8,6 @@ import functools
 import itertools
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +23,14 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.rules import Rule, check
+from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.model import map_tokens
 from jaxprune.lm.models.generate import generate
 from jaxprune.lm.models.loaded_model import open_model
+from jaxprune.lm.packing.packed_decoder import pack_decoder
 
 _SHORTEST = 16
 _RULES = (
@@ -78,6 +80,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
       batch_size: number of texts that the model sees at once.
       max_length: number of tokens that it sees of a text; its context if left out.
       dtype: dtype of parameters and products; as they are stored if None.
+      packed: whether matrices are read packed, without their zeros.
 
     Raises:
       ValueError: an argument is out of range, or the directory is no language model.
@@ -90,10 +93,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         batch_size: int = 8,
         max_length: int | None = None,
         dtype: hf.Dtype | None = None,
+        packed: bool = False,
     ) -> None:
         """Reads the model."""
         super().__init__()
-        opened = open_model(Path(directory), dtype=dtype)
+        source = open_directory(directory)
+        opened = open_model(source, dtype=dtype)
         words = hf.load_tokenizer(directory)
         prefix = words.bos if words.bos is not None else next(iter(words.eos), None)
         check(
@@ -107,7 +112,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self.directory, self.words = str(directory), words
         self.max_length = max_length or opened.config.context
         self.batch_size, self._prefix = batch_size, prefix
-        self.decoder = opened.read().decoder()
+        self.decoder = (
+            pack_decoder(opened, source).decoder if packed else opened.read().decoder()
+        )
 
     @property
     def eot_token_id(self) -> int:
@@ -153,11 +160,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             before = len(windows)
             windows += [(None, *make_disjoint_window(pair)) for pair in pairs]
             counts.append(len(windows) - before)
-        scores = iter(self._loglikelihood_tokens(windows))
+        scores = iter(self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm))
         return [sum(s for s, _ in itertools.islice(scores, n)) for n in counts]
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: Any,
     ) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation, and whether it is the likeliest."""
         scored = [
@@ -171,6 +181,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         results: dict[int, tuple[float, bool]] = {}
         # The longest first: what does not fit the memory ends at once.
         scored.sort(key=lambda text: -len(text.tokens))
+        progress = Progress(len(scored), "scoring", unit="text", shown=not disable_tqdm)
         for first in range(0, len(scored), self.batch_size):
             batch = scored[first : first + self.batch_size]
             size = self._padded(max(len(text.tokens) for text in batch) - 1)
@@ -183,6 +194,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 cells = np.s_[row, end - min(text.length, end) : end]
                 score = (-float(losses[cells].sum()), bool(likeliest[cells].all()))
                 results[text.position] = score
+            progress.update(len(batch))
+        progress.close()
         return [results[position] for position in range(len(requests))]
 
     def _padded(self, length: int) -> int:
@@ -200,7 +213,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         A program is compiled for each length of a prompt.
         """
         eos = self.words.decode([self.eot_token_id], special=True)
-        texts = []
+        texts: list[str] = []
+        progress = Progress(
+            len(requests), "writing", unit="text", shown=not disable_tqdm
+        )
         for prompt, options in (request.args for request in requests):
             settings = normalize_gen_kwargs(options, 256)
             until = handle_stop_sequences(settings["until"], eos=eos)
@@ -217,6 +233,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             )[0, tokens.shape[1] :]
             text = self.words.decode(_up_to(drawn.tolist(), self.words.eos))
             texts.append(postprocess_generated_text(text, until, None))
+            progress.update()
+        progress.close()
         return texts
 
 

@@ -21,5 +21,5 @@ __all__ = [
     "shrink",
     "shrink_sizes",
     "text_samples",
-    "writing",
+    "torch_transformation",
 ]

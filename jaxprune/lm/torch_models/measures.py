@@ -20,6 +20,7 @@ import torch
 
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.jobs.sane_model import check_sane
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.measure.tables import describe_windows, format_perplexity
 from jaxprune.lm.torch_models.samples import Measured, as_tensors
@@ -29,12 +30,6 @@ Metric = Callable[[Any, list[dict[str, Any]]], Any]
 """A user's own measure: a function of the module and of batches of its arguments, in
 torch tensors, to a number or {name: number}."""
 
-_SANE = Rule(  # one text that it knows is enough
-    lambda v: v.sane,
-    "the dense model must know something before anything is removed, but its "
-    "perplexity is {results} (vocabulary {vocab_size})",
-    "look at the checkpoint and the tokenizer, or give --any-perplexity",
-)
 _METRIC = (
     Rule(
         lambda v: bool(re.fullmatch(r"[\w.]+:\w+", v.word)),
@@ -129,31 +124,18 @@ class TorchMeasurements:
         if self.metric is not None:
             self._measure_metric(stage, module, self.metric)
 
-    def check_sane(self, module: Any, any_perplexity: bool) -> None:
+    def check_sane(self, module: Any) -> None:
         """Refuses a dense model that predicts no text better than by frequency.
 
         Args:
           module: the dense model.
-          any_perplexity: whether any model is accepted.
 
         Raises:
           ValueError: it knows nothing.
         """
-        texts = self.perplexity
-        if any_perplexity or not texts:
-            return
-        # Uniform guessing has the perplexity of the vocabulary.
-        size = module.get_input_embeddings().num_embeddings
-        results = ", ".join(
-            f"{format_perplexity(text['dense']['perplexity'])} on {name}, where "
-            f"guessing by frequency has {format_perplexity(text['by_frequency'])}"
-            for name, text in texts.items()
-        )
-        sane = any(
-            perplexity.is_sane(text["dense"], text["by_frequency"], size)
-            for text in texts.values()
-        )
-        check([_SANE], sane=sane, results=results, vocab_size=size)
+        if self.perplexity:
+            size = module.get_input_embeddings().num_embeddings
+            check_sane(self.perplexity, size, "checkpoint and the tokenizer")
 
     def facts(self) -> dict[str, Any]:
         """What jaxprune.json says; JSON-able."""
@@ -229,7 +211,7 @@ def main_output(result: Any) -> np.ndarray:
     """
     # A ModelOutput has its hidden states and caches beside.
     if isinstance(result, Mapping):
-        for name in ("logits", "last_hidden_state"):
+        for name in ("logits", "logits_per_image", "last_hidden_state"):
             if name in result:
                 return np.asarray(result[name], np.float32)
     floating = [

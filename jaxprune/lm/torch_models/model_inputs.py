@@ -19,7 +19,7 @@ from jaxprune.lm.jobs.settings import CONTEXT, Calibration
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.lm.measure.tables import name_texts
 from jaxprune.lm.texts import text_files
-from jaxprune.lm.torch_models import array_samples, media_samples
+from jaxprune.lm.torch_models import array_samples, media_samples, text_samples
 from jaxprune.lm.torch_models.opening import TorchModel
 from jaxprune.lm.torch_models.samples import (
     JobInputs,
@@ -178,12 +178,12 @@ def _read_texts(job: PruneJob | ShrinkJob, reader: TextReader) -> JobInputs:
     }
     if not calibration.files:
         return JobInputs(None, measured, (), None, reader.special)
-    rows = [t for t in drawn_from if isinstance(t, text_files.Text) and t.is_rows]
+    rows = next(filter(None, map(text_samples.row_length, drawn_from)), None)
     drawn = text_files.draw_sequences(
         drawn_from,
         sequences=calibration.sequences,
         # Rows have their own length, which texts beside them then share.
-        length=rows[0].tokens.shape[1] if rows else reader.body(length),
+        length=rows or reader.body(length),
         bos=None,
         seed=calibration.seed,
     )
@@ -191,8 +191,17 @@ def _read_texts(job: PruneJob | ShrinkJob, reader: TextReader) -> JobInputs:
         {"name": text.path.name, "sha256": text.sha256, "sequences": count}
         for text, count in zip(drawn_from, drawn.counts, strict=True)
     ]
-    samples = reader.sequences(drawn.tokens)
-    return JobInputs(samples, measured, files, length, reader.special)
+    parts = [
+        reader.reads(text).sequences(part, whole=rows is not None).arrays
+        for text, part in zip(drawn_from, drawn.parts, strict=True)
+    ]
+    samples = Samples(
+        {
+            name: text_files.interleave([part[name] for part in parts])
+            for name in parts[0]
+        }
+    )
+    return JobInputs(samples, measured, files, rows or length, reader.special)
 
 
 def _without_ends(

@@ -167,6 +167,44 @@ def stored_tensors(module: Any) -> dict[str, Any]:
         return dict(revert_weight_conversion(module, module.state_dict()))
 
 
+def parameters_of_tensors(module: Any) -> dict[str, set[str]]:
+    """Which parameters each stored tensor holds, in whole or in part.
+
+    Args:
+      module: torch module that `from_pretrained` loaded.
+
+    Returns:
+      {name of a tensor: names of parameters}. A tied parameter has one name, its first;
+      its tensors are there under all their names.
+    """
+    tensors = module.state_dict(keep_vars=True)
+    # By identity: tied ones are one object.
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    names = list(first.values())
+    numbers = {
+        key: torch.tensor(number, dtype=torch.float64)
+        for number, key in enumerate(first)
+    }
+    # Loading may have joined tensors or split them. So each number, as a tensor without
+    # memory of its own, is sent the way back, and arrives where the parameter would.
+    marks = {
+        name: numbers[id(tensor)].expand(tensor.shape)
+        for name, tensor in tensors.items()
+    }
+    with silent_transformers(), torch.no_grad():
+        stored = revert_weight_conversion(module, marks)
+    return {
+        name: {names[int(number)] for number in _distinct_values(mark)}
+        for name, mark in stored.items()
+    }
+
+
+def _distinct_values(mark: Any) -> list[float]:
+    if mark.numel() and not any(mark.stride()):  # still one number, repeated
+        mark = mark.flatten()[:1]
+    return mark.unique().tolist()
+
+
 def changed_tensors(source: CheckpointDir, stored: Any) -> list[str]:
     """The names of a directory's tensors that a module has other values for.
 

@@ -9,6 +9,9 @@ from jaxprune.lm.measure import machine
 from jaxprune.lm.torch_models.opening import TorchModel
 from jaxprune.lm.torch_models.samples import JobInputs
 
+PACKAGES = ("torch", "torchax", "transformers")
+"""Packages beside those of other jobs whose versions decide the numbers."""
+
 
 def describe_inputs(calibration: Calibration, inputs: JobInputs) -> dict[str, Any]:
     """What jaxprune.json says of what was calibrated on.
@@ -61,10 +64,5 @@ def job_facts(
         "held_out": None
         if job.evaluation.evaluate
         else [job.evaluation.limit, job.evaluation.context],
-        "versions": torch_versions(),
+        "versions": machine.versions(*PACKAGES),
     }
-
-
-def torch_versions() -> dict[str, str]:
-    """The versions of all packages that decide the numbers."""
-    return machine.versions("torch", "torchax", "transformers")

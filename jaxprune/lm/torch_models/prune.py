@@ -5,6 +5,8 @@ segment by segment. What is done is kept beside OUT, and the same command goes o
 """
 
 import dataclasses
+import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,70 +16,107 @@ import jax.numpy as jnp
 import jaxprune as jp
 from jaxprune.arrays.messages import columns
 from jaxprune.arrays.rules import Rule, check, reworded
-from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
-from jaxprune.lm.jobs import passes, progress_dir, provenance
+from jaxprune.lm.jobs import passes, provenance
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.exclusions import check_globs
 from jaxprune.lm.jobs.provenance import Page
+from jaxprune.lm.jobs.prune_record import (
+    describe_pruning,
+    pruning_facts,
+    write_replaced,
+)
 from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.jobs.transformation import Change, Prepared
 from jaxprune.lm.measure.machine import Costs
-from jaxprune.lm.torch_models import measures, writing
-from jaxprune.lm.torch_models.model_inputs import read_inputs
+from jaxprune.lm.torch_models import measures
 from jaxprune.lm.torch_models.opening import (
     TorchModel,
-    open_torch_model,
+    changed_tensors,
+    parameters_of_tensors,
     prunable_parameter,
     round_as_stored,
+    stored_tensors,
 )
 from jaxprune.lm.torch_models.option_rules import check_torch_prune
-from jaxprune.lm.torch_models.outcome import describe_inputs, job_facts, torch_versions
+from jaxprune.lm.torch_models.outcome import describe_inputs
 from jaxprune.lm.torch_models.routing import begin_through_torch
-from jaxprune.lm.torch_models.samples import JobInputs, as_tensors
+from jaxprune.lm.torch_models.samples import as_tensors
+from jaxprune.lm.torch_models.torch_transformation import (
+    TorchTransformation,
+    read_torch_job,
+)
 from jaxprune.torch.comparison import relative_difference
+from jaxprune.torch.conversion import as_numpy
 from jaxprune.typing import Prunable
 
 
-@dataclasses.dataclass(frozen=True)
-class TorchPruning:
-    """A pruning that has been checked, with all that it needs in memory.
+def prepare_torch_prune(job: PruneJob, console: Console) -> Prepared:
+    """A pruning through torch, for `run_job`: all is read and checked."""
+    begin_through_torch(job.model, console)
+    method = job.pruning.method or "sparsegpt"
+    job = dataclasses.replace(
+        job, pruning=dataclasses.replace(job.pruning, method=method)
+    )
+    chosen = check_torch_prune(job)
+    costs = Costs()
+    with costs.phase("read"):
+        # The result and the progress.
+        fields = read_torch_job(job, open_directory(job.model), copies=2)
+        model, inputs = fields["model"], fields["inputs"]
+        # One sample shows the program; its batches may be larger.
+        samples = inputs.calibration or next(iter(inputs.measured.values())).samples
+        fn, params = traced_function(model, next(samples.batches(1)))
+        check_globs(job.pruning.exclude, params, _why_never_pruned(model))
+    if model.unread:
+        console.note(
+            f"{model.class_name} does not read {len(model.unread)} tensors, which are "
+            "copied"
+        )
+    fields |= {"console": console, "costs": costs}
+    pruning = TorchPruning(**fields, chosen=chosen, fn=fn, params=params)
+    return Prepared(pruning.plan, pruning.run)
+
+
+def _why_never_pruned(model: TorchModel) -> Callable[[str, Any], str | None]:
+    # A convolution is pruned too, where its use is known.
+    may_be_pruned = prunable_parameter(model.module, ())
+    return lambda name, leaf: (
+        None if may_be_pruned(name, leaf) else "no matrix of a layer"
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class TorchPruning(TorchTransformation[PruneJob]):
+    """A pruning of a module by what it does to inputs.
 
     Attributes:
-      job: settings.
       chosen: method, pattern and what else is done.
-      model: directory and module.
-      inputs: what is calibrated on and measured.
       fn: JAX function of the parameters and a batch.
       params: {torch name: array}.
-      prunable: which parameters may be pruned.
     """
 
-    job: PruneJob
+    NAME, STAGE = "prune", "pruned"
+
     chosen: passes.Pass
-    model: TorchModel
-    inputs: JobInputs
     fn: Callable[[Any, Any], Any]
     params: Mapping[str, Any]
-    prunable: Prunable
 
     def facts(self) -> dict[str, Any]:
         """What decides the pruned weights, known without pruning."""
-        words = self.chosen.facts()
-        return {
-            **job_facts(self.job, self.model, self.inputs),
-            **words,
-            "method": f"{self.job.pruning.method}: {words['settings']}",
-            "sparsity": self.job.pruning.sparsity,
-            "allocation": self.job.pruning.allocation,
-            "excluded": list(self.job.pruning.exclude),
-        }
+        return {**super().facts(), **pruning_facts(self.job, self.chosen)}
 
-    def prune(self) -> Any:
-        """Prunes the parameters; the result of `jp.prune_trained`."""
-        samples = self.inputs.calibration
+    @functools.cached_property
+    def prunable(self) -> Prunable:
+        """Which parameters may be pruned."""
+        return prunable_parameter(self.model.module, self.job.pruning.exclude)
+
+    def change(self) -> Change[Any]:
+        """Prunes the module in place, and rounds it to what its directory can hold."""
+        samples, module = self.inputs.calibration, self.model.module
         # A rule asks for a calibration, so there are samples.
         batches = samples.batches(self.job.calibration.batch) if samples else ()
-        return jp.prune_trained(
+        result = jp.prune_trained(
             self.fn,
             self.params,
             map(jp.torch.as_arrays, map(as_tensors, batches)),
@@ -88,88 +127,86 @@ class TorchPruning:
             prunable=self.prunable,
             directory=self.job.work,
         )
-
-
-def run_torch_prune(
-    job: PruneJob, console: Console, command: str, page: Page
-) -> dict[str, Any]:
-    """Prunes a directory of transformers, through torch.
-
-    Args:
-      job: what was asked for.
-      console: where the job speaks.
-      command: words that the record says made it, and that a second run is known by.
-      page: function that makes report.html of the record.
-
-    Returns:
-      The record, as in jaxprune.json; with `plan`, what would be done.
-
-    Raises:
-      ValueError: something does not fit; nothing was written.
-    """
-    progress_dir.refuse_done(job, command)
-    begin_through_torch(job.model, console)
-    method = job.pruning.method or "sparsegpt"
-    job = dataclasses.replace(
-        job, pruning=dataclasses.replace(job.pruning, method=method)
-    )
-    chosen = check_torch_prune(job)
-    # A module of the user's that is not there is said before the model is read.
-    metric = measures.load_metric(job.evaluation.metric)
-    costs = Costs()
-    with costs.phase("read"):
-        pruning = begin_pruning(job, chosen)
-    if pruning.model.unread:
-        console.note(
-            f"{pruning.model.class_name} does not read {len(pruning.model.unread)} "
-            "tensors, which are copied"
+        jp.torch.load(module, result.params)
+        round_as_stored(self.source, module)
+        held = parameters_of_tensors(module)
+        parameters = {_parameter_of(row["name"]) for row in result.report["weights"]}
+        pruned = {n for n in self.source.tensors if held.get(n, set()) & parameters}
+        moved = {*changed_tensors(self.source, stored_tensors(module))}
+        record = describe_pruning(
+            self.job,
+            self.chosen,
+            describe_inputs(self.job.calibration, self.inputs),
+            result.report,
+            functools.partial(_tensor_name, held),
         )
-    if job.plan:
-        return _plan(pruning, console)
-    measurements = measures.TorchMeasurements(
-        pruning.inputs.measured, job.calibration.batch, metric, console
-    )
-    with progress_dir.hold_progress(job.work, pruning.facts()):
-        module = pruning.model.module
-        # A run that goes on measures the dense model again, which is cheap.
-        with costs.phase("evaluate before"):
-            measurements.measure("dense", module)
-            measurements.check_sane(module, job.evaluation.any_perplexity)
-        with costs.phase("prune"):
-            result = pruning.prune()
-            jp.torch.load(module, result.params)
-            round_as_stored(pruning.model.source, module)
-        # The same module by now, with the weights that will be written.
-        with costs.phase("evaluate after"):
-            measurements.measure("pruned", module)
-        record = _pruning_record(pruning, result.report) | measurements.facts()
-        record |= provenance.environment(command) | {"versions": torch_versions()}
-        writing.write_pruned(job, pruning.model, record, costs, page)
-    return rewrite.read_provenance(job.out)
+        record["through"] = f"torch, as {self.model.class_name}"
+        return Change(module, pruned | moved, pruned, record)
+
+    def finish(self, change: Change[Any]) -> None:
+        """Adds the sizes of the result."""
+        stored = stored_tensors(change.model)
+        counts = jp.sparsity({n: as_numpy(stored[n]) for n in change.matrices}).by_leaf
+        change.record["sizes"] = provenance.weight_sizes(
+            self.source, counts, self.job.quantization
+        )
+
+    def write(self, change: Change[Any], page: Page) -> None:
+        """Writes the tensors that moved, in the form that they were read in."""
+        stored = stored_tensors(change.model)
+        replaced = {name: as_numpy(stored[name]) for name in change.moved}
+        write_replaced(
+            self.job, self.source, replaced, change.matrices, change.record, page
+        )
+
+    def plan(self) -> dict[str, Any]:
+        """Says what would be pruned, and on what."""
+        samples: Any = self.inputs.calibration  # a rule asks for one
+        batch = jp.torch.as_arrays(as_tensors(next(samples.batches(1))))
+        trace = jp.trace(self.fn, self.params, batch)
+        matrices = dict.fromkeys(op.leaf for op in trace.linear_ops)
+        rows = [
+            dict(tensor=name, shape=list(leaf.shape), count=1, weights=leaf.size)
+            for name in matrices
+            if self.prunable(name, leaf := self.params[name])
+        ]
+        cells = [
+            [row["tensor"], " x ".join(map(str, row["shape"])), f"{row['weights']:,}"]
+            for row in rows
+        ]
+        self.console.say(
+            columns([["to be pruned", "shape", "weights"], *cells], right=True)
+        )
+        total = sum(row["weights"] for row in rows)
+        method, disk = self.job.pruning.method, 2 * self.source.size
+        self.console.say(
+            f"\n{total:,} weights in {len(rows)} tensors would be pruned by {method}; "
+            f"about {disk:,} bytes of disk"
+        )
+        return {
+            "plan": rows,
+            "method": method,
+            "pattern": self.chosen.facts()["pattern"],
+            "sparsity": self.chosen.sparsity,
+            "allocation": self.job.pruning.allocation,
+            "disk_bytes": disk,
+        }
 
 
-def begin_pruning(job: PruneJob, chosen: passes.Pass) -> TorchPruning:
-    """Reads model and inputs, traces the model, and refuses what does not fit."""
-    source = open_directory(job.model)
-    # The result and the progress.
-    progress_dir.check_room(job, job.recovery, source, 2)
-    model = open_torch_model(source, job.loading.dtype)
-    inputs = read_inputs(job, model)
-    # One sample shows the program; its batches may be larger.
-    samples = inputs.calibration or next(iter(inputs.measured.values())).samples
-    fn, params = traced_function(model, next(samples.batches(1)))
-    # A convolution is pruned too, where its use is known.
-    check_globs(
-        job.pruning.exclude,
-        params,
-        lambda name, leaf: (
-            None
-            if prunable_parameter(model.module, ())(name, leaf)
-            else "no matrix of a layer"
-        ),
-    )
-    prunable = prunable_parameter(model.module, job.pruning.exclude)
-    return TorchPruning(job, chosen, model, inputs, fn, params, prunable)
+def _parameter_of(weight: str) -> str:
+    """The parameter of a weight, which may be one matrix of it ("experts/3") or a part.
+
+    Names of torch have neither a slash nor a bracket.
+    """
+    return re.split(r"[/\[]", weight)[0]
+
+
+def _tensor_name(held: Mapping[str, set[str]], weight: str) -> str:
+    """The tensor that holds a weight; its own name where that is split or joined."""
+    parameter = _parameter_of(weight)
+    # Old directories have other names than the class of today.
+    tensors = (name for name, parts in held.items() if parts == {parameter})
+    return next(tensors, parameter) + weight.removeprefix(parameter)
 
 
 def traced_function(model: TorchModel, batch: Mapping[str, Any]) -> Any:
@@ -219,69 +256,6 @@ def _tolerance(reference: Any) -> float:
     floating = [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
     # Layer after layer rounds what the one before has rounded.
     return max([1e-3, *(64 * float(jnp.finfo(dtype).eps) for dtype in floating)])
-
-
-def _pruning_record(pruning: TorchPruning, report: Mapping[str, Any]) -> dict[str, Any]:
-    """What jaxprune.json says besides what was measured."""
-    job, chosen, words = pruning.job, pruning.chosen, pruning.chosen.facts()
-    bits, group = job.quantization.bits, job.quantization.group
-    solver = job.solver
-    return {
-        "through": f"torch, as {pruning.model.class_name}",
-        "method": job.pruning.method,
-        "settings": words["settings"],
-        "pattern": words["pattern"],
-        "sparsity": chosen.sparsity,
-        "allocation": job.pruning.allocation,
-        "rounding": {"bits": bits, "group": group} if bits else None,
-        "excluded": list(job.pruning.exclude),
-        "calibration": {
-            **describe_inputs(job.calibration, pruning.inputs),
-            "positions": report["positions"],
-        },
-        "unseen": report["unseen"],
-        # The page names rows by the tensors, which here are called as the parameters.
-        "weights": [{**row, "leaf": row["name"]} for row in report["weights"]],
-        "refine": solver.refine
-        and {
-            "passes": solver.refine,
-            "learning_rate": solver.refine_learning_rate,
-            "blocks": report["refined"],
-        },
-    }
-
-
-def _plan(pruning: TorchPruning, console: Console) -> dict[str, Any]:
-    """Says what would be pruned, and on what."""
-    batch = jp.torch.as_arrays(
-        as_tensors(next(pruning.inputs.calibration.batches(1)))  # type: ignore[union-attr]
-    )
-    trace = jp.trace(pruning.fn, pruning.params, batch)
-    matrices = dict.fromkeys(op.leaf for op in trace.linear_ops)
-    rows = [
-        {"tensor": name, "shape": list(leaf.shape), "count": 1, "weights": leaf.size}
-        for name in matrices
-        if pruning.prunable(name, leaf := pruning.params[name])
-    ]
-    cells = [
-        [row["tensor"], " x ".join(map(str, row["shape"])), f"{row['weights']:,}"]
-        for row in rows
-    ]
-    console.say(columns([["to be pruned", "shape", "weights"], *cells], right=True))
-    total = sum(row["weights"] for row in rows)
-    method, disk = pruning.job.pruning.method, 2 * pruning.model.source.size
-    console.say(
-        f"\n{total:,} weights in {len(rows)} tensors would be pruned by {method}; "
-        f"about {disk:,} bytes of disk"
-    )
-    return {
-        "plan": rows,
-        "method": method,
-        "pattern": pruning.chosen.facts()["pattern"],
-        "sparsity": pruning.chosen.sparsity,
-        "allocation": pruning.job.pruning.allocation,
-        "disk_bytes": disk,
-    }
 
 
 _SAME = Rule(

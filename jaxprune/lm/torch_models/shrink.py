@@ -15,28 +15,31 @@ import numpy as np
 
 import jaxprune as jp
 from jaxprune.arrays.rules import Rule, check, reworded
-from jaxprune.lm.checkpoints import new_weights, rewrite
+from jaxprune.lm.checkpoints import new_weights
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
-from jaxprune.lm.jobs import progress_dir, provenance
+from jaxprune.lm.jobs import provenance
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.provenance import Page
 from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
+from jaxprune.lm.jobs.transformation import Change, Prepared
 from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.torch_models import measures
-from jaxprune.lm.torch_models.model_inputs import read_inputs
 from jaxprune.lm.torch_models.opening import (
     TorchModel,
     load_module,
-    open_torch_model,
     round_as_stored,
     stored_tensors,
 )
 from jaxprune.lm.torch_models.option_rules import check_torch_shrink
-from jaxprune.lm.torch_models.outcome import describe_inputs, job_facts, torch_versions
+from jaxprune.lm.torch_models.outcome import describe_inputs
 from jaxprune.lm.torch_models.prune import traced_function
 from jaxprune.lm.torch_models.routing import begin_through_torch
 from jaxprune.lm.torch_models.samples import JobInputs, Samples, as_tensors
 from jaxprune.lm.torch_models.shrink_sizes import SIZES, Size
+from jaxprune.lm.torch_models.torch_transformation import (
+    TorchTransformation,
+    read_torch_job,
+)
 from jaxprune.torch.comparison import TOLERANCE, relative_difference
 from jaxprune.torch.conversion import as_numpy
 
@@ -46,28 +49,48 @@ _PYTHON = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class TorchShrinking:
-    """A shrinking that has been checked, with all that it needs in memory.
+def prepare_torch_shrink(job: ShrinkJob, console: Console) -> Prepared:
+    """A shrinking through torch, for `run_job`: all is read and checked."""
+    begin_through_torch(job.model, console)
+    check_torch_shrink(job)
+    costs = Costs()
+    with costs.phase("read"):
+        source = open_directory(job.model)
+        _check_sizes(job.removal, source)
+        fields = read_torch_job(job, source, copies=1)
+        model = fields["model"]
+        batch = _first_batch(fields["inputs"], model, job.calibration.batch)
+        shares, entries = _units_to_lose(job.removal, model, batch)
+    fields |= {"console": console, "costs": costs}
+    shrinking = TorchShrinking(**fields, batch=batch, shares=shares, entries=entries)
+    return Prepared(shrinking.plan, shrinking.run)
+
+
+@dataclasses.dataclass(kw_only=True)
+class TorchShrinking(TorchTransformation[ShrinkJob]):
+    """A module that loses neurons and heads.
 
     Attributes:
-      job: settings.
-      model: directory and module.
-      inputs: what is calibrated on and measured.
+      batch: {argument: array}, what the module is called with.
       shares: name of a group to the share of its units that it loses.
       entries: entry of config.json to the groups whose units it counts.
     """
 
-    job: ShrinkJob
-    model: TorchModel
-    inputs: JobInputs
+    NAME, STAGE = "shrink", "shrunk"
+
+    batch: Mapping[str, np.ndarray]
     shares: Mapping[str, float]
     entries: Mapping[str, tuple[str, ...]]
 
-    @property
-    def batch(self) -> dict[str, np.ndarray]:
-        """What the module is called with: a batch of the calibration, or one sample."""
-        return _first_batch(self.inputs, self.model, self.job.calibration.batch)
+    def facts(self) -> dict[str, Any]:
+        """What decides the smaller module, known without shrinking."""
+        return {**super().facts(), "asked": self.job.removal.asked}
+
+    def change(self) -> Change[Any]:
+        """The smaller module, rounded to what its directory can hold."""
+        small, report = self.shrink()
+        round_as_stored(self.source, small)
+        return Change(small, set(), set(), _shrinking_record(self, report))
 
     def shrink(self) -> tuple[Any, dict[str, Any]]:
         """The smaller module and the report of `jp.torch.shrink`."""
@@ -99,85 +122,32 @@ class TorchShrinking:
             **settings,
         )
 
+    def finish(self, change: Change[Any]) -> None:
+        """Adds nothing: the record has the sizes."""
 
-def run_torch_shrink(
-    job: ShrinkJob, console: Console, command: str, page: Page
-) -> dict[str, Any]:
-    """Writes a smaller directory of transformers, through torch.
+    def write(self, change: Change[Any], page: Page) -> None:
+        """Writes the smaller directory, once what was written has been run."""
+        _write(self, change.model, change.record, page)
 
-    Args:
-      job: what was asked for.
-      console: where the job speaks.
-      command: words that the record says made it.
-      page: function that makes report.html of the record.
-
-    Returns:
-      The record, as in jaxprune.json; with `plan`, what would be done.
-
-    Raises:
-      ValueError: something does not fit; nothing was written.
-    """
-    progress_dir.refuse_done(job, command)
-    begin_through_torch(job.model, console)
-    check_torch_shrink(job)
-    # A module of the user's that is not there is said before the model is read.
-    metric = measures.load_metric(job.evaluation.metric)
-    costs = Costs()
-    with costs.phase("read"):
-        source = open_directory(job.model)
-        _check_sizes(job.removal, source)
-        progress_dir.check_room(job, job.recovery, source, 1)
-        model = open_torch_model(source, job.loading.dtype)
-        inputs = read_inputs(job, model)
-        shrinking = begin_shrinking(job, model, inputs)
-    if job.plan:
-        shown = ", ".join(f"{share:g} of {n}" for n, share in shrinking.shares.items())
-        console.say(f"would be removed: {shown}")
-        return {"plan": dict(shrinking.shares), "asked": job.removal.asked}
-    measurements = measures.TorchMeasurements(
-        inputs.measured, job.calibration.batch, metric, console
-    )
-    facts = job_facts(job, model, inputs) | {"asked": job.removal.asked}
-    with progress_dir.hold_progress(job.work, facts):
-        with costs.phase("evaluate before"):
-            measurements.measure("dense", model.module)
-            measurements.check_sane(model.module, job.evaluation.any_perplexity)
-        with costs.phase("shrink"):
-            small, report = shrinking.shrink()
-            round_as_stored(source, small)
-        with costs.phase("evaluate after"):
-            measurements.measure("shrunk", small)
-        record = _shrinking_record(shrinking, report) | measurements.facts()
-        record |= provenance.environment(command) | {"versions": torch_versions()}
-        _write(shrinking, small, {**record, **costs.facts()}, page)
-    return rewrite.read_provenance(job.out)
+    def plan(self) -> dict[str, Any]:
+        """Says which groups would lose what share of their units."""
+        shown = ", ".join(f"{share:g} of {name}" for name, share in self.shares.items())
+        self.console.say(f"would be removed: {shown}")
+        return {"plan": dict(self.shares), "asked": self.job.removal.asked}
 
 
-def begin_shrinking(
-    job: ShrinkJob, model: TorchModel, inputs: JobInputs
-) -> TorchShrinking:
-    """Finds the groups that are to lose units, by the table of sizes.
-
-    Args:
-      job: what was asked for.
-      model: directory and module.
-      inputs: what it is called with.
-
-    Returns:
-      The shrinking.
-
-    Raises:
-      ValueError: an entry counts no group that can lose units, or would keep none.
-    """
-    batch = _first_batch(inputs, model, job.calibration.batch)
+def _units_to_lose(
+    removal: Removal, model: TorchModel, batch: Mapping[str, np.ndarray]
+) -> tuple[dict[str, float], dict[str, tuple[str, ...]]]:
+    """The shares and entries of a `TorchShrinking`, by the table of sizes."""
     fn, params = traced_function(model, batch)
     groups = jp.axis_groups(fn, params, jp.torch.as_arrays(as_tensors(batch)))
     shares: dict[str, float] = {}
     entries: dict[str, tuple[str, ...]] = {}
     # Several entries for an encoder and a decoder, each with groups of its own.
-    for size in _asked_sizes(job.removal, model.source):
+    for size in _asked_sizes(removal, model.source):
         count = model.source.config.get(size.entry)
-        share = _share(job.removal, size)
+        share = _share(removal, size)
         names = [
             group.name
             for group in groups
@@ -196,7 +166,7 @@ def begin_shrinking(
         )
         shares |= dict.fromkeys(names, share)
         entries[size.entry] = tuple(names)
-    return TorchShrinking(job, model, inputs, shares, entries)
+    return shares, entries
 
 
 def _is_counted(group: Any, size: Size) -> bool:

@@ -63,8 +63,27 @@ class TextReader(NamedTuple):
         check([_BODY], length=length, special=len(self.before) + len(self.after))
         return length
 
-    def sequences(self, bodies: Int[np.ndarray, "sequences body"]) -> Samples:
-        """Pieces of a text as inputs of the model."""
+    def reads(self, text: text_files.AnyText) -> "TextReader":
+        """How a file is read: rows are used as they are, without special tokens."""
+        return self._replace(before=(), after=()) if row_length(text) else self
+
+    def sequences(
+        self, bodies: Int[np.ndarray, "sequences body"], *, whole: bool = False
+    ) -> Samples:
+        """Pieces of a text as inputs of the model.
+
+        Args:
+          bodies: tokens without the special ones.
+          whole: whether they lose as many at the end as special tokens come around, so
+            that their inputs are as long as those of rows.
+
+        Returns:
+          The inputs.
+        """
+        if whole:
+            special = len(self.before) + len(self.after)
+            check([_BODY], length=bodies.shape[1], special=special)
+            bodies = bodies[:, : bodies.shape[1] - special]
         if self.task != "decoder":
             return Samples({"input_ids": self._framed(bodies)})
         special = len(self.before) + len(self.after)
@@ -90,8 +109,9 @@ class TextReader(NamedTuple):
         """A text as what the model is measured on."""
         if self.task == "causal":
             return self._causal(text, role, context, limit)
-        if isinstance(text, text_files.Text) and text.is_rows:
-            bodies = text.tokens[:limit]
+        reader = self.reads(text)
+        if row_length(text):
+            bodies = text.first(limit)
         else:
             body = self.body(context)
             tokens = text.first(limit * body)
@@ -99,10 +119,10 @@ class TextReader(NamedTuple):
             size = min(body, tokens.size)
             count = max(1, tokens.size // size)
             bodies = tokens[: count * size].reshape(count, size)[:limit]
-        samples = self.sequences(bodies)
+        samples = reader.sequences(bodies)
         if self.task != "masked":
             return Measured(samples, role)
-        return self._masked(samples, role, seed)
+        return reader._masked(samples, role, seed)
 
     def _framed(
         self, bodies: Int[np.ndarray, "sequences body"]
@@ -145,6 +165,13 @@ class TextReader(NamedTuple):
         facts = {"context": tokens.shape[1], "stride": None, "bos": None}
         windows = perplexity.Windows(padded.astype(np.int32), hidden, facts)
         return Measured(Samples({"input_ids": inputs}), role, targets, windows)
+
+
+def row_length(text: text_files.AnyText) -> int | None:
+    """Tokens of the sequences of a file that are used as they are; None of a text."""
+    if isinstance(text, text_files.Text) and text.is_rows:
+        return int(text.tokens.shape[1])
+    return None
 
 
 def text_reader(model: TorchModel, files: tuple[Path, ...]) -> TextReader:

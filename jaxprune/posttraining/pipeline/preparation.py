@@ -1,7 +1,6 @@
 """From a function, parameters and batches to what goes through the segments."""
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -118,25 +117,8 @@ def prunable_ops(
         leaves=listed(sorted({op.leaf for op in traced.linear_ops})) or "none",
         unseen=dict(list(traced.unseen.items())[:6]),
     )
-    _warn_of_unseen(traced, ops, {n: v for n, v in leaves.items() if rule(n, v)})
+    traced.warn_of_unseen(ops, rule, stacklevel=5)
     return ops
-
-
-def _warn_of_unseen(
-    traced: Trace, ops: Sequence[LinearOp], leaves: Mapping[str, Any]
-) -> None:
-    """Warns where less than half of the weights that may be pruned are seen."""
-    names = {op.leaf for op in ops}
-    total = sum(np.size(leaf) for leaf in leaves.values())
-    seen = sum(np.size(leaves[name]) for name in names)
-    if 2 * seen < total:
-        unseen = [f"{name} ({why})" for name, why in traced.unseen.items()]
-        warnings.warn(
-            f"only {seen:,} of {total:,} weights that may be pruned were seen in a "
-            f"matmul or convolution; not {listed(unseen, 3)}; "
-            "print(jp.trace(fn, params, batch).explain()) has all",
-            stacklevel=5,
-        )
 
 
 _BATCHES = [

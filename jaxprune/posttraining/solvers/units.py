@@ -36,12 +36,25 @@ class Removal(NamedTuple):
     damping: Float[Array, ""]
 
 
+class Reader(NamedTuple):
+    """A kernel that reads units.
+
+    Attributes:
+      weight: kernel (in, out), floating.
+      hessian: matrix (in, in), X^T X of its inputs; times one factor for all readers.
+      units: rows of each unit, (units, rows of one); no row is in two.
+    """
+
+    weight: Float[Array, "in out"]
+    hessian: Float[Array, "in in"]
+    units: Int[np.ndarray, "units rows"]
+
+
 class _State(NamedTuple):
-    """What is left: W and H^-1 with removed rows zero, and which units are kept."""
+    """What is left: W and H^-1 with removed rows zero."""
 
     weight: Float[Array, "in out"]
     inverse: Float[Array, "in in"]
-    kept: Bool[Array, " units"]
 
 
 def remove(
@@ -95,15 +108,48 @@ def remove(
       Models", 2023, arXiv 2302.04089, section 3.1. Ours removes several small units at
       once, and solves for the kept rows anew at the end.
     """
-    layer_problem.checked(weight, hessian, damping)
-    units = np.asarray(units)
-    _check_units(units, len(weight), lost)
+    reader = Reader(weight, hessian, units)
+    return remove_from_all([reader], lost, damping=damping, at_once=at_once)[0]
+
+
+def remove_from_all(
+    readers: Sequence[Reader],
+    lost: Any,
+    *,
+    damping: Any = 0.01,
+    at_once: int | None = None,
+) -> list[Removal]:
+    """Removes the units that cost the outputs of all their readers least.
+
+    A unit's cost is the sum of what it costs each reader, so that kernels which share
+    an input give what they would give side by side as one. Once the units are chosen
+    the readers have nothing to do with each other: each is solved for its own inputs.
+
+    Args:
+      readers: kernels that read the same units.
+      lost: number of units that go; see `remove`, as the two below.
+      damping: share of each Hessian's mean diagonal that is added to its diagonal.
+      at_once: number of units that are removed in one round.
+
+    Returns:
+      What became of each reader; all keep the same units.
+
+    Raises:
+      ValueError: a shape or number does not fit, or a value is not finite.
+      TypeError: a dtype does not fit.
+    """
+    rows = [np.asarray(reader.units) for reader in readers]
+    for reader, units in zip(readers, rows, strict=True):
+        layer_problem.checked(reader.weight, reader.hessian, damping)
+        _check_units(units, len(reader.weight), lost)
     if at_once is None:
-        at_once = -(-len(units) // _ROUNDS)
+        at_once = -(-len(rows[0]) // _ROUNDS)
     if at_once < 1:
         raise ValueError(f"at_once must be at least 1 unit, got {at_once}")
-    at_once = min(at_once, len(units))
-    return _remove(weight, hessian, units, lost, damping, at_once=at_once)
+    at_once = min(at_once, len(rows[0]))
+    pairs = zip(readers, rows, strict=True)
+    parts = tuple(reader._replace(units=units) for reader, units in pairs)
+    return _remove(parts, lost, damping, at_once=at_once)
 
 
 class Ladder(NamedTuple):
@@ -234,57 +280,80 @@ def _check_units(units: np.ndarray, inputs: int, lost: Any) -> None:
 @functools.partial(jax.jit, static_argnames="at_once")
 @layer_problem.precise
 def _remove(
-    weight: Float[Array, "in out"],
-    hessian: Float[Array, "in in"],
-    units: Integer[Array, "units rows"],
-    lost: Any,
-    damping: Any,
-    *,
-    at_once: int,
-) -> Removal:
-    damped = layer_problem.damped(hessian, damping)
-    wide = weight.astype(jnp.float32)
-    identity = jnp.eye(len(hessian), dtype=jnp.float32)
-    inverse = jax.scipy.linalg.cho_solve((damped.factor, True), identity)  # (in, in)
-    remaining = len(units) - jnp.asarray(lost)
+    readers: tuple[Reader, ...], lost: Any, damping: Any, *, at_once: int
+) -> list[Removal]:
+    damped = [layer_problem.damped(reader.hessian, damping) for reader in readers]
+    wide = [reader.weight.astype(jnp.float32) for reader in readers]
+    rows = [jnp.asarray(reader.units) for reader in readers]  # (units, rows) each
+    units = len(rows[0])
+    remaining = units - jnp.asarray(lost)
+    weigh = _scales(readers)
 
-    def unfinished(state: _State) -> jax.Array:
-        return jnp.sum(state.kept) > remaining
+    def unfinished(state: tuple[list[_State], jax.Array]) -> jax.Array:
+        return jnp.sum(state[1]) > remaining
 
-    def step(state: _State) -> _State:
-        cheapest = jnp.argsort(_costs(state, units), stable=True)[:at_once]
-        going = jnp.arange(at_once) < jnp.sum(state.kept) - remaining
-        return _without(state, units, cheapest, going)
+    def step(state: tuple[list[_State], jax.Array]) -> tuple[list[_State], jax.Array]:
+        states, kept = state
+        costs = [_costs(s, r, kept) for s, r in zip(states, rows, strict=True)]
+        cheapest = jnp.argsort(_total(costs, weigh, kept), stable=True)[:at_once]
+        going = jnp.arange(at_once) < jnp.sum(kept) - remaining
+        pairs = zip(states, rows, strict=True)
+        return (
+            [_without(state, r, cheapest, going) for state, r in pairs],
+            kept.at[cheapest].set(~going & kept[cheapest]),
+        )
 
-    start = _State(wide, inverse, jnp.ones(len(units), bool))
+    start = [_State(w, _inverse(d)) for w, d in zip(wide, damped, strict=True)]
     # Only the choice is taken from the sweep: its updates carry rounding errors.
-    kept = jax.lax.while_loop(unfinished, step, start).kept
-    rows = jnp.ones(len(weight), bool).at[units].set(kept[:, None])  # (in,)
-    solved = solve_rows(wide, damped.matrix, rows)
-    return Removal(solved.astype(weight.dtype), kept, damped.damping)
+    everything = jnp.ones(units, bool)
+    _, kept = jax.lax.while_loop(unfinished, step, (start, everything))
+    removals = []
+    for reader, weight, problem in zip(readers, wide, damped, strict=True):
+        stays = jnp.ones(len(weight), bool).at[reader.units].set(kept[:, None])  # (in,)
+        solved = solve_rows(weight, problem.matrix, stays).astype(reader.weight.dtype)
+        removals.append(Removal(solved, kept, problem.damping))
+    return removals
+
+
+def _inverse(damped: layer_problem.Damped) -> Float[Array, "in in"]:
+    identity = jnp.eye(len(damped.matrix), dtype=jnp.float32)
+    return jax.scipy.linalg.cho_solve((damped.factor, True), identity)
+
+
+def _scales(readers: Sequence[Reader]) -> list[jax.Array]:
+    """What the costs of each reader are multiplied by; each is solved at a scale."""
+    means = jnp.stack([jnp.mean(jnp.diagonal(reader.hessian)) for reader in readers])
+    return [*(means / jnp.where(means.max() > 0, means.max(), 1))]
+
+
+def _total(
+    costs: Sequence[jax.Array], scales: Sequence[jax.Array], kept: jax.Array
+) -> Float[Array, " units"]:
+    """What removing each unit costs all, infinity for those that are gone."""
+    total = costs[0]
+    if len(costs) > 1:
+        scaled = [s * cost for s, cost in zip(scales, costs, strict=True)]
+        total = jnp.stack(scaled).sum(0)
+    # Where no damping helped they are NaN, which would be chosen after the infinite.
+    total = jnp.where(jnp.isnan(total), jnp.finfo(total.dtype).max, total)
+    return jnp.where(kept, total, jnp.inf)
 
 
 def _costs(
-    state: _State, units: Integer[Array, "units rows"]
+    state: _State, units: Integer[Array, "units rows"], kept: Bool[Array, " units"]
 ) -> Float[Array, " units"]:
-    """What removing each unit costs, infinity for those that are gone."""
+    """What removing each unit costs a reader, anything for those that are gone."""
     weight = state.weight[units]  # (units, rows, out)
     if units.shape[1] == 1:
         block = jnp.diagonal(state.inverse)[units]  # (units, 1)
-        costs = jnp.sum(jnp.square(weight[:, 0]), 1) / block[:, 0]
-    else:
-        # (units, rows, rows)
-        block = state.inverse[units[:, :, None], units[:, None, :]]
-        identity = jnp.eye(units.shape[1], dtype=block.dtype)
-        block = jnp.where(state.kept[:, None, None], block, identity)
-        factor = jnp.linalg.cholesky(block, symmetrize_input=False)
-        half = jax.lax.linalg.triangular_solve(
-            factor, weight, left_side=True, lower=True
-        )
-        costs = jnp.sum(jnp.square(half), (1, 2))
-    # Where no damping helped they are NaN, which would be chosen after the infinite.
-    costs = jnp.where(jnp.isnan(costs), jnp.finfo(costs.dtype).max, costs)
-    return jnp.where(state.kept, costs, jnp.inf)
+        return jnp.sum(jnp.square(weight[:, 0]), 1) / block[:, 0]
+    # (units, rows, rows)
+    block = state.inverse[units[:, :, None], units[:, None, :]]
+    identity = jnp.eye(units.shape[1], dtype=block.dtype)
+    block = jnp.where(kept[:, None, None], block, identity)
+    factor = jnp.linalg.cholesky(block, symmetrize_input=False)
+    half = jax.lax.linalg.triangular_solve(factor, weight, left_side=True, lower=True)
+    return jnp.sum(jnp.square(half), (1, 2))
 
 
 def _without(
@@ -313,7 +382,6 @@ def _without(
     return _State(
         jnp.where(stays[:, None], new, 0),
         jnp.where(stays[:, None] & stays[None, :], inverse, 0),
-        state.kept.at[chosen].set(~going & state.kept[chosen]),
     )
 
 

@@ -68,6 +68,16 @@ def test_a_loglikelihood_is_that_of_the_full_logits(model):
         assert likeliest is all(logits[i - 1].argmax() == tokens[i] for i in places)
 
 
+def test_read_packed_it_scores_as_read_dense(folder, model):
+    packed = HarnessModel(folder, batch_size=3, packed=True)
+    pairs = requests("loglikelihood", PAIRS[:3])
+    for a, b in zip(
+        packed.loglikelihood(pairs), model.loglikelihood(pairs), strict=True
+    ):
+        assert a[0] == pytest.approx(b[0], rel=1e-4)
+        assert a[1] is b[1]
+
+
 def torch_model(folder):
     pytest.importorskip("torch")
     huggingface = pytest.importorskip("lm_eval.models.huggingface")

@@ -1,0 +1,225 @@
+"""Which form of a model is best at each speed: a table, and its figure.
+
+`python -m benchmarks.quality_speed MODEL WORK` makes each form of `FORMS` with the
+command, calibrated on plays and technical prose; measures it as it is, and packed, on
+other plays, other prose and news; and times all in turn, head included. What is in WORK
+is not run again; --stages does a part. Bits per byte are the mean of
+the three texts: other than perplexities they compare models whose tokens differ. It
+needs the packages of `benchmarks.texts`, and the CPU kernels.
+"""
+
+import csv
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from matplotlib.figure import Figure
+
+from benchmarks import texts
+from experiments.report import plots
+from jaxprune.files import atomic
+from jaxprune.lm.report.canvas import COLOURS, FAINT, STYLE, svg
+
+CALIBRATION = ("plays", "technical")
+HELD_OUT = ("other-plays", "other-technical", "news")
+STAGES = ("make", "measure", "time", "draw")
+
+_PRUNE = ("prune", "--method", "alps", "--sparsity")
+_ROUND = ("prune", "--method", "sparsegpt", "--sparsity", "0", "--quantize", "int4")
+# Words of the command by name; none for the model itself.
+FORMS: dict[str, tuple[str, ...]] = {
+    "dense": (),
+    "50 % zeros": (*_PRUNE, "0.5"),
+    "60 % zeros": (*_PRUNE, "0.6"),
+    "70 % zeros": (*_PRUNE, "0.7"),
+    "80 % zeros": (*_PRUNE, "0.8"),
+    "int4": _ROUND,
+    "50 % zeros, int4": (*_PRUNE, "0.5", "--quantize", "int4"),
+    "60 % zeros, int4": (*_PRUNE, "0.6", "--quantize", "int4"),
+    "75 % of the neurons": ("shrink", "--ffn", "0.25"),
+    "half of the neurons": ("shrink", "--ffn", "0.5"),
+    "half of the tokens": ("shrink", "--vocab", "24576"),
+}
+COLUMNS = ("form", "values", "bits_per_byte", *HELD_OUT, "tokens_per_second", "ratio")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Makes, measures and times the forms of a model.
+
+    Attributes:
+      model: a Hugging Face directory of a family of ours.
+      work: the folder of models, texts and records.
+      forms: names of `FORMS`.
+      stages: what is done; what is in WORK already is left as it is.
+      sequences: sequences of 512 tokens that are calibrated on.
+      limit: windows of each text that are evaluated.
+      steps: tokens that are decoded in a round.
+      rounds: how often each is timed, in turn.
+      table: the CSV; WORK/table.csv if left out.
+      figure: the SVG; WORK/figure.svg if left out.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    work: Annotated[Path, tyro.conf.Positional]
+    forms: tuple[str, ...] = tuple(FORMS)
+    stages: tuple[Literal["make", "measure", "time", "draw"], ...] = STAGES
+    sequences: int = 32
+    limit: int = 8
+    steps: int = 16
+    rounds: int = 5
+    table: Path | None = None
+    figure: Path | None = None
+
+
+def main(config: Config) -> None:
+    """Runs what is missing, then writes the table and the figure."""
+    paths = texts.write_documents(config.work / "texts", (*CALIBRATION, *HELD_OUT))
+    models = {name: _made(config, name, paths) for name in config.forms}
+    if "measure" in config.stages:
+        for name, model in models.items():
+            for values in values_of(name):
+                _measure(config, name, model, values, paths)
+    if "time" in config.stages:
+        for values in ("bfloat16", "int8", "int4"):
+            _time(config, models, values)
+    if "draw" in config.stages:
+        rows = _rows(config)
+        _write_table(config.table or config.work / "table.csv", rows)
+        picture = svg(draw(rows), ground="white").encode()
+        atomic.replace(config.figure or config.work / "figure.svg", picture)
+
+
+def values_of(form: str) -> tuple[str | None, ...]:
+    """The encodings a form is packed in; None is the model as it is, by XLA."""
+    if "int4" in form:
+        return ("int4",)
+    unpacked = (None,) if FORMS[form][:1] != ("prune",) else ()
+    return (*unpacked, "bfloat16", "int8")
+
+
+def _made(config: Config, form: str, paths: Mapping[str, Path]) -> Path:
+    """The directory of a form, which is made if it is missing."""
+    if not FORMS[form]:
+        return config.model
+    out = config.work / form.replace(" ", "_").replace(",", "").replace("%", "percent")
+    if "make" in config.stages and not (out / "jaxprune.json").is_file():
+        job, *words = FORMS[form]
+        _command(
+            *(job, config.model, out, *words, "--sequences", config.sequences),
+            *("--calibration", *(paths[name] for name in CALIBRATION)),
+            *("--evaluate", *(paths[name] for name in HELD_OUT)),
+            *("--limit", 1, "--prompt-steps", 0),
+        )
+    return out
+
+
+def _measure(
+    config: Config, form: str, model: Path, values: str | None, paths: Any
+) -> None:
+    packing = ("--packed", "--values", values) if values else ()
+    record = _record(config, "quality", form, values)
+    if not record.is_file() and model.is_dir():
+        held_out = [paths[name] for name in HELD_OUT]
+        words = ("--text", *held_out, "--limit", config.limit, *packing)
+        atomic.replace(record, _command("eval", model, *words).encode())
+
+
+def _time(config: Config, models: Mapping[str, Path], values: str) -> None:
+    """Times the forms that are packed so, and the dense model as it is, in turn."""
+    record = _record(config, "speed", "all", values)
+    others = [p for n, p in models.items() if n != "dense" and values in values_of(n)]
+    if not record.is_file() and all(path.is_dir() for path in others):
+        words = ("--packed", "--values", values, "--prompt", 16)
+        words += ("--steps", config.steps, "--rounds", config.rounds)
+        atomic.replace(
+            record, _command("speed", config.model, *others, *words).encode()
+        )
+
+
+def _record(config: Config, kind: str, form: str, values: str | None) -> Path:
+    name = f"{kind}_{form}_{values or 'xla'}.json"
+    return config.work / name.replace(" ", "_").replace(",", "").replace("%", "percent")
+
+
+def _command(*words: object) -> str:
+    """Runs the command; gives the JSON that it prints."""
+    line = [sys.executable, "-m", "jaxprune", *map(str, words), "--json"]
+    print(*line[2:], file=sys.stderr, flush=True)
+    return subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def _rows(config: Config) -> list[dict[str, Any]]:
+    """A row for each form and encoding that has been measured and timed."""
+    rows = []
+    for form in config.forms:
+        for values in values_of(form):
+            quality = _record(config, "quality", form, values)
+            speed = _record(config, "speed", "all", values or "bfloat16")
+            if quality.is_file() and speed.is_file():
+                measured = json.loads(quality.read_text())["texts"]
+                timed = json.loads(speed.read_text())["models"]
+                model = str(_made(dataclasses.replace(config, stages=()), form, {}))
+                times = timed[f"{model}, packed" if values else model]
+                rows.append(_row(form, values, measured, times))
+    return rows
+
+
+def _row(
+    form: str, values: str | None, measured: Mapping[str, Any], times: Any
+) -> dict[str, Any]:
+    bits = [text["bits_per_byte"] for text in measured.values()]
+    ratio = times["ratios"]["decode"]["ratio"] if "ratios" in times else 1.0
+    return {
+        "form": form,
+        "values": values or "float32, XLA",
+        "bits_per_byte": round(statistics.fmean(bits), 4),
+        **{name: round(text["perplexity"], 2) for name, text in measured.items()},
+        "tokens_per_second": round(times["decode"]["tokens_per_second"], 1),
+        "ratio": round(ratio, 2),
+    }
+
+
+def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        print(json.dumps(row))
+
+
+@STYLE
+def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Bits per byte against times as fast as XLA in float32, a colour an encoding."""
+    encodings = dict.fromkeys(row["values"] for row in rows)
+    colours = dict(zip(encodings, COLOURS, strict=False))
+    canvas = Figure(figsize=(9.6, 4.8))
+    axes = canvas.add_axes((0.07, 0.11, 0.55, 0.86))
+    for row in rows:
+        colour = colours[row["values"]]
+        axes.plot(row["ratio"], row["bits_per_byte"], "o", color=colour)
+    axes.set_xlabel("decoding, times as fast as the dense model in float32 by XLA")
+    axes.set_ylabel("bits per byte, mean of three texts")
+    axes.grid(color=FAINT)
+    ends = [
+        (
+            f"{row['form']}: {row['values']}",
+            colours[row["values"]],
+            row["ratio"],
+            row["bits_per_byte"],
+        )
+        for row in rows
+    ]
+    plots.name_ends(axes, ends)
+    return canvas
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,58 @@
+"""Small tasks: a file of rows that grows, and tables that follow from it."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks import small_tables, small_tasks
+
+CASE = {"network": "mlp", "optimizer": "adam", "norm": "True", "sparsity": "0.9"}
+
+
+def row(criterion, allocation, loss, calibration_loss, seed="0"):
+    pair = {"criterion": criterion, "allocation": allocation, "seed": seed}
+    losses = {"loss": str(loss), "calibration_loss": str(calibration_loss)}
+    return CASE | pair | losses
+
+
+def test_ranks_and_regrets_are_those_of_the_mean_over_seeds():
+    rows = [
+        row("magnitude", "layer", 1.0, 0),
+        row("magnitude", "layer", 3.0, 0, seed="1"),
+        row("magnitude", "global", 1.5, 0),
+        row("magnitude", "global", 1.5, 0, seed="1"),
+        row("obd", "erk", 2.0, 0),
+        row("obd", "erk", 2.0, 0, seed="1"),
+    ]
+    assert small_tables.ranks_and_regrets(rows, "loss") == {
+        ("magnitude", "layer"): (2, 0.5, 0.5),
+        ("magnitude", "global"): (1, 0, 0),
+        ("obd", "erk"): (2, 0.5, 0.5),
+    }
+
+
+def test_the_measured_allocation_is_chosen_on_the_calibration_batch():
+    rows = [row("obd", "layer", 1.0, 0.7), row("obd", "global", 2.0, 0.6)]
+    *_, chosen = small_tables.with_measured(rows)
+    assert (chosen["allocation"], chosen["loss"]) == ("measured", "2.0")
+
+
+@pytest.mark.full
+def test_rows_that_are_there_are_not_made_again(tmp_path, monkeypatch, capsys):
+    config = small_tasks.Config(
+        tmp_path / "rows.csv",
+        networks=("regression",),
+        optimizers=("adam",),
+        sparsities=(0.9,),
+        seeds=2,
+        steps=4,
+        retraining=2,
+        batch_size=8,
+    )
+    small_tasks.main(config)
+    rows = small_tables.read(config.out)
+    assert len(rows) == 2 * 5 * 3 * 2  # norm, criteria, allocations, seeds
+    monkeypatch.setattr(small_tasks, "make_rows", lambda *_: pytest.fail("made again"))
+    small_tasks.main(dataclasses.replace(config, seeds=1))
+    assert small_tables.read(config.out) == rows
+    assert "preconditioned_magnitude | measured" in capsys.readouterr().out
