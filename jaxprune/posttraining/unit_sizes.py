@@ -2,8 +2,8 @@
 
 `jp.shrink` solves one number of units of each group. A search over numbers asks for
 many; here each matrix that units go out by is solved at all of them in one sweep
-(`solvers.units.remove_to_sizes`), one segment after the other. What later segments see
-is the model at one of the sizes, the same for all searches.
+(`solvers.unit_ladder.remove_to_sizes`), one segment after the other. What later
+segments see is the model at one of the sizes, the same for all searches.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from jaxprune.arrays import placement
 from jaxprune.arrays.lazy import Leaves
-from jaxprune.arrays.rules import check
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.axis_groups import AxisGroups
 from jaxprune.graph.linear_ops import LinearOp, trace
 from jaxprune.posttraining import fingerprint, unit_rows
@@ -29,7 +29,7 @@ from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipelin
 from jaxprune.posttraining.pipeline.sums import Sums
 from jaxprune.posttraining.progress import ProgressLog
 from jaxprune.posttraining.solve_weight import FACTORISED
-from jaxprune.posttraining.solvers import units
+from jaxprune.posttraining.solvers import unit_ladder
 from jaxprune.posttraining.unit_remover import UnitRemover
 from jaxprune.posttraining.unit_rows import Consumer
 
@@ -86,7 +86,12 @@ def solve_sizes(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), batches[0]
     )
     traced = trace(fn, params, first)
-    consumers = unit_rows.consumers(groups, list(sizes), traced)
+    readers = unit_rows.consumers(groups, list(sizes), traced)
+    several = {
+        name: len(ways_out) for name, ways_out in readers.items() if len(ways_out) > 1
+    }
+    check(_ONE_MATRIX, several=several)
+    consumers = {name: ways_out[0] for name, ways_out in readers.items()}
     leaves = Leaves(jax.tree.leaves(params))
     ops = [consumer.op for consumer in consumers.values()]
     program = SegmentedProgram(traced, leaves, ops)
@@ -158,7 +163,8 @@ class _SizeSolver(UnitRemover):
     ) -> None:
         """Begins before the first segment; see `UnitRemover`."""
         lost = {name: len(consumers[name].rows) - start[name] for name in consumers}
-        super().__init__(consumers, lost, pipeline, log, damping=damping)
+        readers = {name: (consumer,) for name, consumer in consumers.items()}
+        super().__init__(readers, lost, pipeline, log, damping=damping)
         self._sizes, self._start = sizes, start
 
     @property
@@ -167,16 +173,25 @@ class _SizeSolver(UnitRemover):
         return {row["name"]: row["errors"] for row in self.rows}
 
     def _solve(
-        self, op: LinearOp, statistics: InputStatistics, value: Any
+        self, observed: Mapping[str, Any]
+    ) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+        """By weight its rows at all sizes, itself at that of the start, and a row."""
+        return {
+            name: self._solve_alone(inputs.op, inputs.statistics)
+            for name, inputs in observed.items()
+        }
+
+    def _solve_alone(
+        self, op: LinearOp, statistics: InputStatistics
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The rows at all sizes, the weight at that of the start, and the errors."""
         before = self._store.read(op.view)  # (1, in, out)
-        ((group, rows),) = self._groups[op.name]
+        (group,) = self._groups_of(op.name)
+        rows = self._consumers[group][0].rows
         total, start = len(rows), self._start[group]
         inner = sorted(size for size in self._sizes[group] if 0 < size < total)
 
-        def ladder(weight: Any, hessian: Any) -> units.Ladder:
-            return units.remove_to_sizes(
+        def ladder(weight: Any, hessian: Any) -> unit_ladder.Ladder:
+            return unit_ladder.remove_to_sizes(
                 weight[0], hessian[0], rows, inner, damping=self._damping
             )
 
@@ -197,10 +212,20 @@ class _SizeSolver(UnitRemover):
             arrays[f"weight of {size}"] = np.asarray(solved.weights[i])[read]
         arrays["weight"] = weights[start].astype(before.dtype)
         arrays[f"kept of {group}"] = np.flatnonzero(kept[start])
-        row = {"name": op.name, "damping": damping, "errors": errors}
+        lost = {group: self._lost[group]}
+        row = {"name": op.name, "groups": lost, "damping": damping, "errors": errors}
         return arrays, row
 
 
 def _entry(name: str) -> str:
     """The name of a weight's entry in the log, which names files."""
     return "weight_" + hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+_ONE_MATRIX = [
+    Rule(
+        lambda v: not v.several,
+        "groups are solved at several sizes where their units go out by one matrix, "
+        "but these go out by so many: {several}",
+    )
+]

@@ -58,9 +58,9 @@ def test_at_the_start_every_group_is_as_shrink_solves_it(tmp_path):
 def test_what_was_solved_is_not_solved_again(tmp_path, monkeypatch):
     before = solved(tmp_path / "work")
     calls = []
-    ladder = unit_sizes.units.remove_to_sizes
+    ladder = unit_sizes.unit_ladder.remove_to_sizes
     monkeypatch.setattr(
-        unit_sizes.units,
+        unit_sizes.unit_ladder,
         "remove_to_sizes",
         lambda *a, **k: calls.append(1) or ladder(*a, **k),
     )

@@ -111,11 +111,15 @@ def choose_near(
     """
     first = {name: max(0, start[name] - radius) for name in menus}
     near = {
-        name: Menu(*(column[first[name] : start[name] + radius + 1] for column in menu))
+        name: _part(menu, slice(first[name], start[name] + radius + 1))
         for name, menu in menus.items()
     }
     chosen = choose_sizes(near, budget)
     return {name: first[name] + place for name, place in chosen.items()}
+
+
+def _part(menu: Menu, places: slice) -> Menu:
+    return Menu(menu.sizes[places], menu.costs[places], menu.damages[places])
 
 
 def _shifted(best: Float[np.ndarray, " totals"], step: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from jaxprune.posttraining.solvers import layer_problem
 
 # Units are removed so that there are about this many choices in all.
-_ROUNDS = 256
+ROUNDS = 256
 
 
 class Removal(NamedTuple):
@@ -50,7 +50,7 @@ class Reader(NamedTuple):
     units: Int[np.ndarray, "units rows"]
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """What is left: W and H^-1 with removed rows zero."""
 
     weight: Float[Array, "in out"]
@@ -141,9 +141,9 @@ def remove_from_all(
     rows = [np.asarray(reader.units) for reader in readers]
     for reader, units in zip(readers, rows, strict=True):
         layer_problem.checked(reader.weight, reader.hessian, damping)
-        _check_units(units, len(reader.weight), lost)
+        check_units(units, len(reader.weight), lost)
     if at_once is None:
-        at_once = -(-len(rows[0]) // _ROUNDS)
+        at_once = -(-len(rows[0]) // ROUNDS)
     if at_once < 1:
         raise ValueError(f"at_once must be at least 1 unit, got {at_once}")
     at_once = min(at_once, len(rows[0]))
@@ -152,117 +152,8 @@ def remove_from_all(
     return _remove(parts, lost, damping, at_once=at_once)
 
 
-class Ladder(NamedTuple):
-    """A kernel at several numbers of kept units.
-
-    Attributes:
-      weights: kernels (sizes, in, out) float32; rows of removed units are zero.
-      kept: masks (sizes, units), True where kept.
-      errors: relative squared errors of the outputs, (sizes,).
-      damping: damping that was used, infinity where none helped; see `Solution`.
-    """
-
-    weights: Float[Array, "sizes in out"]
-    kept: Bool[Array, "sizes units"]
-    errors: Float[Array, " sizes"]
-    damping: Float[Array, ""]
-
-
-def remove_to_sizes(
-    weight: Float[Array, "in out"],
-    hessian: Float[Array, "in in"],
-    units: Int[np.ndarray, "units rows"],
-    sizes: Sequence[int],
-    *,
-    damping: Any = 0.01,
-) -> Ladder:
-    """Removes units until so many are left, for several numbers in one sweep.
-
-    The choice is greedy, so the units of a size are among those of every larger one,
-    and each size has the kept units and the kernel that `remove` gives.
-
-    Args:
-      weight: kernel (in, out), floating.
-      hessian: matrix (in, in), proportional to X^T X of the inputs.
-      units: rows of each unit, (units, rows); no row is in two.
-      sizes: numbers of units that stay, from 1 to all of them.
-      damping: share of the Hessian's mean diagonal added to its diagonal.
-
-    Returns:
-      The kernel at each size, with the errors of its outputs.
-
-    Raises:
-      ValueError: a shape or number does not fit, or a value is not finite.
-      TypeError: a dtype does not fit.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import numpy as np
-      >>> from jaxprune.posttraining.solvers import units
-      >>> weight, rows = jnp.array([[1.0], [2.0], [9.0]]), np.arange(3)[:, None]
-      >>> ladder = units.remove_to_sizes(weight, jnp.eye(3), rows, [2, 1])
-      >>> ladder.kept.tolist()
-      [[False, True, True], [False, False, True]]
-    """
-    layer_problem.checked(weight, hessian, damping)
-    units = np.asarray(units)
-    for size in sizes:
-        _check_units(units, len(weight), len(units) - size)
-    at_once = -(-len(units) // _ROUNDS)
-    return _ladder(weight, hessian, units, jnp.asarray(sizes), damping, at_once=at_once)
-
-
-@functools.partial(jax.jit, static_argnames="at_once")
-@layer_problem.precise
-def _ladder(
-    weight: Float[Array, "in out"],
-    hessian: Float[Array, "in in"],
-    units: Integer[Array, "units rows"],
-    sizes: Int[Array, " sizes"],
-    damping: Any,
-    *,
-    at_once: int,
-) -> Ladder:
-    damped = layer_problem.damped(hessian, damping)
-    wide = weight.astype(jnp.float32)
-    identity = jnp.eye(len(hessian), dtype=jnp.float32)
-    inverse = jax.scipy.linalg.cho_solve((damped.factor, True), identity)  # (in, in)
-    total = len(units)
-
-    def unfinished(progress: tuple[_State, Array]) -> jax.Array:
-        return jnp.sum(progress[0].kept) > jnp.min(sizes)
-
-    def step(progress: tuple[_State, Array]) -> tuple[_State, Array]:
-        state, places = progress
-        cheapest = jnp.argsort(_costs(state, units), stable=True)[:at_once]
-        remaining = jnp.sum(state.kept)
-        order = jnp.arange(at_once)
-        # Of the units of a round the cheapest goes first, as in a shorter last round.
-        places = places.at[cheapest].set(
-            jnp.where(order < remaining, total - remaining + order, places[cheapest])
-        )
-        return _without(state, units, cheapest, order < remaining), places
-
-    start = _State(wide, inverse, jnp.ones(total, bool))
-    # (units,): how many went before each; those that no size loses go last.
-    places = jax.lax.while_loop(unfinished, step, (start, jnp.full(total, total)))[1]
-
-    def at_size(size: Array) -> tuple[Array, Array, Array]:
-        kept = places >= total - size  # (units,)
-        rows = jnp.ones(len(weight), bool).at[units].set(kept[:, None])  # (in,)
-        solved = jnp.where(
-            size == total, wide, solve_rows(wide, damped.matrix, rows)
-        )  # (in, out)
-        lost = jnp.sum((wide - solved) * (hessian @ (wide - solved)))
-        output = jnp.sum(wide * (hessian @ wide))
-        return solved, kept, lost / jnp.where(output > 0, output, 1)
-
-    # One after the other, since each holds matrices as large as the Hessian.
-    weights, kept, errors = jax.lax.map(at_size, sizes)
-    return Ladder(weights, kept, errors, damped.damping)
-
-
-def _check_units(units: np.ndarray, inputs: int, lost: Any) -> None:
+def check_units(units: np.ndarray, inputs: int, lost: Any) -> None:
+    """Refuses units that are no rows of so many inputs, or more to remove than go."""
     whole = np.issubdtype(units.dtype, np.integer) and units.ndim == 2 and units.size
     if not whole or units.min() < 0 or units.max() >= inputs:
         raise ValueError(
@@ -289,21 +180,21 @@ def _remove(
     remaining = units - jnp.asarray(lost)
     weigh = _scales(readers)
 
-    def unfinished(state: tuple[list[_State], jax.Array]) -> jax.Array:
+    def unfinished(state: tuple[list[State], jax.Array]) -> jax.Array:
         return jnp.sum(state[1]) > remaining
 
-    def step(state: tuple[list[_State], jax.Array]) -> tuple[list[_State], jax.Array]:
+    def step(state: tuple[list[State], jax.Array]) -> tuple[list[State], jax.Array]:
         states, kept = state
-        costs = [_costs(s, r, kept) for s, r in zip(states, rows, strict=True)]
-        cheapest = jnp.argsort(_total(costs, weigh, kept), stable=True)[:at_once]
+        costs = [unit_costs(s, r, kept) for s, r in zip(states, rows, strict=True)]
+        cheapest = jnp.argsort(total_costs(costs, weigh, kept), stable=True)[:at_once]
         going = jnp.arange(at_once) < jnp.sum(kept) - remaining
         pairs = zip(states, rows, strict=True)
         return (
-            [_without(state, r, cheapest, going) for state, r in pairs],
+            [without_units(state, r, cheapest, going) for state, r in pairs],
             kept.at[cheapest].set(~going & kept[cheapest]),
         )
 
-    start = [_State(w, _inverse(d)) for w, d in zip(wide, damped, strict=True)]
+    start = [State(w, inverse_of(d)) for w, d in zip(wide, damped, strict=True)]
     # Only the choice is taken from the sweep: its updates carry rounding errors.
     everything = jnp.ones(units, bool)
     _, kept = jax.lax.while_loop(unfinished, step, (start, everything))
@@ -315,7 +206,8 @@ def _remove(
     return removals
 
 
-def _inverse(damped: layer_problem.Damped) -> Float[Array, "in in"]:
+def inverse_of(damped: layer_problem.Damped) -> Float[Array, "in in"]:
+    """The inverse of a damped Hessian, by its factor."""
     identity = jnp.eye(len(damped.matrix), dtype=jnp.float32)
     return jax.scipy.linalg.cho_solve((damped.factor, True), identity)
 
@@ -326,7 +218,7 @@ def _scales(readers: Sequence[Reader]) -> list[jax.Array]:
     return [*(means / jnp.where(means.max() > 0, means.max(), 1))]
 
 
-def _total(
+def total_costs(
     costs: Sequence[jax.Array], scales: Sequence[jax.Array], kept: jax.Array
 ) -> Float[Array, " units"]:
     """What removing each unit costs all, infinity for those that are gone."""
@@ -339,8 +231,8 @@ def _total(
     return jnp.where(kept, total, jnp.inf)
 
 
-def _costs(
-    state: _State, units: Integer[Array, "units rows"], kept: Bool[Array, " units"]
+def unit_costs(
+    state: State, units: Integer[Array, "units rows"], kept: Bool[Array, " units"]
 ) -> Float[Array, " units"]:
     """What removing each unit costs a reader, anything for those that are gone."""
     weight = state.weight[units]  # (units, rows, out)
@@ -356,12 +248,12 @@ def _costs(
     return jnp.sum(jnp.square(half), (1, 2))
 
 
-def _without(
-    state: _State,
+def without_units(
+    state: State,
     units: Integer[Array, "units rows"],
     chosen: Integer[Array, " chosen"],
     going: Bool[Array, " chosen"],
-) -> _State:
+) -> State:
     """The state once those of the chosen units that are going are gone."""
     rows = jnp.ravel(units[chosen])  # (chosen x rows,)
     gone = jnp.repeat(going, units.shape[1])  # (chosen x rows,)
@@ -379,7 +271,7 @@ def _without(
     inverse = state.inverse - columns @ move[:, outputs:]
     # Exactly zero, whatever rounding left there.
     stays = jnp.ones(len(inverse), bool).at[rows].set(~gone)
-    return _State(
+    return State(
         jnp.where(stays[:, None], new, 0),
         jnp.where(stays[:, None] & stays[None, :], inverse, 0),
     )
