@@ -236,7 +236,8 @@ class GPT(nnx.Module):
     def init_cache(self, batch: int, size: int | None = None) -> Cache:
         """An empty cache for at most, and by default, `context` tokens."""
         config, heads = self.config, self.config.heads
-        return empty_cache(config, batch, size, heads, config.width // heads)
+        by_layer = [heads] * config.layers
+        return empty_cache(config, batch, size, by_layer, config.width // heads)
 
     def _logits(self, x: Array) -> Array:
         if not self.config.tie_weights:

@@ -17,4 +17,5 @@ __all__ = [
     "solvers",
     "unit_remover",
     "unit_rows",
+    "unit_sizes",
 ]

@@ -6,6 +6,7 @@ memory at a time. Vectors stay float32, matrices take the type that is asked for
 """
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from jaxprune.arrays.rules import Rule, check
 from jaxprune.files import atomic
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.export.gguf_shape import (
+    NO_NEURONS,
     Architecture,
     check_shape,
     rope_factors,
@@ -68,7 +70,7 @@ def export_gguf(
     overwrite: bool = False,
     progress: Callable[[str, int, int], Any] = lambda name, done, total: None,
 ) -> GGUFResult:
-    """Writes a Llama, Gemma 3 or Qwen 3 as GGUF.
+    """Writes a Llama, Gemma 3 or Qwen 3 as GGUF; a Llama of unequal layers as deci.
 
     A pruned model keeps its zeros, and a shrunk one its sizes. Of a quantized type the
     embedding and the head have 8 bits, as the logits suffer most there; a matrix whose
@@ -146,6 +148,23 @@ def _tensors(
             return _converted(leaf, opened.read(tensor), architecture, config)
 
         yield _Tensor(name, info.size, info.shape, stored, read)
+    for layer in range(config.layers):
+        if not config.sizes(layer).mlp_width:
+            yield from _no_mlp(layer, config.width, type)
+
+
+def _no_mlp(layer: int, width: int, type: GGUFType) -> Iterator[_Tensor]:
+    """An MLP that adds nothing, of a layer that has none."""
+    shapes = {
+        "ffn_norm": (width,),
+        "ffn_gate": (NO_NEURONS, width),
+        "ffn_up": (NO_NEURONS, width),
+        "ffn_down": (width, NO_NEURONS),
+    }
+    for name, shape in shapes.items():
+        zeros = functools.partial(np.zeros, shape, np.float32)
+        stored = _stored_type(type, f"layers/{layer}/{name}", shape)
+        yield _Tensor(f"blk.{layer}.{name}.weight", 0, shape, stored, zeros)
 
 
 def _converted(
@@ -157,7 +176,8 @@ def _converted(
         return tensor + np.float32(architecture.plus_one)
     part = leaf.split("/")[-2]
     if architecture.permuted and part in ("q", "k"):
-        heads = config.heads if part == "q" else config.kv_heads
+        sizes = config.sizes(int(leaf.split("/")[1]))
+        heads = sizes.heads if part == "q" else sizes.kv_heads
         # Pairs of (heads, 2, pairs, ...) become neighbours: (heads, pairs, 2, ...).
         halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
         return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensor.shape)

@@ -75,6 +75,7 @@ def check_trainer_shape(
     check(
         _RULES,
         trainer=trainer,
+        unequal=config.layer_sizes,
         ropes=None not in shapes and len(whole) <= 1 and len(local) <= 1,
         local_factor=max((s.factor for s in local if s), default=1.0),
         stretched=not gemma and any(s and s.factor != 1 for s in whole),
@@ -112,6 +113,11 @@ _FAMILY = Rule(
     "{trainer} is handed model_type {known}, got {model_type}",
 )
 _RULES = (
+    Rule(
+        lambda v: not v.unequal,
+        "{trainer}'s decoder has layers of one size, but those of this model differ",
+        "shrink it without --unequal",
+    ),
     Rule(
         lambda v: v.ropes,
         "{trainer}'s decoder turns all features of a head by one scheme for all "

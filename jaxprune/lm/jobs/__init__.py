@@ -33,5 +33,6 @@ __all__ = [
     "smaller_vocabulary",
     "speed",
     "transformation",
+    "unequal_rules",
     "width_rules",
 ]

@@ -14,7 +14,11 @@ import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check
-from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
+from jaxprune.lm.checkpoints.checkpoint_dir import (
+    CONFIG,
+    CheckpointDir,
+    open_directory,
+)
 from jaxprune.lm.jobs import (
     defaults,
     inputs,
@@ -44,6 +48,7 @@ from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.shrinking import channels, search, units
+from jaxprune.lm.shrinking.unequal import narrow_unequally
 from jaxprune.lm.vocabulary.new_vocabulary import NewVocabulary
 from jaxprune.structured.budget import OutOfReach
 
@@ -83,7 +88,9 @@ def prepare_shrink(job: ShrinkJob, console: Console) -> Prepared:
         model = open_for_job(job.model, job.loading, job.devices)
         check_fits(job.removal, source, model.config, job.loading.ignore_config)
         texts = inputs.read_texts(job, source)
-        progress_dir.check_room(job, job.recovery, source, 1)
+        # What is solved at several sizes takes about twice the room of the model.
+        copies = 3 if job.removal.unequal else 1
+        progress_dir.check_room(job, job.recovery, source, copies)
         fewer = smaller_vocabulary.choose_for_job(job, source, texts, console)
     note_ignored(model, console)
     _note_narrowed(job.loading.dtype, source, console)
@@ -176,13 +183,18 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
 
     def write(self, change: Change[LoadedModel], page: Page) -> None:
         """Writes all of the smaller model."""
+        settings = {} if self.fewer is None else dict(self.fewer[0].settings)
+        if change.model.config.layer_sizes:  # config.json is to say them
+            before = settings.get(CONFIG) or self.source.config
+            by_layer = hf.block_configs(self.model.config)
+            settings[CONFIG] = {**before, hf.BLOCK_CONFIGS: by_layer}
         hf.write_smaller(
             self.source.path,
             self.job.out,
             change.model.params,
             self.model.names,  # of all layers
             kept=change.record["layers"]["kept"],
-            settings=None if self.fewer is None else self.fewer[0].settings,
+            settings=settings,
             ignore_config=self.job.loading.ignore_config,
             provenance=change.record,
             overwrite=self.job.overwrite,
@@ -249,14 +261,14 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
     ) -> tuple[LoadedModel, dict[str, Any]]:
         """As `units.narrow`; a budget out of reach is named as it was asked for."""
         removal = self.job.removal
+        batch, work = self.job.calibration.batch, self.job.work
         try:
-            return units.narrow(
-                small,
-                narrowing,
-                tokens,
-                batch=self.job.calibration.batch,
-                work=self.job.work,
-            )
+            if removal.unequal and tokens is not None:
+                note = self.console.note
+                return narrow_unequally(
+                    small, narrowing, tokens, batch=batch, work=work, note=note
+                )
+            return units.narrow(small, narrowing, tokens, batch=batch, work=work)
         except OutOfReach as error:
             if removal.search or narrowing.budget == removal.budget:
                 raise
@@ -301,6 +313,7 @@ def _ways(job: ShrinkJob, narrowed: bool) -> list[str]:
         "token counts": removal.vocab is not None,
         "activations": bool(removal.hidden),
         "a search": removal.search,
+        "sizes by layer": removal.unequal,
         "the loss without each layer": removal.layers is not None,
         "the layers named": bool(removal.drop_layers),
         "reap": bool(removal.experts),
@@ -309,20 +322,28 @@ def _ways(job: ShrinkJob, narrowed: bool) -> list[str]:
     return [way for way, used in ways.items() if used]
 
 
-def _sizes(model: LoadedModel) -> dict[str, int]:
+def _whole(mean: float) -> float:
+    """An integer where it is one, else with one digit."""
+    return int(mean) if mean == int(mean) else round(mean, 1)
+
+
+def _sizes(model: LoadedModel) -> dict[str, float]:
     """Parameters, bytes as they are stored, and the shape."""
     named = jp.tree.named_leaves(model.params)
     stored = {name: model.names[name].dtype.itemsize for name in named}
     config = model.config
+    layers = np.array([config.sizes(layer) for layer in range(config.layers)])
+    # Of layers that differ in size the mean.
+    heads, kv_heads, mlp_width = layers.mean(0).tolist()
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
         "bytes": sum(leaf.size * stored[name] for name, leaf in named.items()),
         "tokens": config.vocab_size,
         "width": config.width,
         "layers": config.layers,
-        "heads": config.heads,
-        "kv_heads": config.kv_heads,
-        "mlp_width": config.mlp_width,
+        "heads": _whole(heads),
+        "kv_heads": _whole(kv_heads),
+        "mlp_width": _whole(mlp_width),
         "experts": config.experts,
     }
 

@@ -14,6 +14,7 @@ from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
 from jaxprune.lm.jobs.width_rules import channels_left
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.loaded_model import LoadedModel
+from jaxprune.lm.shrinking import unequal
 from jaxprune.lm.shrinking.units import count_head_units
 
 
@@ -48,6 +49,11 @@ def plan_shrink(
         console.say(
             f"{removal.budget:.1%} of the {removal.measure} would be left; what goes "
             f"is divided {division}{'' if removal.search else ' alike'} when it runs"
+        )
+    if removal.unequal:
+        console.say(
+            "layers will keep different numbers of neurons and heads, with as many "
+            "parameters together as equal layers, which are the ones shown"
         )
     if shapes:
         rows = [[what, f"{now:,}", f"{then:,}"] for what, now, then in shapes]
@@ -116,6 +122,16 @@ def _needs(
         flops += 4 * once + 2 * estimates.statistics_flops(work)
     if removal.search:  # three ways for heads, then one for each layer that may go
         flops += once * total
+    disk = source.size + progress_dir.checkpoint_bytes(job.recovery, source)
+    if removal.unequal:
+        flops += once * unequal.passes_of_judge(total)
+        # All sizes of the matrices that units go out by, each about half as large.
+        leaving = sum(
+            rows * columns
+            for name, (_, rows, columns) in work.matrices.items()
+            if name.rsplit("/", 2)[1] in ("out", "down")
+        )
+        disk += int(4 * leaving * unequal.STEPS / 2)
     # The dense model twice and the small one: a prompt, then steps one by one, which
     # reach less of the rate.
     timed = 3 * job.evaluation.speed_rounds * work.forward(256 + 8 * 32)
@@ -127,5 +143,4 @@ def _needs(
         2 * work.weights + activations + 3 * estimates.largest_hessian(work),
         work.weights + memory,
     )
-    disk = source.size + progress_dir.checkpoint_bytes(job.recovery, source)
     return Needs(int(peak), estimates.seconds(flops + timed + training), disk)

@@ -11,7 +11,7 @@ from typing import Any
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.jobs import settings
+from jaxprune.lm.jobs import settings, unequal_rules
 from jaxprune.lm.jobs.option_rules import at_least, not_while, option_values
 from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
 from jaxprune.lm.jobs.width_rules import check_width
@@ -90,7 +90,7 @@ _REMOVAL = (
         "--layers and --drop-layers exclude each other; give one",
     ),
     Rule(
-        lambda v: v.asked,
+        lambda v: bool({*v.asked} - {"unequal"}),
         "something must be removed; give --ffn, --heads, --query-heads, --experts, "
         "--layers, --drop-layers, --budget, --hidden or --vocab",
     ),
@@ -150,7 +150,14 @@ _VOCABULARY = (
 )
 RULES = (
     *map(_share, _SHARES),
-    *(*_BUDGET, *_SEARCH, *_REMOVAL, *_VOCABULARY, *settings.RULES),
+    *(
+        *_BUDGET,
+        *_SEARCH,
+        *unequal_rules.RULES,
+        *_REMOVAL,
+        *_VOCABULARY,
+        *settings.RULES,
+    ),
 )
 """What the options keep among themselves."""
 
@@ -294,7 +301,9 @@ def check_fits(
     name = "query heads of each key head"
     _check_units("query-heads", removal.query_heads, queries, name)
     narrow = check_width(removal, source, config, ignore_config)
-    _check_heads(removal, source, narrow)
+    unequal_rules.check_unequal(removal, source, config)
+    if not removal.unequal:  # transformers would not read the directory in any case
+        _check_heads(removal, source, narrow)
     if removal.multiple > 1 and "neurons" in hf.shrinkable(source.config):
         check(
             _MULTIPLE,

@@ -52,6 +52,10 @@ class Removal:
         here, are those of reading a prompt, without the head.
       search: divide what goes over neurons, heads and whole layers by the loss on the
         last quarter of the calibration's sequences; that takes several times as long.
+      unequal: let layers keep different numbers of neurons and heads, as many
+        parameters together; that takes several times as long. transformers does not
+        read the directory; this package does, and `export --gguf` makes a file for
+        llama.cpp of a Llama.
     """
 
     vocab: MaybeCount = None
@@ -66,6 +70,7 @@ class Removal:
     budget: MaybeNumber = None
     measure: Measure = "parameters"
     search: Switch = False
+    unequal: Switch = False
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -77,7 +82,8 @@ class Removal:
             asked["multiple"] = self.multiple
         if self.budget:
             asked["measure"] = self.measure
-        return {**asked, "search": True} if self.search else asked
+        switches = ("search", "unequal")
+        return asked | {name: True for name in switches if getattr(self, name)}
 
     @property
     def narrowing(self) -> Narrowing:

@@ -1,4 +1,4 @@
-"""Which channels, layers and experts a language model can do without."""
+"""Which channels, layers, experts, heads, neurons a language model can do without."""
 
 __all__ = [
     "channel_fit",
@@ -6,5 +6,7 @@ __all__ = [
     "expert_scores",
     "layer_search",
     "search",
+    "size_choice",
+    "unequal",
     "units",
 ]

@@ -4,8 +4,9 @@ What takes long is noted in a directory of progress, where a run that was stoppe
 it.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from jaxprune.files import atomic
 from jaxprune.files.safetensors_file import read_json
 from jaxprune.graph.axis_dims import root
 from jaxprune.lm.models import hf
-from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.models.decoder.config import DecoderConfig, LayerSizes
 from jaxprune.lm.models.hf.smaller import name_before
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.shrinking import layer_search
@@ -73,6 +74,31 @@ def keep_layers(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
         name: model.names[name_before(name, kept)] for name in jp.tree.names(params)
     }
     return model._replace(graphdef=graphdef, params=params, config=config, names=names)
+
+
+def without_parts(
+    model: LoadedModel, absent: Collection[tuple[int, str]]
+) -> LoadedModel:
+    """The model without some attentions and MLPs, whose layers then have sizes.
+
+    Args:
+      model: model with its parameters, in memory or in their files.
+      absent: pairs of a layer and what it loses, "heads" or "ffn".
+
+    Returns:
+      The model with `config.layer_sizes`, and without the leaves of what is absent.
+    """
+    config, layers = model.config, []
+    for layer in range(config.layers):
+        heads, kv_heads, neurons = config.sizes(layer)
+        attends, feeds = ((layer, part) not in absent for part in ("heads", "ffn"))
+        layers.append(LayerSizes(heads * attends, kv_heads * attends, neurons * feeds))
+    config = dataclasses.replace(config, layer_sizes=tuple(layers))
+    graphdef, state = nnx.split(hf.abstract(config), nnx.Param)
+    named = jp.tree.named_leaves(model.params)
+    leaves = [named[name] for name in jp.tree.names(state)]
+    params = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    return model._replace(graphdef=graphdef, params=params, config=config)
 
 
 def search_layers(
@@ -179,8 +205,8 @@ def narrow(
       The smaller model; the report, as of `jp.shrink`, with "roles" of its groups.
     """
     fn, example, groups = group_axes(model)
-    roles = _group_roles(groups, model.config)
-    request = _request(narrowing, roles, model.config)
+    roles = group_roles(groups, model.config)
+    request = narrowing_request(narrowing, roles, model.config)
     # Times differ from run to run: one that goes on takes what was chosen by the first.
     place, timed = work / _CHOSEN, None
     times = narrowing.measure == "milliseconds"
@@ -191,7 +217,7 @@ def narrow(
         scores = jp.scores.magnitude(model.params)
         result = jp.shrink(fn, model.params, example, scores, **request)
     else:
-        batches = _equal_batches(tokens, batch)
+        batches = equal_batches(tokens, batch)
         # Tokens count by their direction alone: best on real models.
         request |= {"batches": batches, "relative": True}
         result = jp.shrink(fn, model.params, batches[0], **request)
@@ -203,10 +229,15 @@ def narrow(
         shares = {name: 1 - size["after"] / size["before"] for name, size in sizes}
         choice = {"shares": shares, "milliseconds": report["milliseconds"]}
         atomic.replace_json(place, choice)
-    config = hf.resized(model.config, result.params)
-    graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
-    small = model._replace(graphdef=graphdef, params=result.params, config=config)
+    small = with_smaller(model, result.params)
     return small, {**report, "roles": {name: roles[name] for name in report["kept"]}}
+
+
+def with_smaller(model: LoadedModel, params: Any) -> LoadedModel:
+    """The model that has these smaller parameters."""
+    config = hf.resized(model.config, params)
+    graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
+    return model._replace(graphdef=graphdef, params=params, config=config)
 
 
 def group_axes(
@@ -254,8 +285,8 @@ def possible_head_units(
     return (*whole, units)
 
 
-def _request(
-    narrowing: Narrowing, roles: dict[str, str], config: DecoderConfig
+def narrowing_request(
+    narrowing: Narrowing, roles: Mapping[str, str], config: DecoderConfig
 ) -> dict[str, Any]:
     """The arguments of `jp.shrink`, by the names of groups."""
     request: dict[str, Any]
@@ -279,7 +310,7 @@ def _request(
     return request | {"sizes": {n: sizes[r] for n, r in roles.items() if r in sizes}}
 
 
-def _equal_batches(tokens: np.ndarray, most: int) -> list[np.ndarray]:
+def equal_batches(tokens: np.ndarray, most: int) -> list[np.ndarray]:
     """Batches of one size, the largest that leaves no sequence over."""
     size = max(n for n in range(1, most + 1) if len(tokens) % n == 0)
     return np.split(tokens, len(tokens) // size)  # (size, length) each
@@ -290,19 +321,22 @@ def _final_states(graphdef: Any, params: Any, tokens: Any) -> Any:
     return model.states(model.embed(tokens))[0]  # (batch, length, width)
 
 
-def _group_roles(groups: jp.AxisGroups, config: DecoderConfig) -> dict[str, str]:
+def group_roles(groups: jp.AxisGroups, config: DecoderConfig) -> dict[str, str]:
     """Name of a group to what it is: "ffn", "heads", "query heads"."""
     names = {group.dim: group.name for group in groups}
     dims = {leaf.name: leaf.parts[0] for leaf in groups.trace.leaves}
     roles = {}
     for layer in range(config.layers):
-        if not config.experts:
+        heads, kv_heads, neurons = config.sizes(layer)
+        if neurons and not config.experts:
             roles[names[root(dims[f"layers/{layer}/{_DOWN}"][0])]] = "ffn"
+        if not heads:
+            continue
         # Key heads x query heads of each x features; those of one are left out.
         inputs = root(dims[f"layers/{layer}/{_OUT}"][0])
         parts = inputs.parts or [inputs]
-        if config.heads > 1:
+        if heads > 1:
             roles[names[root(parts[0])]] = "heads"
-        if 1 < config.kv_heads < config.heads:
+        if 1 < kv_heads < heads:
             roles[names[root(parts[1])]] = "query heads"
     return roles

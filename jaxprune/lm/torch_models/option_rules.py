@@ -72,6 +72,7 @@ _SHRINK_RULES = (
     _refused("query_heads", "give --heads, of key heads with all their query heads"),
     _refused("budget", "give --ffn and --heads, or use jp.torch.shrink(budget=...)"),
     _refused("search", "give --ffn and --heads"),
+    _refused("unequal", "give --ffn and --heads"),
     Rule(
         lambda v: v.speed_rounds == ShrinkEvaluation.speed_rounds,
         "a model that goes through torch takes no --speed-rounds",

@@ -7,5 +7,6 @@ __all__ = [
     "layer_problem",
     "quantization",
     "sparsegpt",
+    "unit_ladder",
     "units",
 ]

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from jaxprune.posttraining.solvers import layer_problem
 
 # Units are removed so that there are about this many choices in all.
-_ROUNDS = 256
+ROUNDS = 256
 
 
 class Removal(NamedTuple):
@@ -50,7 +50,7 @@ class Reader(NamedTuple):
     units: Int[np.ndarray, "units rows"]
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """What is left: W and H^-1 with removed rows zero."""
 
     weight: Float[Array, "in out"]
@@ -141,9 +141,9 @@ def remove_from_all(
     rows = [np.asarray(reader.units) for reader in readers]
     for reader, units in zip(readers, rows, strict=True):
         layer_problem.checked(reader.weight, reader.hessian, damping)
-        _check_units(units, len(reader.weight), lost)
+        check_units(units, len(reader.weight), lost)
     if at_once is None:
-        at_once = -(-len(rows[0]) // _ROUNDS)
+        at_once = -(-len(rows[0]) // ROUNDS)
     if at_once < 1:
         raise ValueError(f"at_once must be at least 1 unit, got {at_once}")
     at_once = min(at_once, len(rows[0]))
@@ -152,7 +152,8 @@ def remove_from_all(
     return _remove(parts, lost, damping, at_once=at_once)
 
 
-def _check_units(units: np.ndarray, inputs: int, lost: Any) -> None:
+def check_units(units: np.ndarray, inputs: int, lost: Any) -> None:
+    """Refuses units that are no rows of so many inputs, or more to remove than go."""
     whole = np.issubdtype(units.dtype, np.integer) and units.ndim == 2 and units.size
     if not whole or units.min() < 0 or units.max() >= inputs:
         raise ValueError(
@@ -179,21 +180,21 @@ def _remove(
     remaining = units - jnp.asarray(lost)
     weigh = _scales(readers)
 
-    def unfinished(state: tuple[list[_State], jax.Array]) -> jax.Array:
+    def unfinished(state: tuple[list[State], jax.Array]) -> jax.Array:
         return jnp.sum(state[1]) > remaining
 
-    def step(state: tuple[list[_State], jax.Array]) -> tuple[list[_State], jax.Array]:
+    def step(state: tuple[list[State], jax.Array]) -> tuple[list[State], jax.Array]:
         states, kept = state
-        costs = [_costs(s, r, kept) for s, r in zip(states, rows, strict=True)]
-        cheapest = jnp.argsort(_total(costs, weigh, kept), stable=True)[:at_once]
+        costs = [unit_costs(s, r, kept) for s, r in zip(states, rows, strict=True)]
+        cheapest = jnp.argsort(total_costs(costs, weigh, kept), stable=True)[:at_once]
         going = jnp.arange(at_once) < jnp.sum(kept) - remaining
         pairs = zip(states, rows, strict=True)
         return (
-            [_without(state, r, cheapest, going) for state, r in pairs],
+            [without_units(state, r, cheapest, going) for state, r in pairs],
             kept.at[cheapest].set(~going & kept[cheapest]),
         )
 
-    start = [_State(w, _inverse(d)) for w, d in zip(wide, damped, strict=True)]
+    start = [State(w, inverse_of(d)) for w, d in zip(wide, damped, strict=True)]
     # Only the choice is taken from the sweep: its updates carry rounding errors.
     everything = jnp.ones(units, bool)
     _, kept = jax.lax.while_loop(unfinished, step, (start, everything))
@@ -205,7 +206,8 @@ def _remove(
     return removals
 
 
-def _inverse(damped: layer_problem.Damped) -> Float[Array, "in in"]:
+def inverse_of(damped: layer_problem.Damped) -> Float[Array, "in in"]:
+    """The inverse of a damped Hessian, by its factor."""
     identity = jnp.eye(len(damped.matrix), dtype=jnp.float32)
     return jax.scipy.linalg.cho_solve((damped.factor, True), identity)
 
@@ -216,7 +218,7 @@ def _scales(readers: Sequence[Reader]) -> list[jax.Array]:
     return [*(means / jnp.where(means.max() > 0, means.max(), 1))]
 
 
-def _total(
+def total_costs(
     costs: Sequence[jax.Array], scales: Sequence[jax.Array], kept: jax.Array
 ) -> Float[Array, " units"]:
     """What removing each unit costs all, infinity for those that are gone."""
@@ -229,8 +231,8 @@ def _total(
     return jnp.where(kept, total, jnp.inf)
 
 
-def _costs(
-    state: _State, units: Integer[Array, "units rows"], kept: Bool[Array, " units"]
+def unit_costs(
+    state: State, units: Integer[Array, "units rows"], kept: Bool[Array, " units"]
 ) -> Float[Array, " units"]:
     """What removing each unit costs a reader, anything for those that are gone."""
     weight = state.weight[units]  # (units, rows, out)
@@ -246,12 +248,12 @@ def _costs(
     return jnp.sum(jnp.square(half), (1, 2))
 
 
-def _without(
-    state: _State,
+def without_units(
+    state: State,
     units: Integer[Array, "units rows"],
     chosen: Integer[Array, " chosen"],
     going: Bool[Array, " chosen"],
-) -> _State:
+) -> State:
     """The state once those of the chosen units that are going are gone."""
     rows = jnp.ravel(units[chosen])  # (chosen x rows,)
     gone = jnp.repeat(going, units.shape[1])  # (chosen x rows,)
@@ -269,7 +271,7 @@ def _without(
     inverse = state.inverse - columns @ move[:, outputs:]
     # Exactly zero, whatever rounding left there.
     stays = jnp.ones(len(inverse), bool).at[rows].set(~gone)
-    return _State(
+    return State(
         jnp.where(stays[:, None], new, 0),
         jnp.where(stays[:, None] & stays[None, :], inverse, 0),
     )

@@ -28,14 +28,16 @@ class Block(nnx.Module):
             return Norm(config, config.width) if present else None
 
         # Norms before attention and MLP, and behind them before they are added.
-        self.norm_attention = norm(pre)
-        self.attention = Attention(config, layer, rngs=rngs)
-        self.norm_mlp = norm(pre and config.block != "parallel_shared")
-        # Both map (batch, time, width) to itself.
-        mlp = Experts if config.experts else MLP
-        self.mlp = mlp(config, rngs=rngs)
-        self.norm_attended, self.norm_added = norm(post), norm(post)
-        self.parallel = config.block in ("parallel", "parallel_shared")
+        heads, _, neurons = config.sizes(layer)
+        shared = config.block == "parallel_shared"
+        self.parallel = shared or config.block == "parallel"
+        self.norm_attention = norm(pre and (heads > 0 or (shared and neurons > 0)))
+        # Both map (batch, time, width) to itself; a layer may lack either.
+        self.attention = Attention(config, layer, rngs=rngs) if heads else None
+        self.norm_mlp = norm(pre and not shared and neurons > 0)
+        self.mlp = _mlp(config, neurons, rngs)
+        self.norm_attended = norm(post and heads > 0)
+        self.norm_added = norm(post and neurons > 0)
         self.residual_scale = config.residual_scale
 
     def __call__(
@@ -45,8 +47,10 @@ class Block(nnx.Module):
         mask: Bool[Array, "time keys"],
         kv_cache: KVCache | None,
         cache_length: Int[Array, ""],
-    ) -> tuple[Float[Array, "batch time width"], KVCache]:
+    ) -> tuple[Float[Array, "batch time width"], KVCache | None]:
         """Returns the residual stream after the block, and its keys and values.
+
+        Without attention these are what came in.
 
         Args:
           x: the residual stream.
@@ -55,14 +59,19 @@ class Block(nnx.Module):
           kv_cache: keys and values of this block's attention.
           cache_length: number of the cache's positions that are filled.
         """
+        before = x
         normalised = apply_norm(self.norm_attention, x)  # (batch, time, width)
-        y, kv_cache = self.attention(normalised, cos_sin, mask, kv_cache, cache_length)
-        y = self._scaled(apply_norm(self.norm_attended, y))
+        if self.attention is not None:
+            y, kv_cache = self.attention(
+                normalised, cos_sin, mask, kv_cache, cache_length
+            )
+            x = x + self._scaled(apply_norm(self.norm_attended, y))
+        if self.mlp is None:
+            return x, kv_cache
         if self.parallel:  # the MLP does not see what attention adds
             if self.norm_mlp is not None:
-                normalised = self.norm_mlp(x)
-            return x + y + self._scaled(self.mlp(normalised)), kv_cache
-        x = x + y
+                normalised = self.norm_mlp(before)
+            return x + self._scaled(self.mlp(normalised)), kv_cache
         y = self.mlp(apply_norm(self.norm_mlp, x))
         return x + self._scaled(apply_norm(self.norm_added, y)), kv_cache
 
@@ -71,3 +80,9 @@ class Block(nnx.Module):
         if self.residual_scale == 1:
             return y
         return (y.astype(jnp.float32) * self.residual_scale).astype(y.dtype)
+
+
+def _mlp(config: DecoderConfig, neurons: int, rngs: nnx.Rngs) -> Experts | MLP | None:
+    if config.experts:
+        return Experts(config, rngs=rngs)
+    return MLP(config, rngs=rngs, neurons=neurons) if neurons else None

@@ -1,5 +1,6 @@
 """Keys and values that attention keeps, and what models ask of their tokens."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,15 +23,15 @@ class Cache(NamedTuple):
 
 
 def empty_cache(
-    config: Any, batch: int, size: int | None, heads: int, head_dim: int
+    config: Any, batch: int, size: int | None, heads: Sequence[int], head_dim: int
 ) -> Cache:
     """A cache of zeros with length 0.
 
     Args:
-      config: shape of the model: its context, number of layers and dtype are read.
+      config: shape of the model: its context and dtype are read.
       batch: number of sequences.
       size: number of tokens that it can hold, at most (and by default) the context.
-      heads: number of key and value heads of a layer.
+      heads: number of key and value heads of each layer.
       head_dim: number of features of a head.
 
     Returns:
@@ -44,9 +45,10 @@ def empty_cache(
         raise ValueError(
             f"a cache needs size <= context, got {size} > {config.context}"
         )
-    shape = (batch, size, heads, head_dim)
-    zeros = (jnp.zeros(shape, config.dtype),) * config.layers
-    return Cache(zeros, zeros, jnp.int32(0))
+    # (batch, size, heads, head_dim): layers of one size share their zeros.
+    zeros = {n: jnp.zeros((batch, size, n, head_dim), config.dtype) for n in {*heads}}
+    layers = tuple(zeros[n] for n in heads)
+    return Cache(layers, layers, jnp.int32(0))
 
 
 def check_tokens(tokens: Array, model: str) -> None:

@@ -141,8 +141,9 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs):
         """Makes the matrices; `rngs` is read, not kept."""
+        self.heads, self.kv_heads, _ = config.sizes(layer)
         q_width, kv_width = (
-            heads * config.head_dim for heads in (config.heads, config.kv_heads)
+            heads * config.head_dim for heads in (self.heads, self.kv_heads)
         )
         width, bias = config.width, config.qkv_bias
         if config.fused:
@@ -153,13 +154,12 @@ class Attention(nnx.Module):
             self.k = Linear(config, width, kv_width, bias=bias, rngs=rngs)
             self.v = Linear(config, width, kv_width, bias=bias, rngs=rngs)
         self.out = Linear(config, q_width, width, bias=config.out_bias, rngs=rngs)
-        self.norm_q = _norm_of_heads(config, config.heads)
-        self.norm_k = _norm_of_heads(config, config.kv_heads)
-        self.sinks = nnx.Param(jnp.zeros(config.heads)) if config.sinks else None
+        self.norm_q = _norm_of_heads(config, self.heads)
+        self.norm_k = _norm_of_heads(config, self.kv_heads)
+        self.sinks = nnx.Param(jnp.zeros(self.heads)) if config.sinks else None
         scale = config.attention_scale
         self.scale = config.head_dim**-0.5 if scale is None else scale
         self.softcap, self.qk_norm = config.attention_softcap, config.qk_norm
-        self.heads, self.kv_heads = config.heads, config.kv_heads
         self.fused, self.by_head = config.fused, config.fused_by_head
         rope = config.rope(layer)
         self.interleaved = rope is not None and rope.interleaved

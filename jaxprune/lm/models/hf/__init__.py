@@ -1,5 +1,7 @@
 """Hugging Face checkpoint directories into models and back."""
 
+from jaxprune.lm.models.hf.block_configs import NAME as BLOCK_CONFIGS
+from jaxprune.lm.models.hf.block_configs import block_configs
 from jaxprune.lm.models.hf.families import decoder_config, vision_config
 from jaxprune.lm.models.hf.loading import Loaded, abstract, embedded, load, tensors
 from jaxprune.lm.models.hf.narrower import check_channels, keep_channels
@@ -23,12 +25,14 @@ from jaxprune.lm.models.hf.tensor_names import Source
 from jaxprune.lm.models.hf.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
+    "BLOCK_CONFIGS",
     "Dtype",
     "Loaded",
     "Shardings",
     "Source",
     "Tokenizer",
     "abstract",
+    "block_configs",
     "changed_axes",
     "check_channels",
     "decoder_config",

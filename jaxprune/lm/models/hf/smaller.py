@@ -1,7 +1,8 @@
 """A model with fewer tokens, channels, layers, experts, heads, neurons: a directory.
 
 What parameters became smaller decides what config.json says (`smaller_config`): all
-layers must have the same sizes, since that is what a configuration can hold.
+layers must have the same sizes, since that is what a configuration can hold, unless it
+says the sizes of each in `block_configs`.
 """
 
 import dataclasses
@@ -24,8 +25,9 @@ from jaxprune.arrays.rules import Rule
 from jaxprune.lm.checkpoints import new_weights
 from jaxprune.lm.checkpoints.checkpoint_dir import CONFIG, open_directory
 from jaxprune.lm.checkpoints.directory_writer import Finish
-from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.models.decoder.config import DecoderConfig, LayerSizes
 from jaxprune.lm.models.hf import families
+from jaxprune.lm.models.hf.block_configs import NAME, layer_sizes_of
 from jaxprune.lm.models.hf.loading import abstract
 from jaxprune.lm.models.hf.parameters import leaf_shapes
 from jaxprune.lm.models.hf.smaller_config import smaller_config, with_width
@@ -114,6 +116,7 @@ def keep_layers(
         layers=len(kept),
         rope_of=tuple(config.rope_of[i] for i in kept) if config.rope_of else (),
         windows=tuple(config.windows[i] for i in kept) if config.windows else (),
+        layer_sizes=tuple(map(config.sizes, kept)) if config.layer_sizes else (),
     )
     named = tree.named_leaves(params)
     model = abstract(small)
@@ -240,7 +243,8 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
 
     Returns:
       The shape with other `vocab_size`, `width`, `experts`, `heads`, `kv_heads` and
-      `mlp_width`.
+      `mlp_width`; one with `layer_sizes` keeps the latter three, and has other sizes
+      there.
 
     Raises:
       ValueError: layers have different sizes, or no such decoder has the shapes of the
@@ -260,38 +264,24 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
       True
     """
     shapes_now = {name: leaf.shape for name, leaf in tree.named_leaves(params).items()}
-    sizes = [_sizes(config, shapes_now, layer) for layer in range(config.layers)]
-    different = next((i for i, size in enumerate(sizes) if size != sizes[0]), 0)
-    rules.check(
-        _SIZES, layer=different, first=sizes[0], size=sizes[different], **sizes[0]
-    )
+    sizes = [
+        layer_sizes_of(config, shapes_now, layer) for layer in range(config.layers)
+    ]
     vocab_size, width = shapes_now[EMBEDDING]
-    small = dataclasses.replace(
-        with_width(config, width),
-        vocab_size=vocab_size,
-        **sizes[0],  # type: ignore[arg-type]
-    )
+    new: dict[str, Any] = {"vocab_size": vocab_size}
+    if config.layer_sizes:
+        new["layer_sizes"] = tuple(LayerSizes(**size) for size in sizes)
+    else:
+        different = next((i for i, size in enumerate(sizes) if size != sizes[0]), 0)
+        rules.check(
+            _SIZES, layer=different, first=sizes[0], size=sizes[different], **sizes[0]
+        )
+        new |= sizes[0]
+    small = dataclasses.replace(with_width(config, width), **new)
     expected = leaf_shapes(abstract(small))
     wrong = [name for name in expected if expected[name] != shapes_now.get(name)]
     rules.check([_SHAPES], wrong=listed(wrong))
     return small
-
-
-def _sizes(
-    config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]], layer: int
-) -> dict[str, int]:
-    attention = f"layers/{layer}/attention"
-    heads = shapes[f"{attention}/out/kernel"][0] // config.head_dim
-    if config.fused:
-        kv_heads = (
-            shapes[f"{attention}/qkv/kernel"][1] // config.head_dim - heads
-        ) // 2
-    else:
-        kv_heads = shapes[f"{attention}/k/kernel"][1] // config.head_dim
-    # [experts,] in, out.
-    *experts, mlp_width, _ = shapes[f"layers/{layer}/mlp/down/kernel"]
-    sizes = {"heads": heads, "kv_heads": kv_heads, "mlp_width": mlp_width}
-    return {**sizes, "experts": experts[0]} if experts else sizes
 
 
 def write_smaller(
@@ -317,7 +307,8 @@ def write_smaller(
       names: tensor that each leaf came from, as `load` returned it.
       kept: numbers of the layers that stayed, all if left out.
       settings: name of a JSON file to its content, None where it is left out; of
-        config.json the one that the sizes are put into. Others are copied.
+        config.json the one that the sizes are put into, of each layer where it has
+        `block_configs`. Others are copied.
       ignore_config: attributes of config.json that `load` was told not to look at.
       provenance: facts of how it was made, JSON-able, for jaxprune.json.
       overwrite: whether an earlier result may be replaced.
@@ -334,6 +325,9 @@ def write_smaller(
     opened, settings = open_directory(source), dict(settings or {})
     checkpoint_config = settings.pop(CONFIG, None) or opened.config
     config_before = families.decoder_config(opened.config, ignore_config=ignore_config)
+    if NAME in checkpoint_config and not config_before.layer_sizes:
+        by_layer = tuple(map(config_before.sizes, range(config_before.layers)))
+        config_before = dataclasses.replace(config_before, layer_sizes=by_layer)
     kept = list(range(config_before.layers)) if kept is None else list(kept)
     # The shape by the layers alone; the parameters say the rest.
     fewer_layers, _ = keep_layers(config_before, _state(abstract(config_before)), kept)

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf import families
+from jaxprune.lm.models.hf.block_configs import NAME, block_configs
 
 
 def smaller_config(
@@ -55,6 +56,8 @@ def smaller_config(
         if size != getattr(shape_before, field) or field == "head_dim":
             new |= {twin: size for twin in families.TWINS.get(name, ()) if twin in new}
             new[name] = size
+    if shape.layer_sizes:
+        new[NAME] = block_configs(shape)
     if len(kept) != shape_before.layers:
         new |= _layerwise(config, shape, kept)
     try:
