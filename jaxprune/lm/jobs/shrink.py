@@ -14,7 +14,7 @@ import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check
-from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
+from jaxprune.lm.checkpoints.checkpoint_dir import CONFIG, CheckpointDir, open_directory
 from jaxprune.lm.jobs import (
     defaults,
     inputs,
@@ -182,12 +182,20 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
             change.model.params,
             self.model.names,  # of all layers
             kept=change.record["layers"]["kept"],
-            settings=None if self.fewer is None else self.fewer[0].settings,
+            settings=self._settings(change),
             ignore_config=self.job.loading.ignore_config,
             provenance=change.record,
             overwrite=self.job.overwrite,
             finish=lambda _, record: ({}, provenance.page_file(page, record)),
         )
+
+    def _settings(self, change: Change) -> dict[str, Any]:
+        """The files that say the vocabulary and the width, with the new ones."""
+        settings = {} if self.fewer is None else dict(self.fewer[0].settings)
+        if "channels" in change.record:
+            config = settings.get(CONFIG) or self.source.config
+            settings[CONFIG] = {**config, "hidden_size": change.model.config.width}
+        return settings
 
     def _without(
         self, tokens: Int[np.ndarray, "sequences length"] | None
