@@ -70,13 +70,13 @@ def load_in_tunix(
         for name in (family.model, family.loader)
     )
     model, loader = modules
-    sizes = _sizes(config, family, shape) | options
+    sizes = _tunix_sizes(config, family, shape) | options
     return loader.create_model_from_safe_tensors(
         str(opened.path), model.ModelConfig(**sizes), mesh, dtype
     )
 
 
-def _sizes(
+def _tunix_sizes(
     config: DecoderConfig, family: _Family, shape: TrainerShape
 ) -> dict[str, Any]:
     """The fields of Tunix's `ModelConfig` for a model."""
