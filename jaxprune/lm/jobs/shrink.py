@@ -14,11 +14,7 @@ import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check
-from jaxprune.lm.checkpoints.checkpoint_dir import (
-    CONFIG,
-    CheckpointDir,
-    open_directory,
-)
+from jaxprune.lm.checkpoints.checkpoint_dir import CONFIG, CheckpointDir, open_directory
 from jaxprune.lm.jobs import (
     defaults,
     inputs,
@@ -183,23 +179,30 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
 
     def write(self, change: Change[LoadedModel], page: Page) -> None:
         """Writes all of the smaller model."""
-        settings = {} if self.fewer is None else dict(self.fewer[0].settings)
-        if change.model.config.layer_sizes:  # config.json is to say them
-            before = settings.get(CONFIG) or self.source.config
-            by_layer = hf.block_configs(self.model.config)
-            settings[CONFIG] = {**before, hf.BLOCK_CONFIGS: by_layer}
         hf.write_smaller(
             self.source.path,
             self.job.out,
             change.model.params,
             self.model.names,  # of all layers
             kept=change.record["layers"]["kept"],
-            settings=settings,
+            settings=self._settings(change),
             ignore_config=self.job.loading.ignore_config,
             provenance=change.record,
             overwrite=self.job.overwrite,
             finish=lambda _, record: ({}, provenance.page_file(page, record)),
         )
+
+    def _settings(self, change: Change[LoadedModel]) -> dict[str, Any]:
+        """The files that say the vocabulary, the width and the sizes of layers."""
+        settings = {} if self.fewer is None else dict(self.fewer[0].settings)
+        if "channels" in change.record:
+            config = settings.get(CONFIG) or self.source.config
+            settings[CONFIG] = {**config, "hidden_size": change.model.config.width}
+        if change.model.config.layer_sizes:  # config.json is to say them
+            config = settings.get(CONFIG) or self.source.config
+            by_layer = hf.block_configs(self.model.config)
+            settings[CONFIG] = {**config, hf.BLOCK_CONFIGS: by_layer}
+        return settings
 
     def _without(
         self, tokens: Int[np.ndarray, "sequences length"] | None

@@ -58,7 +58,9 @@ def write_narrow(folder, out):
     loaded = hf.load(folder)
     params = nnx.state(loaded.model, nnx.Param)
     _, small = hf.keep_channels(loaded.config, params, KEPT)
-    hf.write_smaller(folder, out, small, loaded.names)
+    config = tiny_cli.config_of(folder) | {"hidden_size": len(KEPT)}
+    settings = {"config.json": config}
+    hf.write_smaller(folder, out, small, loaded.names, settings=settings)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -134,7 +136,9 @@ def test_channels_that_cannot_stay_are_refused(name, kept, sentence, tmp_path):
 
 def test_a_width_that_a_family_cannot_say_is_refused(tmp_path):
     tiny_hf.random_folder("olmoe", tmp_path / "whole", layers=1)
-    with pytest.raises(ValueError, match="it would change head_dim"):
+    with pytest.raises(
+        ValueError, match=r"cannot say this shape.*remove layers and exp"
+    ):
         write_narrow(tmp_path / "whole", tmp_path / "small")
 
 
@@ -144,4 +148,13 @@ def test_heads_that_do_not_divide_the_new_width_are_refused(tmp_path):
     params = nnx.state(loaded.model, nnx.Param)
     _, small = hf.keep_channels(loaded.config, params, range(18))
     with pytest.raises(ValueError, match="18, is a multiple of its query heads, got 4"):
-        hf.write_smaller(tmp_path / "whole", tmp_path / "out", small, loaded.names)
+        hf.write_smaller(
+            tmp_path / "whole",
+            tmp_path / "out",
+            small,
+            loaded.names,
+            settings={
+                "config.json": tiny_cli.config_of(tmp_path / "whole")
+                | {"hidden_size": 18}
+            },
+        )

@@ -69,8 +69,8 @@ _SIZES = (
 )
 _SHAPES = Rule(
     lambda v: not v.wrong,
-    "a configuration can only say fewer tokens, channels, layers, experts, heads and "
-    "neurons, but {wrong} became smaller in another way",
+    "a configuration can only say fewer tokens, layers, experts, heads and neurons, "
+    "but {wrong} became smaller in another way",
     "leave them whole",
 )
 _KEPT = Rule(
@@ -242,9 +242,8 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
       params: parameters that it has now.
 
     Returns:
-      The shape with other `vocab_size`, `width`, `experts`, `heads`, `kv_heads` and
-      `mlp_width`; one with `layer_sizes` keeps the latter three, and has other sizes
-      there.
+      The shape with other `vocab_size`, `experts`, `heads`, `kv_heads` and `mlp_width`;
+      one with `layer_sizes` keeps the latter three, and has other sizes there.
 
     Raises:
       ValueError: layers have different sizes, or no such decoder has the shapes of the
@@ -267,8 +266,7 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
     sizes = [
         layer_sizes_of(config, shapes_now, layer) for layer in range(config.layers)
     ]
-    vocab_size, width = shapes_now[EMBEDDING]
-    new: dict[str, Any] = {"vocab_size": vocab_size}
+    new: dict[str, Any] = {"vocab_size": shapes_now[EMBEDDING][0]}
     if config.layer_sizes:
         new["layer_sizes"] = tuple(LayerSizes(**size) for size in sizes)
     else:
@@ -277,7 +275,7 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
             _SIZES, layer=different, first=sizes[0], size=sizes[different], **sizes[0]
         )
         new |= sizes[0]
-    small = dataclasses.replace(with_width(config, width), **new)
+    small = dataclasses.replace(config, **new)
     expected = leaf_shapes(abstract(small))
     wrong = [name for name in expected if expected[name] != shapes_now.get(name)]
     rules.check([_SHAPES], wrong=listed(wrong))
@@ -308,7 +306,8 @@ def write_smaller(
       kept: numbers of the layers that stayed, all if left out.
       settings: name of a JSON file to its content, None where it is left out; of
         config.json the one that the sizes are put into, of each layer where it has
-        `block_configs`. Others are copied.
+        `block_configs`, and whose hidden_size says how many channels `keep_channels`
+        left. Others are copied.
       ignore_config: attributes of config.json that `load` was told not to look at.
       provenance: facts of how it was made, JSON-able, for jaxprune.json.
       overwrite: whether an earlier result may be replaced.
@@ -331,6 +330,10 @@ def write_smaller(
     kept = list(range(config_before.layers)) if kept is None else list(kept)
     # The shape by the layers alone; the parameters say the rest.
     fewer_layers, _ = keep_layers(config_before, _state(abstract(config_before)), kept)
+    # Said by name: cut by `jp.shrink`, a stream would need the divisor of before.
+    named = {k: v for k, v in opened.config.items() if k == "hidden_size"}
+    width = checkpoint_config.get("hidden_size", config_before.width)
+    fewer_layers = with_width(fewer_layers, width)
     matches = [re.match(r"layers/(\d+)/", name) for name in tree.names(params)]
     layers = {int(match[1]) for match in matches if match}
     rules.check(
@@ -342,7 +345,7 @@ def write_smaller(
     )
     config_now = resized(fewer_layers, params)
     config = smaller_config(
-        checkpoint_config, config_now, kept, ignore_config=ignore_config
+        {**checkpoint_config, **named}, config_now, kept, ignore_config=ignore_config
     )
     tensors = {}
     for leaf, array in tree.named_leaves(params).items():
