@@ -34,7 +34,7 @@ def with_measured(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
     It is chosen by the loss on a batch of the training data, once for each model.
     """
     rows = list(rows)
-    models = defaultdict(list)
+    models = defaultdict[tuple[str, ...], list[dict[str, str]]](list)
     for row in rows:
         models[tuple(row[name] for name in (*_CASE, "seed", "criterion"))].append(row)
     # A real choice would know no more: calibration is of the data that trained it.
@@ -61,7 +61,7 @@ def ranks_and_regrets(
     for row in rows:
         case = cases.setdefault(tuple(row[name] for name in _CASE), defaultdict(list))
         case[row["criterion"], row["allocation"]].append(float(row[column]))
-    places = defaultdict(list)
+    places = defaultdict[tuple[str, str], list[tuple[int, float]]](list)
     for case in cases.values():
         losses = {pair: statistics.fmean(values) for pair, values in case.items()}
         # Of all pairs: the best that could have been chosen in hindsight.

@@ -57,7 +57,13 @@ class Config:
 
     out: Path = Path("docs/results/small_tasks.csv")
     networks: tuple[NetworkName, ...] = (
-        *("mlp", "cnn", "gpt", "regression", "vit", "lstm", "masked"),
+        "mlp",
+        "cnn",
+        "gpt",
+        "regression",
+        "vit",
+        "lstm",
+        "masked",
     )
     optimizers: tuple[Literal["adam", "sgd"], ...] = ("adam", "sgd")
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95)

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -70,6 +71,7 @@ def main(config: Config) -> None:
         start = time.perf_counter()
         result = run()
         seconds[name] = round(time.perf_counter() - start, 1)
+        print(f"{name}: {seconds[name]} s", file=sys.stderr)  # a kill leaves these
         return result
 
     fn, params = timed("function", lambda: jp.torch.function(module, example))

@@ -1,10 +1,12 @@
 """Tiny directories of the families that MaxText and Tunix have, with zeros in them."""
 
+import ml_dtypes
 import numpy as np
 
 from tests.support import tiny_hf
 
-PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+# The only base that Tunix has for them.
+PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 # Sizes that no preset has, as a shrunk model's are; a Gemma 3 with a layer left over.
 CHANGES = {
     "llama": PLAIN,
@@ -19,10 +21,13 @@ CHANGES = {
 }
 
 
-def pruned_folder(name, folder):
+def pruned_folder(name, folder, **changes):
     """A random model whose layers' matrices have zeros."""
-    tensors = tiny_hf.random_tensors(name, **CHANGES[name])
+    changes = CHANGES[name] | changes
+    tensors = tiny_hf.random_tensors(name, **changes)
     for key, tensor in tensors.items():
         if key.endswith("_proj.weight"):
             tensor[np.abs(tensor) < 0.2] = 0
-    return tiny_hf.save(folder, tiny_hf.config_json(name, **CHANGES[name]), tensors)
+        if key.endswith("embed_tokens.weight"):  # MaxText's tied head is bfloat16
+            tensor[:] = tensor.astype(ml_dtypes.bfloat16)
+    return tiny_hf.save(folder, tiny_hf.config_json(name, **changes), tensors)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.files import atomic
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.export.trainer_shape import TrainerShape, check_trainer_shape
@@ -95,7 +94,6 @@ def export_maxtext(
     opened = open_directory(source)
     model_type = opened.config["model_type"]
     config = hf.load(opened, lazy=True, ignore_config=ignore_config).config
-    check(_DECODER, decoder=isinstance(config, DecoderConfig))
     shape = check_trainer_shape(model_type, config, "MaxText")
     place = atomic.apart(directory, opened.path)
     overrides = _overrides(model_type, config, shape) | {
@@ -109,10 +107,11 @@ def export_maxtext(
         with checkpoint.CheckpointManager(
             partial.absolute(), item_handlers={"items": items}
         ) as manager:
+            # The item, and in it Flax's collection of that name.
             tree = {"params": {"params": params}}
             saved = checkpoint.args.PyTreeSave(tree)
             manager.save(0, args=checkpoint.args.Composite(items=saved))
-        lines = [f"  {name}: {json.dumps(value)}" for name, value in overrides.items()]
+        lines = [f"  {name}: {_yaml(value)}" for name, value in overrides.items()]
         text = "\n".join(["student_overrides:", *lines, ""])
         (partial / _STUDENT).write_text(text, encoding="utf-8")
     return MaxTextResult(place, overrides, _count(params))
@@ -167,6 +166,7 @@ def _params(
     stacks: dict[str, list[np.ndarray]] = {}  # path to layers, in order
     params: dict[str, Any] = {}
     by_number = sorted(opened.tensors, key=_layer_of)
+    # Layers one behind the other, so that each stack is in their order.
     for name in by_number:
         short = name.removeprefix("model.").removesuffix(".weight")
         tensor = opened.read(name)
@@ -210,13 +210,16 @@ def _converted(
 ) -> np.ndarray:
     """A tensor as MaxText has it: inputs first, heads apart."""
     if path.endswith("/scale"):
+        # A Gemma's norm scales by 1 + w in its files, by w in MaxText.
         return (tensor + np.asarray(1, tensor.dtype)) if gemma else tensor
     if path.endswith("/embedding"):
         factor = ml_dtypes.bfloat16(math.sqrt(config.width))
         return (tensor * factor).astype(tensor.dtype) if gemma else tensor
+    # Torch stores (out, in); zeros stay zeros through all that follows.
     kernel = np.ascontiguousarray(tensor.T)  # (in, out)
     part = path.split("/")[-2]
     if part == "out":
+        # (heads, size, width)
         return kernel.reshape(config.heads, config.head_dim, config.width)
     if part not in ("query", "key", "value"):
         return kernel
@@ -225,7 +228,7 @@ def _converted(
         # Its Llama has the scale of the scores in this kernel.
         scale = np.float32(1 / math.sqrt(config.head_dim))
         kernel = (kernel.astype(np.float32) * scale).astype(tensor.dtype)
-    return kernel.reshape(config.width, heads, config.head_dim)
+    return kernel.reshape(config.width, heads, config.head_dim)  # (width, heads, size)
 
 
 def _put(params: dict[str, Any], path: str, value: np.ndarray) -> None:
@@ -242,6 +245,13 @@ def _count(params: Any) -> int:
     return int(params.size)
 
 
+def _yaml(value: Any) -> str:
+    """A value as YAML reads it: JSON, but for 1e-06, which YAML takes for a word."""
+    text = json.dumps(value)
+    is_word = isinstance(value, float) and "e" in text and "." not in text
+    return text.replace("e", ".0e") if is_word else text
+
+
 def _why_not_ours(path: Path) -> str | None:
     """Why a directory must not be replaced: only an earlier export may be."""
     return None if (path / _STUDENT).is_file() else f"it has no {_STUDENT}"
@@ -256,10 +266,3 @@ def _package() -> Any:
             "pip install 'jaxprune[maxtext]'"
         ) from None
     return checkpoint
-
-
-_DECODER = Rule(
-    lambda v: v.decoder,
-    "MaxText is handed language models that read text alone, but this one reads "
-    "pictures",
-)

@@ -66,6 +66,7 @@ def check_trainer_shape(
     ropes = [config.rope(i) for i in range(config.layers)]
     windows = [config.window(i) for i in range(config.layers)]
     full = [i % _PERIOD == _PERIOD - 1 for i in range(config.layers)]
+    # Schemes and windows layer by layer: (layers,) each.
     shapes = [_rope_shape(rope, config.head_dim) for rope in ropes]
     activation = "gelu_tanh" if gemma else "silu"
     # Of one kind where no layer has the other.
@@ -100,7 +101,7 @@ def _rope_shape(rope: Rope | None, head_dim: int) -> RopeShape | None:
     """A scheme of two halves for all contexts, or None for another."""
     if rope is None or rope.switch is not None or rope.scale != 1 or rope.interleaved:
         return None
-    theta, factors = rope_factors(rope)
+    theta, factors = rope_factors(rope)  # (pairs,) factors
     if 2 * len(rope.frequencies) != head_dim or len(np.unique(factors)) > 1:
         return None
     return RopeShape(round(theta, 2), float(factors[0]))

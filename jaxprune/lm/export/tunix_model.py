@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.export.trainer_shape import TrainerShape, check_trainer_shape
 from jaxprune.lm.models import hf
@@ -62,18 +63,20 @@ def load_in_tunix(
     config = hf.load(opened, lazy=True).config
     shape = check_trainer_shape(model_type, config, "Tunix")
     family = _FAMILIES[model_type]
+    check(_BASE, theta=shape.rope.theta, fixed=bool(family.tied))
+    # Imported where it is asked for, as few who export have Tunix.
     modules = (
         importlib.import_module(f"tunix.models.{name}")
         for name in (family.model, family.loader)
     )
     model, loader = modules
-    sizes = _sizes(config, family, shape) | options
+    sizes = _tunix_sizes(config, family, shape) | options
     return loader.create_model_from_safe_tensors(
         str(opened.path), model.ModelConfig(**sizes), mesh, dtype
     )
 
 
-def _sizes(
+def _tunix_sizes(
     config: DecoderConfig, family: _Family, shape: TrainerShape
 ) -> dict[str, Any]:
     """The fields of Tunix's `ModelConfig` for a model."""
@@ -86,13 +89,14 @@ def _sizes(
         "head_dim": config.head_dim,
         "num_kv_heads": config.kv_heads,
     }
-    if family.tied:
+    if family.tied:  # a Gemma 3 has no head of its own, and one epsilon
         sizes |= {
             family.tied: config.tie_weights,
             "rope_theta": shape.rope.theta,
             "norm_eps": config.norm_epsilon,
         }
         return sizes
+    # Without a layer that has a window, its scheme is never asked for.
     local = shape.local_rope or shape.rope
     return sizes | {
         "sliding_window_size": shape.window,
@@ -100,3 +104,12 @@ def _sizes(
         "global_base_frequency": shape.rope.theta,
         "global_scale_factor": shape.rope.factor,
     }
+
+
+# Its `ModelConfig` has a rope_theta for these, which its model does not read.
+_BASE = Rule(
+    lambda v: not v.fixed or v.theta == 1_000_000,
+    "Tunix turns queries and keys of a Llama or Qwen 3 by the base 1000000, whatever "
+    "its rope_theta says, but this model by {theta:g}",
+    "hand it to MaxText, with export_maxtext",
+)
