@@ -6,8 +6,8 @@ that reads it become A W, where A (k, d) has the least
 
   E |y A - x|^2 + ridge sum_j E[y_j^2] |A_j - S_j|^2,
 
-S taking the channels that stay, with ridge = 0.1: with less, texts of a kind that was
-not calibrated on get worse. So each matrix is given the inputs of before as well as
+S taking the channels that stay, with ridge = 0.1, which holds it near S where the
+calibration says little. So each matrix is given the inputs of before as well as
 the channels that stay can tell them. A head of its own is fitted likewise. Where the
 head is the embedding, the gains of the last norm are fitted instead: to the logits of
 the whole model, less their mean over the vocabulary, which changes no prediction.

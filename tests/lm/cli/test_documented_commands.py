@@ -95,7 +95,7 @@ def test_the_line_runs(place, monkeypatch, tmp_path, capsys, line):
     made = {"prune": {"OUT"}, "shrink": {"OUT"}, "compact": {"model.jaxprune"}}
     named = {"packed": "model.jaxprune"}
     named |= {"MODEL": "SMALL", "DEEP": "MODEL"} if "--layers" in words else {}
-    named |= {"MODEL": "WORDS", "BYTES": "MODEL"} if words[0] == "export" else {}
+    named |= {words[1]: "WORDS", "BYTES": words[1]} if words[0] == "export" else {}
     for path in place.iterdir():
         name = named.get(path.name, path.name)
         if name not in made.get(words[0], set()):
