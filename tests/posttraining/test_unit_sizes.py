@@ -24,10 +24,10 @@ def fn(params, x):
     return x
 
 
-def solved(directory):
+def solved(directory, sizes=SIZES, start=4):
     groups = jp.axis_groups(fn, PARAMS, BATCHES[0])
     names = [group.name for group in groups if group.default]
-    sizes, start = dict.fromkeys(names, SIZES), dict.fromkeys(names, 4)
+    sizes, start = dict.fromkeys(names, sizes), dict.fromkeys(names, start)
     return solve_sizes(
         fn, PARAMS, list(BATCHES), groups, sizes, start, directory=directory
     )
@@ -71,3 +71,10 @@ def test_what_was_solved_is_not_solved_again(tmp_path, monkeypatch):
     for name, table in before.items():
         assert table.errors == after[name].errors
         np.testing.assert_array_equal(table.read(2), after[name].read(2))
+
+
+@pytest.mark.full
+def test_nothing_and_all_units_are_sizes_without_any_between(tmp_path):
+    for table in solved(tmp_path / "work", [0, 8], start=8).values():
+        assert (table.sizes, table.errors) == ((0, 8), (1.0, 0.0))
+        assert [np.count_nonzero(table.read(n).any(1)) for n in (0, 8)] == [0, 8]

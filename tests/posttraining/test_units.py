@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -172,3 +173,13 @@ def test_a_ladder_has_the_units_and_the_kernel_of_each_size(rows, at_once, monke
         np.testing.assert_allclose(ladder.weights[i], alone.weight, atol=1e-5)
         error = lost_output(x, weight, alone.weight) / np.sum(np.square(x @ weight))
         np.testing.assert_allclose(ladder.errors[i], error, rtol=1e-2, atol=1e-6)
+
+
+def test_a_ladder_of_no_sizes_has_none():
+    # A group that is solved whole and at nothing alone asks for nothing between.
+    rows = np.arange(3)[:, None]
+    ladder = jax.eval_shape(
+        lambda weight: unit_ladder.remove_to_sizes(weight, jnp.eye(3), rows, []),
+        jnp.ones((3, 1)),
+    )
+    assert ladder.weights.shape == (0, 3, 1)

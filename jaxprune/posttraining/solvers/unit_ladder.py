@@ -52,7 +52,7 @@ def remove_to_sizes(
       weight: kernel (in, out), floating.
       hessian: matrix (in, in), proportional to X^T X of the inputs.
       units: rows of each unit, (units, rows); no row is in two.
-      sizes: numbers of units that stay, from 1 to all of them.
+      sizes: numbers of units that stay, from 1 to all of them; there may be none.
       damping: share of the Hessian's mean diagonal added to its diagonal.
 
     Returns:
@@ -76,7 +76,8 @@ def remove_to_sizes(
     for size in sizes:
         units_solver.check_units(units, len(weight), len(units) - size)
     at_once = -(-len(units) // units_solver.ROUNDS)
-    return _ladder(weight, hessian, units, jnp.asarray(sizes), damping, at_once=at_once)
+    numbers = jnp.asarray(sizes, jnp.int32)  # of none it would be an array of floats
+    return _ladder(weight, hessian, units, numbers, damping, at_once=at_once)
 
 
 @functools.partial(jax.jit, static_argnames="at_once")
@@ -95,7 +96,7 @@ def _ladder(
     total = len(units)
 
     def unfinished(progress: tuple[State, Array, Array]) -> jax.Array:
-        return jnp.sum(progress[1]) > jnp.min(sizes)
+        return jnp.sum(progress[1]) > jnp.min(sizes, initial=total)
 
     def step(
         progress: tuple[State, Array, Array],
