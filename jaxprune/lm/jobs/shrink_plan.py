@@ -43,17 +43,19 @@ def plan_shrink(
         width = model.config.width
         channels = channels_left(removal, source, model.config)
         shapes.insert(0, ("channels", width, channels))
-    if removal.budget:  # what it is divided over is not known yet
-        shapes = [] if removal.search else [s for s in shapes if s[1] != s[2]]
+    if removal.budget:  # what it is divided over is not known yet, all else is
+        shapes = [shape for shape in shapes if shape[1] != shape[2]]
         division = "over layers, heads and neurons" if removal.search else "over both"
         console.say(
             f"{removal.budget:.1%} of the {removal.measure} would be left; what goes "
             f"is divided {division}{'' if removal.search else ' alike'} when it runs"
         )
     if removal.unequal:
+        # With a budget no equal layers are shown: their sizes are not known yet.
+        table = "" if removal.budget else ", which are the ones shown"
         console.say(
             "layers will keep different numbers of neurons and heads, with as many "
-            "parameters together as equal layers, which are the ones shown"
+            f"parameters together as equal layers{table}"
         )
     if shapes:
         rows = [[what, f"{now:,}", f"{then:,}"] for what, now, then in shapes]

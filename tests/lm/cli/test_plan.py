@@ -116,6 +116,18 @@ def test_the_plan_of_a_shrinking_is_the_smaller_shape(
     assert "90.0% of the parameters would be left" in capsys.readouterr().out
 
 
+def test_the_plan_of_a_budget_has_what_is_known_and_speaks_of_nothing_else(
+    place, capsys, nothing_read_or_written
+):
+    words = ["shrink", place / "model", place / "out", "--budget", "0.7", "--plan"]
+    words += ["--calibration", place / "a.txt", *SMALL[:-2]]
+    # Fewer channels are asked for, whatever a search divides the rest over.
+    code, found, _ = run(capsys, *words, "--search", "--hidden", "0.25")
+    assert (code, found["plan"]) == (0, {"channels": [32, 24]})
+    assert cli.main([*map(str, words), "--unequal"]) == 0
+    assert "ones shown" not in capsys.readouterr().out
+
+
 @pytest.mark.full
 def test_the_memory_of_a_plan_is_near_what_a_run_takes(place, tmp_path, capsys):
     words = ["prune", place / "model", tmp_path / "out", *HALF, *SMALL]
