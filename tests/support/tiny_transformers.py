@@ -115,6 +115,29 @@ def t5(folder, class_name="T5ForConditionalGeneration", **more):
     return save(folder, class_name, config)
 
 
+def deepseek(folder, class_name="DeepseekV3ForCausalLM"):
+    """Experts that are stored one by one, and that the class joins in one array."""
+    import transformers
+
+    config = transformers.DeepseekV3Config(
+        vocab_size=tokenizer(folder, before="", after=""),
+        num_key_value_heads=4,
+        moe_intermediate_size=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=0,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=4,
+        **SIZES,
+    )
+    return save(folder, class_name, config)
+
+
 def wav2vec2(folder, class_name="Wav2Vec2ForCTC"):
     import transformers
 

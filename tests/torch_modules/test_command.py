@@ -222,6 +222,28 @@ def test_a_model_that_was_widened_is_measured_as_it_is_written(place, tmp_path, 
     assert {array.dtype.name for array in weights(out).values()} == {"bfloat16"}
 
 
+def test_experts_that_were_joined_are_rounded_and_named_as_they_are(tmp_path):
+    from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+    from jaxprune.lm.torch_models import opening, prune
+
+    tiny_transformers.deepseek(tmp_path)
+    loaded(tmp_path).to(torch.bfloat16).save_pretrained(tmp_path)
+    source = open_directory(tmp_path)
+    module = opening.open_torch_model(source, "float32").module
+    held = opening.parameters_of_tensors(module)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.001)
+    opening.round_as_stored(source, module, held)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, parameter.bfloat16().float()), name
+    # Neither the first expert nor the first half of it is the second expert.
+    joined = "model.layers.0.mlp.experts.gate_up_proj/1"
+    assert prune._tensor_name(held, joined) == joined
+    whole = "model.layers.0.self_attn.o_proj.weight"
+    assert prune._tensor_name(held, whole) == whole
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wav2vec2", "whisper"])
 def test_a_speech_model_is_pruned_on_a_folder_of_wav_files(name, tmp_path, capsys):

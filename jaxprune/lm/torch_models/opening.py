@@ -7,7 +7,7 @@ before anything is done, so what is written later has the names that were read.
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -222,17 +222,25 @@ def changed_tensors(source: CheckpointDir, stored: Any) -> list[str]:
     ]
 
 
-def round_as_stored(source: CheckpointDir, module: Any) -> None:
+def round_as_stored(
+    source: CheckpointDir, module: Any, held: Mapping[str, set[str]]
+) -> None:
     """Rounds the weights of a module to what its directory can hold, in place.
 
     Args:
       source: directory that the module was loaded from.
       module: module, in a dtype that may be wider than that of the files.
+      held: parameters of each tensor; see `parameters_of_tensors`.
     """
+    dtypes: dict[str, set[np.dtype]] = {}
+    for name, parameters in held.items():
+        for parameter in parameters if name in source.tensors else ():
+            dtypes.setdefault(parameter, set()).add(source.tensors[name].dtype)
+    # The parameters, not the tensors: those that were split or joined are copies.
     with torch.no_grad():
-        for name, tensor in stored_tensors(module).items():
-            if name in source.tensors:
-                values, dtype = as_numpy(tensor), source.tensors[name].dtype
+        for name, tensor in module.state_dict().items():
+            for dtype in dtypes.get(name, ()):
+                values = as_numpy(tensor)
                 tensor.copy_(as_tensor(values.astype(dtype).astype(values.dtype)))
 
 

@@ -128,8 +128,8 @@ class TorchPruning(TorchTransformation[PruneJob]):
             directory=self.job.work,
         )
         jp.torch.load(module, result.params)
-        round_as_stored(self.source, module)
         held = parameters_of_tensors(module)
+        round_as_stored(self.source, module, held)
         parameters = {_parameter_of(row["name"]) for row in result.report["weights"]}
         pruned = {n for n in self.source.tensors if held.get(n, set()) & parameters}
         moved = {*changed_tensors(self.source, stored_tensors(module))}
@@ -205,8 +205,10 @@ def _tensor_name(held: Mapping[str, set[str]], weight: str) -> str:
     """The tensor that holds a weight; its own name where that is split or joined."""
     parameter = _parameter_of(weight)
     # Old directories have other names than the class of today.
-    tensors = (name for name, parts in held.items() if parts == {parameter})
-    return next(tensors, parameter) + weight.removeprefix(parameter)
+    tensors = [name for name, parts in held.items() if parts == {parameter}]
+    # Of several, experts that were read one by one, none is the whole parameter.
+    name = tensors[0] if len(tensors) == 1 else parameter
+    return name + weight.removeprefix(parameter)
 
 
 def traced_function(model: TorchModel, batch: Mapping[str, Any]) -> Any:

@@ -27,6 +27,7 @@ from jaxprune.lm.torch_models import measures
 from jaxprune.lm.torch_models.opening import (
     TorchModel,
     load_module,
+    parameters_of_tensors,
     round_as_stored,
     stored_tensors,
 )
@@ -89,7 +90,7 @@ class TorchShrinking(TorchTransformation[ShrinkJob]):
     def change(self) -> Change[Any]:
         """The smaller module, rounded to what its directory can hold."""
         small, report = self.shrink()
-        round_as_stored(self.source, small)
+        round_as_stored(self.source, small, parameters_of_tensors(small))
         return Change(small, set(), set(), _shrinking_record(self, report))
 
     def shrink(self) -> tuple[Any, dict[str, Any]]:
