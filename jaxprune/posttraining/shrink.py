@@ -6,6 +6,7 @@ With batches, what is left makes up for what is gone; see
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
@@ -127,7 +128,8 @@ def shrink(
         that it could, scores are NaN, or masks are not of whole units. With batches: a
         group's units go out by no matrix, or by one that is also read transposed or in
         part, an input is not finite, or a Hessian could not be factorised.
-      TypeError: a share stands in the place of the scores, or a setting is unknown.
+      TypeError: a share or a criterion stands in the place of the scores, or a setting
+        is unknown.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -153,17 +155,19 @@ def shrink(
       2403.12983.
     """
     share, measure = parts.as_budget(budget)
+    # A criterion or its name, as `jp.gradual` takes them; a model that can be called
+    # may be a tree too.
+    is_tree = not isinstance(scores, int | float | str | FunctionType)
     check(
         RULES,
         scores=scores,
+        is_tree=is_tree,
         masks=masks,
         batches=batches,
         sparsity=sparsity,
         budget=budget,
         choices=[x is not None for x in (scores, masks, batches)],
-        are_masks=scores is not None
-        and not isinstance(scores, int | float)
-        and choice.is_masks(scores),
+        are_masks=scores is not None and is_tree and choice.is_masks(scores),
         narrowed=bool(sizes) or groups not in parts.ALL,
         idle=", ".join(settings) if batches is None else "",
         unknown=", ".join(settings.keys() - Settings.__annotations__.keys()),
@@ -239,8 +243,8 @@ def _solved(
 
 RULES = [
     Rule(
-        lambda v: not isinstance(v.scores, int | float),
-        "shrink takes scores fourth and the share fifth, got {scores}",
+        lambda v: v.is_tree,
+        "shrink takes a tree of scores fourth and the share fifth, got {scores}",
         "call jp.shrink(fn, params, batch, jp.scores.magnitude(params), 0.5)",
         error=TypeError,
     ),

@@ -138,6 +138,12 @@ def test_a_share_in_the_place_of_scores_is_refused():
         jp.shrink(with_a_mean, MLP, X, 0.5)
 
 
+@pytest.mark.parametrize("criterion", [jp.scores.magnitude, "magnitude"])
+def test_a_criterion_in_the_place_of_scores_is_refused(criterion):
+    with pytest.raises(TypeError, match=r"a tree of scores .*magnitude\(params\)"):
+        jp.shrink(with_a_mean, MLP, X, criterion, 0.5)
+
+
 def test_a_state_of_part_of_the_parameters_is_not_left_whole():
     def fn(variables, x):
         return jnp.tanh(x @ variables["params"]["up"]) @ variables["params"]["down"]
