@@ -7,6 +7,7 @@ table fails here. Inside a folder modules import each other freely, but not in a
 
 import ast
 import graphlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -260,6 +261,18 @@ def test_the_top_of_the_package_is_one_glance():
         if not entry.name.startswith("__pycache__")
     ]
     assert len(entries) <= MOST_ENTRIES
+
+
+def test_the_map_names_modules_that_there_are():
+    design = (ROOT / "docs" / "design.md").read_text()
+    rows = re.findall(r"^\| `([\w/]+)/` \| (.*?) \| [^|]*\|$", design, re.MULTILINE)
+    assert len(rows) > 20
+    for folder, text in rows:
+        paths = (ROOT / PACKAGE / folder).rglob("*")
+        modules = {path.stem for path in paths if path.suffix in ("", ".py")}
+        # A column of the table of primitives, and an attribute of config.json.
+        modules |= {"resize", "model_type"}
+        assert {*re.findall(r"`([a-z_0-9]+)`", text)} <= modules, folder
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES}))
