@@ -109,7 +109,7 @@ def tables(rows: list[dict[str, str]]) -> str:
 
 
 def _by_network(rows: list[dict[str, str]]) -> str:
-    """Mean regret of each allocation, by criterion of two, in each network."""
+    """Mean regret of each criterion and allocation in each network."""
     names = list(dict.fromkeys(row["network"] for row in rows))
     pairs = sorted({(row["criterion"], row["allocation"]) for row in rows})
     regrets = [

@@ -12,6 +12,7 @@ tables of the file.
 
 import csv
 import dataclasses
+import io
 import itertools
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ import tyro
 import jaxprune as jp
 from benchmarks import measure, small_tables
 from benchmarks.small_models import Task, loss_and_accuracy, make_task
+from jaxprune.files import atomic
 
 NetworkName = Literal["mlp", "cnn", "vit", "gpt", "masked", "lstm", "regression"]
 CRITERIA = (
@@ -233,20 +235,21 @@ def _pruned(
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Adds rows to a file, which begins with their names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    begins = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if begins:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {
-                    name: f"{value:.5g}" if isinstance(value, np.floating) else value
-                    for name, value in row.items()
-                }
-            )
+    """Adds a network's rows to a file, which begins with their names: all or none."""
+    before = path.read_bytes() if path.exists() else b""
+    added = io.StringIO()
+    writer = csv.DictWriter(added, list(rows[0]), lineterminator="\n")
+    if not before:
+        writer.writeheader()
+    for row in rows:
+        writer.writerow(
+            {
+                name: f"{value:.5g}" if isinstance(value, np.floating) else value
+                for name, value in row.items()
+            }
+        )
+    # Rows of a part of a network would be taken for all of it.
+    atomic.replace(path, before + added.getvalue().encode())
 
 
 if __name__ == "__main__":

@@ -37,6 +37,16 @@ def test_the_measured_allocation_is_chosen_on_the_calibration_batch():
     assert (chosen["allocation"], chosen["loss"]) == ("measured", "2.0")
 
 
+def test_a_network_is_in_the_file_with_all_its_rows_or_with_none(tmp_path):
+    file = tmp_path / "rows.csv"
+    small_tasks._append(file, [{"network": "mlp", "loss": 1.0}])
+    # A run that ends between two rows, whose network would be taken for done.
+    with pytest.raises(ValueError, match="fields not in fieldnames"):
+        small_tasks._append(file, [{"network": "cnn"}, {"network": "cnn", "extra": 1}])
+    small_tasks._append(file, [{"network": "gpt", "loss": 2.0}])
+    assert [row["network"] for row in small_tables.read(file)] == ["mlp", "gpt"]
+
+
 @pytest.mark.full
 def test_rows_that_are_there_are_not_made_again(tmp_path, monkeypatch, capsys):
     config = small_tasks.Config(
