@@ -93,8 +93,10 @@ def solve_sizes(
     check(_ONE_MATRIX, several=several)
     consumers = {name: ways_out[0] for name, ways_out in readers.items()}
     leaves = Leaves(jax.tree.leaves(params))
-    ops = [consumer.op for consumer in consumers.values()]
-    program = SegmentedProgram(traced, leaves, ops)
+    updated = {consumer.op.name for consumer in consumers.values()}
+    # Each use of a weight has inputs of its own.
+    uses = [op for op in traced.linear_ops if op.name in updated]
+    program = SegmentedProgram(traced, leaves, uses)
     facts = {
         "sizes": {name: list(numbers) for name, numbers in sizes.items()},
         "start": dict(start),

@@ -24,12 +24,19 @@ def fn(params, x):
     return x
 
 
-def solved(directory, sizes=SIZES, start=4):
-    groups = jp.axis_groups(fn, PARAMS, BATCHES[0])
+def twice(params, x):
+    """One layer at two depths, as ALBERT has it."""
+    for _ in range(2):
+        x = x + jnp.tanh(x @ params["up"]) @ params["down"]
+    return x
+
+
+def solved(directory, sizes=SIZES, start=4, fn=fn, params=PARAMS):
+    groups = jp.axis_groups(fn, params, BATCHES[0])
     names = [group.name for group in groups if group.default]
     sizes, start = dict.fromkeys(names, sizes), dict.fromkeys(names, start)
     return solve_sizes(
-        fn, PARAMS, list(BATCHES), groups, sizes, start, directory=directory
+        fn, params, list(BATCHES), groups, sizes, start, directory=directory
     )
 
 
@@ -78,3 +85,17 @@ def test_nothing_and_all_units_are_sizes_without_any_between(tmp_path):
     for table in solved(tmp_path / "work", [0, 8], start=8).values():
         assert (table.sizes, table.errors) == ((0, 8), (1.0, 0.0))
         assert [np.count_nonzero(table.read(n).any(1)) for n in (0, 8)] == [0, 8]
+
+
+@pytest.mark.full
+def test_a_weight_is_solved_for_the_inputs_of_all_its_uses(tmp_path):
+    layer = PARAMS["layer0"]
+    (table,) = solved(tmp_path / "work", [4, 8], fn=twice, params=layer).values()
+    settings = {"batches": list(BATCHES), "relative": True, "progress": False}
+    one_size = jp.shrink(twice, layer, BATCHES[0], sparsity=0.5, **settings)
+    (kept,) = one_size.report["kept"].values()
+    matrix = table.read(4)
+    np.testing.assert_array_equal(np.flatnonzero(matrix.any(1)), kept)
+    np.testing.assert_allclose(
+        matrix[kept], one_size.params["down"], rtol=1e-4, atol=1e-5
+    )
