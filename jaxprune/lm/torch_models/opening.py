@@ -181,8 +181,9 @@ def parameters_of_tensors(module: Any) -> dict[str, set[str]]:
     # By identity: tied ones are one object.
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
     names = list(first.values())
+    # Whole numbers up to 2^24; what is joined on the way takes four bytes a weight.
     numbers = {
-        key: torch.tensor(number, dtype=torch.float64)
+        key: torch.tensor(number, dtype=torch.float32)
         for number, key in enumerate(first)
     }
     # Loading may have joined tensors or split them. So each number, as a tensor without
