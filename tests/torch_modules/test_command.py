@@ -230,18 +230,18 @@ def test_experts_that_were_joined_are_rounded_and_named_as_they_are(tmp_path):
     loaded(tmp_path).to(torch.bfloat16).save_pretrained(tmp_path)
     source = open_directory(tmp_path)
     module = opening.open_torch_model(source, "float32").module
-    held = opening.parameters_of_tensors(module)
+    by_tensor = opening.parameters_of_tensors(module)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(1.001)
-    opening.round_as_stored(source, module, held)
+    opening.round_as_stored(source, module, by_tensor)
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, parameter.bfloat16().float()), name
     # Neither the first expert nor the first half of it is the second expert.
     joined = "model.layers.0.mlp.experts.gate_up_proj/1"
-    assert prune._tensor_name(held, joined) == joined
+    assert prune._tensor_name(by_tensor, joined) == joined
     whole = "model.layers.0.self_attn.o_proj.weight"
-    assert prune._tensor_name(held, whole) == whole
+    assert prune._tensor_name(by_tensor, whole) == whole
 
 
 @pytest.mark.slow

@@ -224,17 +224,17 @@ def changed_tensors(source: CheckpointDir, stored: Any) -> list[str]:
 
 
 def round_as_stored(
-    source: CheckpointDir, module: Any, held: Mapping[str, set[str]]
+    source: CheckpointDir, module: Any, by_tensor: Mapping[str, set[str]]
 ) -> None:
     """Rounds the weights of a module to what its directory can hold, in place.
 
     Args:
       source: directory that the module was loaded from.
       module: module, in a dtype that may be wider than that of the files.
-      held: parameters of each tensor; see `parameters_of_tensors`.
+      by_tensor: parameters of each tensor; see `parameters_of_tensors`.
     """
     dtypes: dict[str, set[np.dtype]] = {}
-    for name, parameters in held.items():
+    for name, parameters in by_tensor.items():
         for parameter in parameters if name in source.tensors else ():
             dtypes.setdefault(parameter, set()).add(source.tensors[name].dtype)
     # The parameters, not the tensors: those that were split or joined are copies.

@@ -128,17 +128,19 @@ class TorchPruning(TorchTransformation[PruneJob]):
             directory=self.job.work,
         )
         jp.torch.load(module, result.params)
-        held = parameters_of_tensors(module)
-        round_as_stored(self.source, module, held)
+        by_tensor = parameters_of_tensors(module)
+        round_as_stored(self.source, module, by_tensor)
         parameters = {_parameter_of(row["name"]) for row in result.report["weights"]}
-        pruned = {n for n in self.source.tensors if held.get(n, set()) & parameters}
+        pruned = {
+            n for n in self.source.tensors if by_tensor.get(n, set()) & parameters
+        }
         moved = {*changed_tensors(self.source, stored_tensors(module))}
         record = describe_pruning(
             self.job,
             self.chosen,
             describe_inputs(self.job.calibration, self.inputs),
             result.report,
-            functools.partial(_tensor_name, held),
+            functools.partial(_tensor_name, by_tensor),
         )
         record["through"] = f"torch, as {self.model.class_name}"
         return Change(module, pruned | moved, pruned, record)
@@ -201,11 +203,11 @@ def _parameter_of(weight: str) -> str:
     return re.split(r"[/\[]", weight)[0]
 
 
-def _tensor_name(held: Mapping[str, set[str]], weight: str) -> str:
+def _tensor_name(by_tensor: Mapping[str, set[str]], weight: str) -> str:
     """The tensor that holds a weight; its own name where that is split or joined."""
     parameter = _parameter_of(weight)
     # Old directories have other names than the class of today.
-    tensors = [name for name, parts in held.items() if parts == {parameter}]
+    tensors = [name for name, parts in by_tensor.items() if parts == {parameter}]
     # Of several, experts that were read one by one, none is the whole parameter.
     name = tensors[0] if len(tensors) == 1 else parameter
     return name + weight.removeprefix(parameter)
