@@ -113,6 +113,11 @@ _REMOVAL = (
         lambda v: not v.hidden or v.calibration,
         "--hidden needs --calibration FILE..., by which the channels are chosen",
     ),
+    Rule(
+        lambda v: not v.hidden or not v.recover_hidden,
+        "--recover-hidden compares the last hidden states of both models channel by "
+        "channel, and --hidden removes some of one; leave one out",
+    ),
     at_least("speed_rounds", 0),
     at_least("layers", 1),
     at_least("multiple", 1),
