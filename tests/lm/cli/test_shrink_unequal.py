@@ -60,10 +60,13 @@ def test_layers_differ_within_the_parameters_of_equal_ones(place, small):
         for block in config["block_configs"]
     ]
     assert written == [tuple(sizes) for sizes in layers.tolist()]
+    # The report has all groups, whole and absent ones too.
+    after = [size["after"] for size in small["units"]["groups"].values()]
+    assert sorted(after) == sorted(layers[:, 1:].ravel())
     nats = small["units"]["unequal"]
     assert nats["searched"] <= min(nats["equal"], nats["knapsack"])
     assert "sizes by layer" in small["method"]
-    assert not (place / ".small.progress").exists()
+    assert not (place / ".small.work").exists()
 
 
 @pytest.mark.full
