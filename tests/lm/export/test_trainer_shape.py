@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jaxprune.lm import cli
 from jaxprune.lm.export.maxtext_checkpoint import export_maxtext
 from jaxprune.lm.export.tunix_model import load_in_tunix
 from tests.support.tiny_hf import LLAMA3
@@ -53,3 +54,9 @@ def test_buffers_and_copies_of_an_old_directory_are_left_out(tmp_path):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     result = export_maxtext(folder, tmp_path / "out")
     assert result.weights == weights
+
+
+def test_a_type_of_gguf_is_refused_of_a_checkpoint_of_maxtext(tmp_path, capsys):
+    words = ("export", tmp_path, "--maxtext", tmp_path / "out", "--type", "q8_0")
+    assert cli.main([*map(str, words)]) == 1
+    assert "--type q8_0 is for --gguf" in " ".join(capsys.readouterr().err.split())
