@@ -87,8 +87,9 @@ def resolve(requirements: list[str], python: str, *, dev: bool) -> Resolved:
 def newest(package: Package) -> str:
     """The newest release for the newest Python that has one."""
     for python in reversed(PYTHONS):
-        if found := resolve([package.name], python, dev=package.dev).versions:
-            return found[package.name]
+        resolved = resolve([package.name], python, dev=package.dev)
+        if resolved.versions:
+            return resolved.versions[package.name]
     raise SystemExit(f"{package.name} has no release for Python {', '.join(PYTHONS)}")
 
 

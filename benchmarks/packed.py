@@ -250,21 +250,25 @@ def _pruned(config: Config, params: Any, zeros: float) -> Any:
     """The parameters with zeros: at random, or pruned while the GPT trains."""
     if not config.train:
         return jp.prune(params, jp.scores.random(params), zeros)
+    leaves = jax.tree.leaves(_trained(config.train, zeros))
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+@functools.cache  # for all encodings
+def _trained(steps: int, zeros: float) -> Any:
+    """The parameters of a GPT that was pruned while it trained."""
     corpus = load()  # the plays, of 78 characters
     model = LanguageModel(preset("cpu", vocab_size=len(corpus.vocabulary)))
-    sparsity = jp.schedules.cubic(
-        zeros, begin=config.train // 10, end=config.train * 4 // 5
-    )
+    sparsity = jp.schedules.cubic(zeros, begin=steps // 10, end=steps * 4 // 5)
     tx = jp.gradual(optax.adamw(1e-3), sparsity)
     state = training.train(
         training.init(model.init(0), tx),
         training.make_step(model.loss, tx),
         Batches(corpus.train, 64, model.config.context, 0),
-        steps=config.train,
+        steps=steps,
         key=jax.random.key(0),
     )
-    leaves = jax.tree.leaves(state.params)
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    return state.params
 
 
 def _add_llama(

@@ -29,6 +29,7 @@ import numpy as np
 import tyro
 
 from experiments.datasets import shakespeare_plays
+from jaxprune.files import atomic
 
 PACKAGES = {
     "sympy": "1.14.0",
@@ -182,7 +183,7 @@ def write_documents(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     paths = {name: folder / f"{name}.txt" for name in names}
     for name, path in paths.items():
         if not path.is_file():
-            path.write_text("\n".join(DOCUMENTS[name]()), encoding="utf-8")
+            atomic.replace(path, "\n".join(DOCUMENTS[name]()).encode())
     return paths
 
 

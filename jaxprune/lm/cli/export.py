@@ -48,7 +48,8 @@ class Export(Options):
 
     def run(self, console: Console, words: list[str]) -> dict[str, Any]:
         """Writes the file or checkpoint, and says what is in it."""
-        check(_ONE, outputs=[p for p in (self.gguf, self.maxtext) if p is not None])
+        outputs = [p for p in (self.gguf, self.maxtext) if p is not None]
+        check(_RULES, outputs=outputs, maxtext=self.maxtext, type=self.type)
         if self.maxtext is not None:
             return self._maxtext(self.maxtext, console)
         with byte_progress(open_directory(self.model).size, "writing") as progress:
@@ -81,9 +82,19 @@ class Export(Options):
         return {**result._asdict(), "directory": str(directory)}
 
 
-_ONE = Rule(
-    lambda v: len(v.outputs) == 1,
-    "export writes one file or directory, got {named}",
-    "give --gguf FILE or --maxtext DIRECTORY",
-    details=lambda v: {"named": " and ".join(f"'{p}'" for p in v.outputs) or "none"},
+_RULES = (
+    Rule(
+        lambda v: len(v.outputs) == 1,
+        "export writes one file or directory, got {named}",
+        "give --gguf FILE or --maxtext DIRECTORY",
+        details=lambda v: {
+            "named": " and ".join(f"'{p}'" for p in v.outputs) or "none"
+        },
+    ),
+    Rule(
+        lambda v: v.maxtext is None or v.type == "f16",
+        "--type {type} is for --gguf, and MaxText's checkpoint has the dtypes of the "
+        "directory",
+        "leave it out",
+    ),
 )

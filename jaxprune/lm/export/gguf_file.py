@@ -19,6 +19,7 @@ from jaxprune.arrays.rules import Rule, check
 from jaxprune.files import atomic
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.export.gguf_shape import (
+    FIRST_HEADS,
     NO_NEURONS,
     Architecture,
     check_shape,
@@ -148,23 +149,25 @@ def _tensors(
             return _converted(leaf, opened.read(tensor), architecture, config)
 
         yield _Tensor(name, info.size, info.shape, stored, read)
+    yield from _zeros(config, type)
+
+
+def _zeros(config: DecoderConfig, type: GGUFType) -> Iterator[_Tensor]:
+    """An attention of the first layer, and MLPs, that add nothing where none are."""
+    width, features = config.width, FIRST_HEADS * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+    if not config.sizes(0).heads:
+        shapes |= {f"0.attn_{part}": (features, width) for part in ("q", "k", "v")}
+        shapes |= {"0.attn_norm": (width,), "0.attn_output": (width, features)}
     for layer in range(config.layers):
         if not config.sizes(layer).mlp_width:
-            yield from _no_mlp(layer, config.width, type)
-
-
-def _no_mlp(layer: int, width: int, type: GGUFType) -> Iterator[_Tensor]:
-    """An MLP that adds nothing, of a layer that has none."""
-    shapes = {
-        "ffn_norm": (width,),
-        "ffn_gate": (NO_NEURONS, width),
-        "ffn_up": (NO_NEURONS, width),
-        "ffn_down": (width, NO_NEURONS),
-    }
+            outer = (NO_NEURONS, width)
+            shapes |= {f"{layer}.ffn_{part}": outer for part in ("gate", "up")}
+            shapes |= {f"{layer}.ffn_norm": (width,), f"{layer}.ffn_down": outer[::-1]}
     for name, shape in shapes.items():
         zeros = functools.partial(np.zeros, shape, np.float32)
-        stored = _stored_type(type, f"layers/{layer}/{name}", shape)
-        yield _Tensor(f"blk.{layer}.{name}.weight", 0, shape, stored, zeros)
+        stored = _stored_type(type, f"layers/{name}", shape)
+        yield _Tensor(f"blk.{name}.weight", 0, shape, stored, zeros)
 
 
 def _converted(

@@ -48,6 +48,9 @@ BY_LAYER: Mapping[str, Architecture] = {
 """The same where layers have sizes of their own."""
 NO_NEURONS = 32
 """Neurons of zeros where a layer has no MLP: without any the graph drops attention."""
+FIRST_HEADS = 1
+"""Heads of zeros where the first layer has none: its number alone decides whether
+llama.cpp reads the size of heads."""
 
 
 def check_shape(model_type: str, config: DecoderConfig) -> Architecture:
@@ -161,8 +164,8 @@ def write_shape(writer: Any, architecture: Architecture, config: DecoderConfig) 
     heads, kv_heads, neurons = map(list, zip(*sizes, strict=True))
     if config.layer_sizes:
         writer.add_feed_forward_length([count or NO_NEURONS for count in neurons])
-        writer.add_head_count(heads)
-        writer.add_head_count_kv(kv_heads)
+        writer.add_head_count([heads[0] or FIRST_HEADS, *heads[1:]])
+        writer.add_head_count_kv([kv_heads[0] or FIRST_HEADS, *kv_heads[1:]])
     else:
         writer.add_feed_forward_length(neurons[0])
         writer.add_head_count(heads[0])

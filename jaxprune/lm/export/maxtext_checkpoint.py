@@ -93,7 +93,8 @@ def export_maxtext(
     checkpoint = _package()
     opened = open_directory(source)
     model_type = opened.config["model_type"]
-    config = hf.load(opened, lazy=True, ignore_config=ignore_config).config
+    loaded = hf.load(opened, lazy=True, ignore_config=ignore_config)
+    config = loaded.config
     shape = check_trainer_shape(model_type, config, "MaxText")
     place = atomic.apart(directory, opened.path)
     overrides = _overrides(model_type, config, shape) | {
@@ -102,7 +103,7 @@ def export_maxtext(
     with atomic.staged(
         place, replaceable=_why_not_ours if overwrite else None
     ) as partial:
-        params = _params(opened, model_type, config)
+        params = _params(opened, loaded, model_type)
         items = checkpoint.PyTreeCheckpointHandler(use_zarr3=True)
         with checkpoint.CheckpointManager(
             partial.absolute(), item_handlers={"items": items}
@@ -158,21 +159,20 @@ def _overrides(
 
 
 def _params(
-    opened: CheckpointDir, model_type: str, config: DecoderConfig
+    opened: CheckpointDir, loaded: hf.Loaded, model_type: str
 ) -> dict[str, Any]:
     """The tree of MaxText's parameters."""
-    gemma = model_type == "gemma3_text"
+    config, gemma = loaded.config, model_type == "gemma3_text"
     names = _IN_LAYER | (_GEMMA_NORMS if gemma else {})
     stacks: dict[str, list[np.ndarray]] = {}  # path to layers, in order
     params: dict[str, Any] = {}
-    by_number = sorted(opened.tensors, key=_layer_of)
+    # Not all of the directory: buffers of rotary frequencies and copies may lie there.
+    origins = [origin.name for origin in loaded.names.values()]
     # Layers one behind the other, so that each stack is in their order.
-    for name in by_number:
+    for name in sorted(origins, key=_layer_of):
         short = name.removeprefix("model.").removesuffix(".weight")
         tensor = opened.read(name)
         if not (match := re.fullmatch(r"layers\.(\d+)\.(.*)", short)):
-            if short == "lm_head" and config.tie_weights:
-                continue  # the embedding again
             path = _OUTSIDE[short]
             _put(params, path, _converted(tensor, path, config, gemma=gemma))
             continue

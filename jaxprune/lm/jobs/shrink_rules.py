@@ -113,6 +113,11 @@ _REMOVAL = (
         lambda v: not v.hidden or v.calibration,
         "--hidden needs --calibration FILE..., by which the channels are chosen",
     ),
+    Rule(
+        lambda v: not v.hidden or not v.recover_hidden,
+        "--recover-hidden compares the last hidden states of both models channel by "
+        "channel, and --hidden removes some of one; leave one out",
+    ),
     at_least("speed_rounds", 0),
     at_least("layers", 1),
     at_least("multiple", 1),
@@ -293,7 +298,10 @@ def check_fits(
     units = count_head_units(config)
     name = "query heads" if config.kv_heads == 1 else "key heads"
     _check_units("hidden", removal.hidden, config.width, "channels")
-    _check_units("ffn", removal.ffn, config.mlp_width, "neurons")
+    # Of layers that differ already, what fits the narrowest MLP fits all.
+    widths = (config.sizes(layer).mlp_width for layer in range(config.layers))
+    narrowest = min(filter(None, widths), default=0)
+    _check_units("ffn", removal.ffn, narrowest, "neurons")
     _check_units("heads", removal.heads, units, name)
     if removal.experts:
         _check_experts(removal.experts, config)
@@ -308,8 +316,8 @@ def check_fits(
         check(
             _MULTIPLE,
             **option_values(removal),
-            width=config.mlp_width,
-            remaining=neurons_left(removal, config.mlp_width),
+            width=narrowest,
+            remaining=neurons_left(removal, narrowest),
         )
 
 

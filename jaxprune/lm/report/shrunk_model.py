@@ -138,15 +138,19 @@ def _kept(record: Mapping[str, Any]) -> dict[str, Figure]:
         return {}
     # Groups are named by the layers that stayed; the figure has all layers.
     layers: dict[str, dict[int, Sequence[int]]] = {}
-    whole: dict[str, int] = {}
+    whole: dict[str, dict[int, int]] = {}
     stayed = record["layers"]["kept"]
+    # One that stayed may have no such units, as after --unequal.
+    nothing: dict[int, Sequence[int]] = {layer: () for layer in stayed}
     for name, kept in units["kept"].items():
         match = re.match(r"layers/(\d+)/", name)
         role = units["roles"].get(name)
         if match is None or role is None:
             continue
-        layers.setdefault(role, {})[stayed[int(match[1])]] = kept
-        whole[role] = units["groups"][name]["before"]
+        layer = stayed[int(match[1])]
+        layers.setdefault(role, dict(nothing))[layer] = kept
+        before = units["groups"][name]["before"]
+        whole.setdefault(role, dict.fromkeys(stayed, 0))[layer] = before
     count = record["sizes"]["before"]["layers"]
     return {
         role.replace(" ", "-"): kept_units(rows, whole[role], count, _KINDS[role])
@@ -156,25 +160,30 @@ def _kept(record: Mapping[str, Any]) -> dict[str, Figure]:
 
 @canvas.STYLE
 def kept_units(
-    kept: Mapping[int, Sequence[int]], units: int, layers: int, title: str
+    kept: Mapping[int, Sequence[int]],
+    units: Mapping[int, int],
+    layers: int,
+    title: str,
 ) -> Figure:
     """Rows are layers, columns places of units; the darker, the more are kept.
 
     Args:
       kept: layer to its kept units; layers that are absent were removed.
-      units: how many each had.
+      units: layer to how many it had.
       layers: how many there were.
       title: what the units are.
 
     Returns:
       The figure.
     """
-    places = min(units, _MOST)  # a column may stand for several units
-    edges = np.linspace(0, units, places + 1).round().astype(int)
+    most = max(units.values())
+    places = min(most, _MOST)  # a column may stand for several units
+    edges = np.linspace(0, most, places + 1).round().astype(int)
     grid = np.full((layers, places), np.nan)  # a removed layer stays white
     for layer, kept_here in kept.items():
-        is_kept = np.zeros(units)  # (units,)
+        is_kept = np.zeros(most)  # (most,)
         is_kept[list(kept_here)] = 1
+        is_kept[units[layer] :] = np.nan  # which it never had
         # The share that is kept of the units of each column.
         grid[layer] = np.add.reduceat(is_kept, edges[:-1]) / np.diff(edges)
     height = 0.17 * layers if layers > 16 else 0.26 * layers
@@ -192,5 +201,6 @@ def kept_units(
     axes.tick_params(length=0)
     axes.set_ylabel("layer")
     axes.set_xlabel("unit")
-    axes.set_title(f"{title} that are kept, of {units} in each layer")
+    most_of = "" if len({*units.values()}) == 1 else "at most "
+    axes.set_title(f"{title} that are kept, of {most_of}{most} in each layer")
     return figure

@@ -87,7 +87,8 @@ class _Stream:
         ]
         states, outputs = zip(*runs, strict=True)
         of_norms = map(list, zip(*outputs, strict=True))
-        return list(states), dict(zip(NORMS, of_norms, strict=True))
+        names = norms_of(self._decoder.layers[layer])
+        return list(states), dict(zip(names, of_norms, strict=True))
 
     def normalised(self) -> Iterator[Array]:
         """What the last norm gives, behind the last layer."""
@@ -132,13 +133,15 @@ def fit_readers(
             whole.states, norm_outputs = whole.run(i)
             # What the MLP is given depends on the attention, which is fitted first.
             attention, mlp = NORMS
-            pairs = zip(
-                narrow.normalised_first(i), norm_outputs[attention], strict=True
-            )
-            fit(readers(named, i, attention), _moments(pairs))
-            _, outputs = narrow.run(i, _layer_params(small.params, named, i))
-            pairs = zip(outputs[mlp], norm_outputs[mlp], strict=True)
-            fit(readers(named, i, mlp), _moments(pairs))
+            if attention in norm_outputs:
+                pairs = zip(
+                    narrow.normalised_first(i), norm_outputs[attention], strict=True
+                )
+                fit(readers(named, i, attention), _moments(pairs))
+            if mlp in norm_outputs:
+                _, outputs = narrow.run(i, _layer_params(small.params, named, i))
+                pairs = zip(outputs[mlp], norm_outputs[mlp], strict=True)
+                fit(readers(named, i, mlp), _moments(pairs))
             narrow.states, _ = narrow.run(i, _layer_params(small.params, named, i))
             progress.update(1)
     moments = _moments(zip(narrow.normalised(), whole.normalised(), strict=True))
@@ -153,6 +156,11 @@ def fit_readers(
         fit(["head/kernel"], moments)
     structure = jax.tree.structure(small.params)
     return small._replace(params=jax.tree.unflatten(structure, [*named.values()]))
+
+
+def norms_of(layer: Any) -> list[str]:
+    """Those of `NORMS` that a layer has: without an MLP, say, it has one."""
+    return [name for name in NORMS if getattr(layer, name) is not None]
 
 
 def readers(names: Collection[str], layer: int, norm: str) -> list[str]:
@@ -174,7 +182,7 @@ def _run_layer(
     """The stream behind a layer, and what its norms gave."""
     layer = nnx.merge(graphdef, params)
     outputs: list[Array] = []
-    for name in NORMS:
+    for name in norms_of(layer):
         setattr(layer, name, ReportingNorm(getattr(layer, name), outputs.append))
     return layer(x, *arguments)[0], outputs
 

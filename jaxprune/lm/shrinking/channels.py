@@ -23,11 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.loaded_model import LoadedModel
-from jaxprune.lm.shrinking.channel_fit import (
-    NORMS,
-    ReportingNorm,
-    fit_readers,
-)
+from jaxprune.lm.shrinking.channel_fit import ReportingNorm, fit_readers, norms_of
 
 
 def without_channels(
@@ -87,7 +83,7 @@ def channel_scores(
             squares.append(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(0, 1)))
 
         for layer in decoder.layers:
-            for name in NORMS:
+            for name in norms_of(layer):
                 setattr(layer, name, ReportingNorm(getattr(layer, name), report))
         decoder.norm = ReportingNorm(decoder.norm, report)
         decoder.states(decoder.embed(ids))

@@ -114,7 +114,8 @@ def narrow_unequally(
     task = _Task(model, solved, start, costs)
     few = units.equal_batches(judges, min(batch, -(-judging // _FEW)))
     sizes, nats = _choose(task, few, work, note)
-    small, report = _solve_chosen(model, sizes, roles, tokens, batch)
+    counts = {group.name: group.units for group in chosen_groups}
+    small, report = _solve_chosen(model, sizes, counts, roles, tokens, batch)
     by_layer = [small.config.sizes(layer) for layer in range(small.config.layers)]
     return small, {**report, "unequal": {**nats, "layers": by_layer}}
 
@@ -315,17 +316,17 @@ def _menu(
 def _solve_chosen(
     model: LoadedModel,
     sizes: Mapping[str, int],
+    counts: Mapping[str, int],
     roles: Mapping[str, str],
     tokens: np.ndarray,
     batch: int,
 ) -> tuple[LoadedModel, dict[str, Any]]:
     """The model at the chosen sizes, solved layer after layer, and the report."""
-    absent = {name for name, size in sizes.items() if not size}
+    absent = [name for name, size in sizes.items() if not size]
     model = units.without_parts(
         model, {(int(name.split("/")[1]), roles[name]) for name in absent}
     )
     fn, _, groups = units.group_axes(model)
-    roles = units.group_roles(groups, model.config)
     shares = {g.name: 1 - sizes[g.name] / g.units for g in groups if g.name in sizes}
     batches = units.equal_batches(tokens, batch)
     result = jp.shrink(
@@ -333,4 +334,6 @@ def _solve_chosen(
     )
     report = result.report
     small = units.with_smaller(model, result.params)
-    return small, {**report, "roles": {name: roles[name] for name in report["kept"]}}
+    report["kept"] |= {name: [] for name in absent}
+    report["groups"] |= {name: {"before": counts[name], "after": 0} for name in absent}
+    return small, units.report_with_roles(report, groups, roles)

@@ -230,7 +230,37 @@ def narrow(
         choice = {"shares": shares, "milliseconds": report["milliseconds"]}
         atomic.replace_json(place, choice)
     small = with_smaller(model, result.params)
-    return small, {**report, "roles": {name: roles[name] for name in report["kept"]}}
+    return small, report_with_roles(report, groups, roles)
+
+
+def report_with_roles(
+    report: dict[str, Any], groups: jp.AxisGroups, roles: Mapping[str, str]
+) -> dict[str, Any]:
+    """A report of `jp.shrink` with what its groups are, those that stay whole too.
+
+    Args:
+      report: report of the groups that lose units.
+      groups: axis groups of the model before.
+      roles: name of a group to what it is.
+
+    Returns:
+      The report with "roles". Its "kept" and "groups" have all groups of a role of
+      which one loses units.
+    """
+    narrowed = {roles[name] for name in report["kept"]}
+    whole = {
+        group.name: group.units
+        for group in groups
+        if roles.get(group.name) in narrowed and group.name not in report["kept"]
+    }
+    kept = report["kept"] | {name: [*range(n)] for name, n in whole.items()}
+    sizes = {name: {"before": n, "after": n} for name, n in whole.items()}
+    return {
+        **report,
+        "groups": report["groups"] | sizes,
+        "kept": kept,
+        "roles": {name: roles[name] for name in kept},
+    }
 
 
 def with_smaller(model: LoadedModel, params: Any) -> LoadedModel:

@@ -1,5 +1,6 @@
 """`jaxprune shrink --unequal`: layers of different sizes, and what reads them."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,6 +14,11 @@ pytest.importorskip("tokenizers")
 
 from jaxprune.files import atomic
 from jaxprune.lm import cli
+from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+from jaxprune.lm.jobs.shrink_rules import check_fits
+from jaxprune.lm.jobs.shrink_settings import Removal
+from jaxprune.lm.models.decoder.config import LayerSizes
+from jaxprune.lm.models.loaded_model import open_model
 
 LAYERS = 3
 
@@ -60,10 +66,13 @@ def test_layers_differ_within_the_parameters_of_equal_ones(place, small):
         for block in config["block_configs"]
     ]
     assert written == [tuple(sizes) for sizes in layers.tolist()]
+    # The report has all groups, whole and absent ones too.
+    after = [size["after"] for size in small["units"]["groups"].values()]
+    assert sorted(after) == sorted(layers[:, 1:].ravel())
     nats = small["units"]["unequal"]
     assert nats["searched"] <= min(nats["equal"], nats["knapsack"])
     assert "sizes by layer" in small["method"]
-    assert not (place / ".small.progress").exists()
+    assert not (place / ".small.work").exists()
 
 
 @pytest.mark.full
@@ -146,3 +155,14 @@ def test_what_does_not_fit_is_refused_in_a_sentence(place, options, match, capsy
     assert code != 0
     assert match in " ".join(err.split())
     assert not (place / "no").exists()
+
+
+def test_neurons_of_unequal_layers_are_checked_by_the_narrowest(place):
+    model = open_model(place / "model")
+    sizes = ((4, 2, 48), (0, 0, 24), (4, 2, 0))
+    config = dataclasses.replace(
+        model.config, layer_sizes=tuple(LayerSizes(*layer) for layer in sizes)
+    )
+    removal = Removal(ffn=0.5, multiple=32)
+    with pytest.raises(ValueError, match="--multiple 32 leaves all 24 neurons"):
+        check_fits(removal, open_directory(place / "model"), config)

@@ -115,6 +115,13 @@ def test_channels_are_chosen_by_a_text(place, capsys):
     assert "--hidden needs --calibration FILE..., by which the channels are cho" in err
 
 
+def test_states_of_two_widths_are_not_compared(place, capsys):
+    recovery = ("--recover-steps", 1, "--recover-hidden", 1)
+    code, _, err = narrowed(capsys, place, "two", "--hidden", 0.25, *recovery)
+    assert code == 1
+    assert "--hidden removes some of one; leave one out" in err
+
+
 @pytest.mark.full
 def test_the_same_command_gives_the_same_bits(place, capsys):
     for out in ("first", "second"):

@@ -6,6 +6,8 @@ import pytest
 from jaxprune.lm.export.gguf_file import export_gguf
 from jaxprune.lm.export.gguf_shape import NO_NEURONS
 from jaxprune.lm.models import hf
+from jaxprune.lm.models.loaded_model import open_model
+from jaxprune.lm.shrinking import units
 from tests.support import tiny_hf
 from tests.support.tiny_tokenizers import model_folder
 from tests.support.unequal_layers import LAYERS, unequal, written
@@ -48,6 +50,26 @@ def test_deci_has_the_sizes_of_each_layer_and_zeros_for_no_mlp(tmp_path):
     assert tensors["blk.2.ffn_up.weight"].shape == (NO_NEURONS, width)
     for part in ("gate", "up", "down"):
         assert not tensors[f"blk.2.ffn_{part}.weight"].any()
+
+
+def test_a_first_layer_without_attention_has_a_head_of_zeros(tmp_path):
+    # Where that layer has none, llama.cpp takes the heads of all to be of size 0.
+    model_folder(tmp_path / "whole", "byte-level", layers=2)
+    dense = open_model(tmp_path / "whole").read()
+    small = units.without_parts(dense, {(0, "heads"), (1, "heads")})
+    written(dense, small, tmp_path / "whole", tmp_path / "small")
+    export_gguf(tmp_path / "small", tmp_path / "small.gguf", type="f32")
+    reader = gguf.GGUFReader(tmp_path / "small.gguf")
+    for key in ("head_count", "head_count_kv"):
+        assert reader.fields[f"deci.attention.{key}"].contents() == [1, 0]
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    width, size = small.config.width, small.config.head_dim
+    for part in ("q", "k", "v"):
+        assert tensors[f"blk.0.attn_{part}.weight"].shape == (size, width)
+    assert tensors["blk.0.attn_output.weight"].shape == (width, size)
+    attention = [name for name in tensors if ".attn" in name]
+    assert len(attention) == 5
+    assert not any(tensors[name].any() for name in attention)
 
 
 def test_what_deci_cannot_say_is_refused(tmp_path):

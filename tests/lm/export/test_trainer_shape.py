@@ -1,7 +1,10 @@
 """What the decoders of MaxText and Tunix would compute in another way is refused."""
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from jaxprune.lm import cli
 from jaxprune.lm.export.maxtext_checkpoint import export_maxtext
 from jaxprune.lm.export.tunix_model import load_in_tunix
 from tests.support.tiny_hf import LLAMA3
@@ -38,3 +41,22 @@ def test_a_base_that_tunix_does_not_read_is_refused(tmp_path):
     folder = pruned_folder("llama", tmp_path / "model", rope_parameters=rope)
     with pytest.raises(ValueError, match=r"the base 1000000, .* this model by 500000"):
         load_in_tunix(folder)
+
+
+def test_buffers_and_copies_of_an_old_directory_are_left_out(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    folder = pruned_folder("llama", tmp_path / "model", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    weights = sum(tensor.size for tensor in tensors.values())
+    # As Llama 2 was published, and as torch saves a tied head.
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    result = export_maxtext(folder, tmp_path / "out")
+    assert result.weights == weights
+
+
+def test_a_type_of_gguf_is_refused_of_a_checkpoint_of_maxtext(tmp_path, capsys):
+    words = ("export", tmp_path, "--maxtext", tmp_path / "out", "--type", "q8_0")
+    assert cli.main([*map(str, words)]) == 1
+    assert "--type q8_0 is for --gguf" in " ".join(capsys.readouterr().err.split())

@@ -134,7 +134,7 @@ def test_the_page_shows_which_layers_a_search_left_out():
 
 def test_each_place_is_as_dark_as_the_share_of_units_that_is_kept():
     kept = {0: [0, 1, 2, 7], 2: range(100, 200)}
-    figure = shrunk_model.kept_units(kept, 256, 3, "neurons")
+    figure = shrunk_model.kept_units(kept, {0: 256, 2: 256}, 3, "neurons")
     (axes,) = figure.axes
     (mesh,) = axes.collections
     grid = np.ma.filled(mesh.get_array(), np.nan).reshape(3, 64)  # four units a place
@@ -144,3 +144,19 @@ def test_each_place_is_as_dark_as_the_share_of_units_that_is_kept():
     expected[1] = np.nan
     np.testing.assert_array_equal(grid, expected)
     assert len(axes.patches) == 1  # the layer that was removed
+
+
+def test_layers_that_had_different_sizes_are_shown_by_their_own():
+    groups = {NAMES[0]: {"before": 8, "after": 4}, NAMES[1]: {"before": 4, "after": 2}}
+    kept = {NAMES[0]: [4, 5, 6, 7], NAMES[1]: [0, 3]}
+    units = {**RECORD["units"], "groups": groups, "kept": kept}
+    page = Page(shrunk_model.document({**RECORD, "units": units}))
+    assert "neurons that are kept, of at most 8 in each layer" in page.text
+
+
+def test_a_layer_without_such_units_is_not_shown_as_removed():
+    units = RECORD["units"]
+    alone = {"groups": {NAMES[0]: units["groups"][NAMES[0]]}}
+    alone |= {"kept": {NAMES[0]: [0]}, "roles": {NAMES[0]: "ffn"}}
+    figures = shrunk_model._kept({**RECORD, "units": alone})
+    assert len(figures["ffn"].axes[0].patches) == 1  # layer 1, which went

@@ -7,7 +7,7 @@ import pytest
 from jaxprune.arrays import tree
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.loaded_model import open_model
-from jaxprune.lm.shrinking import channels
+from jaxprune.lm.shrinking import channels, units
 from tests.support import tiny_cli, tiny_hf
 
 IDS = tiny_hf.tokens(8, 32)
@@ -15,9 +15,9 @@ KEPT = np.arange(0, 32, 2)
 WRITERS = ("embedding/embedding", "out/kernel", "down/kernel")
 
 
-def opened(name, folder, write):
+def opened(name, folder, write, layers=1):
     """A random model; `write` changes what writes into the stream, (..., 32)."""
-    tiny_hf.random_folder(name, folder, layers=1)
+    tiny_hf.random_folder(name, folder, layers=layers)
     model = open_model(folder).read()
     named = tree.named_leaves(model.params)
     leaves = [
@@ -52,6 +52,22 @@ def test_channels_without_anything_in_them_go_and_nothing_changes(name, tmp_path
     assert record["kept"] == KEPT.tolist()
     assert record["scores"][1::2] == [0.0] * 16
     # Each of the two norms of the layer and the last gives 1.
+    assert sum(record["scores"]) == pytest.approx(3)
+    np.testing.assert_allclose(
+        tiny_cli.called(small.decoder(), IDS),
+        tiny_cli.called(model.decoder(), IDS),
+        rtol=0,
+        atol=1e-4,  # logits of some dozens
+    )
+
+
+@pytest.mark.full
+def test_layers_may_lack_attention_or_an_mlp(tmp_path):
+    model = opened("llama", tmp_path / "whole", nothing_into_odd, layers=2)
+    model = units.without_parts(model, {(0, "heads"), (1, "ffn")})
+    small, record = channels.without_channels(model, IDS, 16, batch=8)
+    assert record["kept"] == KEPT.tolist()
+    # One norm of each layer, and the last.
     assert sum(record["scores"]) == pytest.approx(3)
     np.testing.assert_allclose(
         tiny_cli.called(small.decoder(), IDS),
