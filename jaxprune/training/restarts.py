@@ -9,6 +9,8 @@ steps ago, and by the t of all others its first step would be
     (1 - b1^t) / (1 - b1^a) sqrt((1 - b2^a) / (1 - b2^t)),
 
 which leaves out Adam's epsilon. The state has its age for it, two bytes a weight.
+NAdam and RAdam get the same ratio, which is not quite theirs: NAdam's first step is 1.3
+times a fresh one's.
 
 Xiao et al., "Memory-Efficient LLM Training with Dynamic Sparsity", 2026, arXiv
 2606.00888 (SMET), count so too; their warm-up of such weights is not here.
@@ -30,7 +32,7 @@ from jaxprune.training.masked import map_masked, masked_step, select_kept, zeros
 from jaxprune.typing import Masks, Params
 
 # Updates that a probe waits for a step of an optimizer that collects gradients.
-_PROBES = 32
+_PROBES = 256
 # What two bytes hold. By then Adam's correction is 1, if b2 is not within 1e-5 of it.
 _OLDEST = 2**16 - 1
 

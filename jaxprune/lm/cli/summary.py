@@ -49,7 +49,8 @@ def say_done(
 
 
 def _left(before: Mapping[str, int], after: Mapping[str, int], name: str) -> str:
-    return f"{after[name]:,} of {before[name]:,} {name}"
+    label = {"width": "channels"}.get(name, name)
+    return f"{after[name]:,} of {before[name]:,} {label}"
 
 
 def likeness_tables(record: Mapping[str, Any]) -> list[str]:
