@@ -5,6 +5,7 @@ __all__ = [
     "defaults",
     "estimates",
     "exclusions",
+    "head_rules",
     "inputs",
     "model_pruning",
     "model_transformation",

@@ -6,12 +6,12 @@ parameters are read.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.jobs import settings, unequal_rules
+from jaxprune.lm.jobs.head_rules import check_heads
 from jaxprune.lm.jobs.option_rules import at_least, not_while, option_values
 from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
 from jaxprune.lm.jobs.width_rules import check_width
@@ -228,13 +228,6 @@ _EXPERTS = Rule(
     "each token is given to {used} of the {count} experts, so at most {most} can go",
     "give --experts at most {share:.4g}",
 )
-# Loaders would refuse the directory.
-_HEADS = Rule(
-    lambda v: v.remaining in (*v.fit, v.count),
-    "transformers takes a {family} model only where {condition}, but {remaining} of "
-    "{count} query heads would be left",
-    "give {alternatives}",
-)
 _MULTIPLE = (
     # The nearest multiple may be all of them.
     Rule(
@@ -311,7 +304,7 @@ def check_fits(
     narrow = check_width(removal, source, config, ignore_config)
     unequal_rules.check_unequal(removal, source, config)
     if not removal.unequal:  # transformers would not read the directory in any case
-        _check_heads(removal, source, narrow)
+        check_heads(removal, source, narrow)
     if removal.multiple > 1 and "neurons" in hf.shrinkable(source.config):
         check(
             _MULTIPLE,
@@ -372,33 +365,3 @@ def _check_experts(share: float, config: DecoderConfig) -> None:
         count=config.experts,
         share=most / config.experts,
     )
-
-
-def _check_heads(
-    removal: Removal, source: CheckpointDir, config: DecoderConfig
-) -> None:
-    """Refuses to leave so many query heads that transformers would not take them."""
-    units = count_head_units(config)
-    per_unit = config.heads // units  # query heads
-    kept = units - round(removal.heads * units)
-    shared = per_unit - round(removal.query_heads * per_unit)
-    fit = hf.heads_that_fit(source.config, config)
-    alternatives = _fitting("heads", removal.heads, units, shared, fit)
-    alternatives += _fitting("query-heads", removal.query_heads, per_unit, kept, fit)
-    check(
-        [_HEADS],
-        remaining=kept * shared,
-        fit=fit,
-        count=config.heads,
-        family=source.config["model_type"],
-        condition=hf.when_heads_fit(source.config, config),
-        alternatives=" or ".join(alternatives) or "no share of the heads",
-    )
-
-
-def _fitting(option: str, share: float, units: int, factor: int, fit: Any) -> list[str]:
-    """The shares of an option that leave a number of query heads which fits."""
-    if not share:
-        return []
-    counts = (n for n in range(units - 1, 0, -1) if n * factor in fit)
-    return [f"--{option} {1 - n / units:.4g}" for n in counts]
