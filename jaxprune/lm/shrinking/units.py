@@ -22,7 +22,7 @@ from jaxprune.files.safetensors_file import read_json
 from jaxprune.graph.axis_dims import root
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig, LayerSizes
-from jaxprune.lm.models.hf.smaller import name_before
+from jaxprune.lm.models.hf.smaller_tensors import name_before
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.shrinking import layer_search
 from jaxprune.lm.shrinking.expert_scores import expert_scores

@@ -47,6 +47,7 @@ __all__ = [
     "resized",
     "shrinkable",
     "smaller_config",
+    "smaller_tensors",
     "split_over",
     "tensors",
     "to_tensors",

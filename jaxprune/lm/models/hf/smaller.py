@@ -6,7 +6,6 @@ says the sizes of each in `block_configs`.
 """
 
 import dataclasses
-import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from jaxprune.lm.models.hf.block_configs import NAME, layer_sizes_of
 from jaxprune.lm.models.hf.loading import abstract
 from jaxprune.lm.models.hf.parameters import leaf_shapes
 from jaxprune.lm.models.hf.smaller_config import smaller_config, with_width
+from jaxprune.lm.models.hf.smaller_tensors import name_before, new_tensors
 from jaxprune.lm.models.hf.tensor_names import Source
 
 EMBEDDING = "embedding/embedding"
@@ -300,8 +300,8 @@ def write_smaller(
     Args:
       source: directory that the model was loaded from.
       directory: path of the new one.
-      params: smaller parameters, of `jp.shrink`, `keep_tokens`, `keep_layers`,
-        `keep_experts` or all of them.
+      params: smaller parameters, of `jp.shrink`, `keep_tokens`, `keep_channels`,
+        `keep_layers`, `keep_experts` or all of them.
       names: tensor that each leaf came from, as `load` returned it.
       kept: numbers of the layers that stayed, all if left out.
       settings: name of a JSON file to its content, None where it is left out; of
@@ -347,27 +347,11 @@ def write_smaller(
     config = smaller_config(
         {**checkpoint_config, **named}, config_now, kept, ignore_config=ignore_config
     )
-    tensors = {}
-    for leaf, array in tree.named_leaves(params).items():
-        origin = names[name_before(leaf, kept)]  # by the layer's old number
-        # One leaf of all experts, stored as one tensor an expert: fewer tensors now.
-        if origin.experts:
-            origin = origin._replace(experts=array.shape[0])
-        for i, name in enumerate((*origin.names, *origin.copies)):
-            tensor = _renumbered(name, leaf, kept)
-            stored_shape = array.shape[1:] if origin.experts else array.shape
-            stored_shape = stored_shape[::-1] if origin.transposed else stored_shape
-            tensors[tensor] = new_weights.NewTensor(
-                opened.tensors[name].file,
-                origin.dtype,
-                stored_shape,
-                functools.partial(_stored_tensor, array, origin, i),
-            )
     return new_weights.write_new_weights(
         opened,
         directory,
         config,
-        tensors,
+        new_tensors(opened, params, names, kept),
         provenance=provenance or {},
         settings=settings,
         overwrite=overwrite,
@@ -375,22 +359,5 @@ def write_smaller(
     )
 
 
-def _stored_tensor(array: Any, origin: Source, number: int) -> np.ndarray:
-    return origin.stored(lazy.array(array), number)
-
-
 def _state(model: Any) -> Any:
     return nnx.state(model, nnx.Param)
-
-
-def name_before(leaf: str, kept: Sequence[int]) -> str:
-    """The name that a leaf had when there were all layers."""
-    return re.sub(r"(?<=^layers/)\d+", lambda m: str(kept[int(m[0])]), leaf)
-
-
-def _renumbered(name: str, leaf: str, kept: Sequence[int]) -> str:
-    """The name of a tensor of a layer, with the layer's new number."""
-    if (match := re.match(r"layers/(\d+)/", leaf)) is None:
-        return name
-    layer = int(match[1])
-    return re.sub(rf"\b(layers|h)\.{kept[layer]}\.", rf"\g<1>.{layer}.", name, count=1)
