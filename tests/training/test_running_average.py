@@ -124,7 +124,7 @@ def noise(field, snapshots=2000):
     return exact, {k: np.asarray(v, np.float64) for k, v in held.items()}
 
 
-# What docs/methods.md says of 2000 snapshots, in percent: off by so much, too low by.
+# docs/results/averages_in_few_bytes.md on 2000 snapshots, in percent: off by, too low by.
 DOCUMENTED = [
     ("square", "bfloat16", 3.2, 0.4),
     ("square", "int8", 11.4, 1.5),
