@@ -1,6 +1,7 @@
 """Formulas of the pages as MathML, which browsers show without a script.
 
-A page has them as GitHub reads them, `$...$` and `$$...$$`; pymdownx.arithmatex finds them.
+A page has them as GitHub reads them, `$...$` and `$$...$$`, without a backslash before
+punctuation, which Markdown takes for its own. pymdownx.arithmatex finds them.
 """
 
 import html
@@ -9,16 +10,17 @@ import re
 from latex2mathml.converter import convert
 
 _FORMULA = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>',
-    re.DOTALL,
+    r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
 )
 
 
 def on_page_content(content, **_):
-    """Replaces the TeX of a page by MathML."""
+    """Replaces the TeX of a page by MathML, inside the element that may scroll."""
 
     def mathml(formula):
-        display = "block" if formula["tag"] == "div" else "inline"
-        return convert(html.unescape(formula["tex"]), display=display)
+        tag, tex = formula.groups()
+        display = "block" if tag == "div" else "inline"
+        math = convert(html.unescape(tex), display=display)
+        return f'<{tag} class="arithmatex">{math}</{tag}>'
 
     return _FORMULA.sub(mathml, content)
