@@ -30,7 +30,7 @@ _ALLOCATOR = {"MALLOC_ARENA_MAX": "1"}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Runs the table of benchmarks/README.md, and prints it.
+    """Runs the table of a model beside torch, and prints it.
 
     Attributes:
       model: a Hugging Face directory, as `benchmarks.gemma` writes it.

@@ -4,13 +4,16 @@ Links are written as they work in a checkout, `../benchmarks/README.md`. Here th
 a page of the site become links inside it. Links to other files of the checkout lead to
 the repository if `repo_url` in mkdocs.yml says where that is, else they become text.
 A link that leads nowhere is left as it is: `mkdocs build --strict` refuses it.
+
+A record, docs/results/records/NAME.toml, is a page as `benchmarks.records` writes it.
 """
 
 import posixpath
 import re
+import sys
 from pathlib import Path
 
-from mkdocs.structure.files import File
+from mkdocs.structure.files import File, InclusionLevel
 
 ROOT = Path(__file__).resolve().parents[2]
 # File of the checkout to page of the site.
@@ -21,7 +24,12 @@ OUTSIDE = {
     "examples/README.md": "examples.md",
     "experiments/README.md": "experiments.md",
 }
-SOURCES = {page: source for source, page in OUTSIDE.items()}
+RECORDS = {
+    path.relative_to(ROOT).as_posix(): f"results/records/{path.stem}.md"
+    for path in (ROOT / "docs" / "results" / "records").glob("*.toml")
+}
+PAGES = OUTSIDE | RECORDS
+SOURCES = {page: source for source, page in PAGES.items()}
 # A block of code, which stays as it is, or a link: its text, its path, its anchor.
 _PART = re.compile(
     r"^(?P<fence>`{3,}).*?^(?P=fence)"
@@ -31,9 +39,17 @@ _PART = re.compile(
 
 
 def on_files(files, config):
-    """Adds the pages that lie outside docs/."""
+    """Adds the pages that lie outside docs/, and those of the records."""
+    if str(ROOT) not in sys.path:  # the command mkdocs does not look here
+        sys.path.insert(0, str(ROOT))
+    from benchmarks import records
+
     for source, page in OUTSIDE.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    for source, page in RECORDS.items():
+        text = records.page(records.read(ROOT / source))
+        level = InclusionLevel.NOT_IN_NAV  # the indexes list them
+        files.append(File.generated(config, page, content=text, inclusion=level))
     return files
 
 
@@ -47,7 +63,7 @@ def on_page_markdown(markdown, page, config, files):
             return found[0]
         path = posixpath.join(posixpath.dirname(source), found["path"])
         path = posixpath.normpath(path)
-        inside = OUTSIDE.get(path, path.removeprefix("docs/"))
+        inside = PAGES.get(path, path.removeprefix("docs/"))
         anchor = found["anchor"] or ""
         if files.get_file_from_path(inside):
             target = posixpath.relpath(inside, posixpath.dirname(uri) or ".")

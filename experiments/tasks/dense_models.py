@@ -33,7 +33,7 @@ class Recipe:
 
 
 RECIPES = {"cpu": Recipe(2000, 12), "medium": Recipe(900, 16)}
-"""Those of the published tables in experiments/README.md, by preset."""
+"""Those of the records of small and medium GPTs (docs/results.md), by preset."""
 
 
 def trained(
