@@ -101,12 +101,13 @@ def read(path: Path) -> Record:
 
 def records() -> list[Record]:
     """All records, by their places, then by name."""
-    every_record = map(read, FOLDER.glob("*.toml"))
-    return sorted(every_record, key=lambda record: (record.place, record.name))
+    paths = FOLDER.glob("*.toml")
+    return sorted(map(read, paths), key=lambda record: (record.place, record.name))
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 def _csv_table(path: Path) -> str:
@@ -132,7 +133,7 @@ def page(record: Record) -> str:
     if record.runs:
         links = ", ".join(f"[{name}](../{name})" for name in record.runs)
         parts.append(f"Every run: {links}")
-    parts.append("[All records](../../results.md)")
+    parts.append(f"{record.section}: [all records](../../results.md)")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

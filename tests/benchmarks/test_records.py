@@ -1,16 +1,20 @@
 """Each record of docs/results/records is whole, and the pages list all of them."""
 
 import csv
+import itertools
 import re
+import runpy
+import shlex
 
 import pytest
+import tyro
 
 from benchmarks import records
 
 RECORDS = records.records()
 BY_NAME = pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
 _SENTENCE_END = re.compile(r"[.?](?=\s+[A-Z`]|$)")
-_MODULE = re.compile(r"python -m ((?:benchmarks|experiments)[\w.]*)")
+_COMMAND = re.compile(r"^(?:\w+=\w+ )?python -m ((?:benchmarks|experiments)\S*) ?(.*)")
 
 
 def test_the_pages_list_the_records_as_they_are():
@@ -38,9 +42,52 @@ def test_each_file_of_a_record_is_there(record):
         assert {len(row) for row in rows} == {len(rows[0])}
     for name in record.runs:
         assert (records.FOLDER.parent / name).exists()
-    for module in _MODULE.findall("\n".join(record.commands)):
-        path = records.ROOT / module.replace(".", "/")
-        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+
+
+def arguments_by_module():
+    """Module to the arguments of each of its commands, as the shell passes them."""
+    modules = {}
+    for record in RECORDS:
+        for module, text in filter(None, map(_parts, record.commands)):
+            words = itertools.chain.from_iterable(map(braces, shlex.split(text)))
+            modules.setdefault(module, []).append([*words])
+    return modules
+
+
+def _parts(command):
+    match = _COMMAND.match(command)
+    return match and match.groups()
+
+
+def braces(word):
+    """a{b,c} as the shell expands it: ab, ac."""
+    parts = [part.split(",") for part in re.split(r"[{}]", word)]
+    return map("".join, itertools.product(*parts))
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("module", arguments_by_module())
+def test_the_command_of_a_record_has_the_flags_that_it_names(module, monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    parse = tyro.cli
+
+    def parse_alone(config, **options):
+        parse(config, **options)
+        raise Parsed
+
+    monkeypatch.setattr(tyro, "cli", parse_alone)
+    for arguments in arguments_by_module()[module]:
+        monkeypatch.setattr("sys.argv", [module, *arguments])
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except Parsed:
+            continue
+        except ImportError as error:
+            pytest.skip(str(error))
+        pytest.fail(f"{module} reads no arguments")
 
 
 def test_each_table_belongs_to_one_record():
