@@ -232,19 +232,11 @@ class _Framework:
 
 
 def _framework(model: Any) -> _Framework:
-    """The library of a model, by the modules of its base classes."""
-    bases = {
-        f"{base.__module__.split('.')[0]}.{base.__module__.split('.')[1]}"
-        if "." in base.__module__
-        else base.__module__
-        for base in type(model).__mro__
-        if base.__name__ in ("Module", "Pytree")
-    }
-    for name, framework in _FRAMEWORKS.items():
-        if any(base.startswith(name) for base in bases):
-            return framework
-    check(_KNOWN, model=type(model).__name__)
-    raise AssertionError  # the rule never holds
+    """The library of a model, by the Python modules of its base classes."""
+    bases = [base.__module__ for base in type(model).__mro__]
+    names = [name for name in _FRAMEWORKS if any(b.startswith(name) for b in bases)]
+    check(_KNOWN, names=names, model=type(model).__name__)
+    return _FRAMEWORKS[names[0]]
 
 
 def _nnx_parts(model: Any) -> Iterator[tuple[str, Any]]:
@@ -359,7 +351,7 @@ _FRAMEWORKS = {
 }
 
 _KNOWN = Rule(
-    lambda v: False,
+    lambda v: v.names,
     "a module is one of Flax NNX, Flax Linen or Equinox, got {model}",
     "use fn and params of the result",
     error=TypeError,

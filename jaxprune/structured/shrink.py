@@ -104,8 +104,9 @@ class ShrinkResult(NamedTuple):
           >>> import jax.numpy as jnp
           >>> import jaxprune as jp
           >>> from flax import nnx
+          >>> rngs = nnx.Rngs(0)
           >>> model = nnx.Sequential(
-          ...     nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
+          ...     nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs))
           >>> graphdef, params = nnx.split(model, nnx.Param)
           >>> fn = lambda params, x: nnx.merge(graphdef, params)(x)
           >>> x = jnp.ones((3, 4))

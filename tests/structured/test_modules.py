@@ -47,7 +47,10 @@ class Picture(nnx.Module):
 def shrunk(model, batch):
     """The result of halving all units of an NNX module."""
     graphdef, params = nnx.split(model)
-    fn = lambda params, x: nnx.merge(graphdef, params)(x)
+
+    def fn(params, x):
+        return nnx.merge(graphdef, params)(x)
+
     return jp.shrink(fn, params, batch, jp.scores.magnitude(params), 0.5)
 
 
@@ -127,7 +130,7 @@ def test_a_linen_module_is_cloned_with_other_fields(name):
 
 
 def test_a_class_with_a_number_in_its_code_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match="Literal cannot have them .* or use fn of"):
+    with pytest.raises(ValueError, match=r"Literal cannot have them .* or use fn of"):
         shrunk_linen(Literal()).module(Literal(), X)
 
 
@@ -141,8 +144,13 @@ def test_an_equinox_module_has_the_smaller_sizes():
     eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(8, 2, width_size=12, depth=2, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
-    call = lambda model, x: jax.vmap(model)(x)
-    fn = lambda params, x: call(eqx.combine(params, static), x)
+
+    def call(model, x):
+        return jax.vmap(model)(x)
+
+    def fn(params, x):
+        return call(eqx.combine(params, static), x)
+
     result = jp.shrink(fn, params, X[0], jp.scores.magnitude(params), 0.5)
     small = result.module(model, X[0], call)
     np.testing.assert_allclose(
