@@ -341,7 +341,7 @@ def _linen_built(model: Any, arrays: Mapping[str, Any], attributes: Attributes) 
 
 def _linen_callable(module: Any, params: Any) -> Any:
     bound = params if "params" in params else {"params": params}
-    return lambda batch: module.apply(bound, batch)
+    return lambda *batch, **flags: module.apply(bound, *batch, **flags)
 
 
 _FRAMEWORKS = {
@@ -360,5 +360,6 @@ _BUILT = Rule(
     lambda v: False,
     "a smaller module needs its sizes in attributes that can be set, but {model} "
     "cannot have them ({reason})",
-    "make it with the smaller sizes and load params, or use fn of the result",
+    "give call= if it takes more than a batch, make it with the smaller sizes and load "
+    "params, or use fn of the result",
 )
