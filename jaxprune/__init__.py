@@ -41,7 +41,7 @@ from jaxprune.training.track import track_gradients as track_gradients
 from jaxprune.training.track import track_importance as track_importance
 from jaxprune.typing import Importance as Importance
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Axes",

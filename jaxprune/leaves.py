@@ -263,7 +263,7 @@ class Explanation(tuple[Row, ...]):
 
     def __str__(self) -> str:
         """A line a leaf, the number of weights that may be pruned last."""
-        cells = [(row.name, str(row.shape), row.why or "pruned") for row in self]
+        cells = [(row.name, str(row.shape), row.why or "may be pruned") for row in self]
         total = sum(math.prod(row.shape) for row in self)
         prunable_size = sum(math.prod(row.shape) for row in self if row.pruned)
         last = f"{prunable_size:,} of {total:,} weights may be pruned"
@@ -285,7 +285,7 @@ def explain(params: Any, *, prunable: Any = prunable) -> Explanation:
       >>> import jaxprune as jp
       >>> print(jp.tree.explain({"up": {"kernel": jnp.ones((4, 8)), "b": jnp.ones(8)}}))
       up/b       (8,)    one axis
-      up/kernel  (4, 8)  pruned
+      up/kernel  (4, 8)  may be pruned
       32 of 40 weights may be pruned
     """
     named = named_leaves(params)

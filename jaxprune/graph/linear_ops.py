@@ -143,7 +143,7 @@ class Trace:
           >>> print(jp.trace(fn, params, jnp.ones((5, 2))).explain())
           down  (6, 3)  is an operand of add, dot_general
           more  (6, 3)  is an operand of add, dot_general
-          up    (2, 6)  pruned
+          up    (2, 6)  may be pruned
           12 of 48 weights may be pruned
         """
         rows = explain(self._leaf_avals(), prunable=prunable)

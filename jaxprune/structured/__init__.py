@@ -4,6 +4,7 @@ __all__ = [
     "budget",
     "choice",
     "cut",
+    "modules",
     "resized",
     "shrink",
     "shrunk_function",

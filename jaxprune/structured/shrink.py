@@ -15,7 +15,7 @@ import numpy as np
 from jaxprune.arrays.rules import Rule, check, error
 from jaxprune.graph.axis_groups import AxisGroup, AxisGroups
 from jaxprune.graph.axis_trace import LeafAxes
-from jaxprune.structured import choice, cut
+from jaxprune.structured import choice, cut, modules
 from jaxprune.structured.budget import (
     Costs,
     Measure,
@@ -74,6 +74,47 @@ class ShrinkResult(NamedTuple):
             another shape than that.
         """
         return self.fn.cut(state)
+
+    def module(
+        self,
+        model: Any,
+        batch: Any,
+        call: Callable[[Any, Any], Any] | None = None,
+    ) -> Any:
+        """A smaller module of the same classes, of Flax NNX, Linen or Equinox.
+
+        Arrays are those of `params`, attributes that hold sizes are set, and the module
+        is compared with `fn`. What `params` lacks, as random state, is the model's.
+
+        Args:
+          model: the module that `fn` was made of; it stays as it is.
+          batch: one batch, to compare the two with.
+          call: function of a module and a batch, such as `lambda m, x: jax.vmap(m)(x)`;
+            the module called with the batch if left out.
+
+        Returns:
+          The smaller module; that of Linen is called with `params`, as before.
+
+        Raises:
+          TypeError: the model is no such module.
+          ValueError: no sizes of its classes give what `fn` gives, as where a layer is
+            made with a number in the code; `fn` remains.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import jaxprune as jp
+          >>> from flax import nnx
+          >>> rngs = nnx.Rngs(0)
+          >>> model = nnx.Sequential(
+          ...     nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs))
+          >>> graphdef, params = nnx.split(model, nnx.Param)
+          >>> fn = lambda params, x: nnx.merge(graphdef, params)(x)
+          >>> x = jnp.ones((3, 4))
+          >>> small = jp.shrink(fn, params, x, jp.scores.magnitude(params), 0.5)
+          >>> small.module(model, x).layers[0].out_features
+          4
+        """
+        return modules.smaller_module(model, self, batch, call)
 
 
 def lost_units(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 TARGETS = ("jaxprune_packed_multiply", "jaxprune_packed_expand")
 """The handlers, by the names under which they are registered."""

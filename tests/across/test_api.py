@@ -226,11 +226,19 @@ def test_every_score_is_a_criterion_of_parameters_and_importance():
         assert names[:2] == ["params", "importance"]
 
 
-def test_the_version_is_that_of_the_distribution():
-    written = re.search(
-        r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M
-    )
-    assert jaxprune.__version__ == written[1]
+@pytest.mark.parametrize(
+    ("path", "written"),
+    [
+        ("pyproject.toml", 'version = "{}"'),
+        ("kernels/pyproject.toml", 'version = "{}"'),
+        ("kernels/jaxprune_kernels/__init__.py", '__version__ = "{}"'),
+        ("CITATION.cff", "version: {}"),
+        ("CHANGELOG.md", "## [{}]"),
+    ],
+)
+def test_the_version_is_the_same_in_every_file(path, written):
+    line = re.escape(written.format(jaxprune.__version__))
+    assert re.search(rf"^{line}", (ROOT / path).read_text(), re.MULTILINE)
 
 
 def test_importing_the_package_imports_nothing_heavy():

@@ -88,7 +88,7 @@ def run_examples(paths, tmp_path):
             assert_prints((tmp_path / path.stem).read_text(), PRINTED[path.stem])
 
 
-def test_three_tutorials_say_what_their_program_prints():
+def test_two_tutorials_say_what_their_program_prints():
     shown = set(EXAMPLES) - set(TORCH)  # docs/torch.md has the numbers of those
     programs = {path.stem for path in shown} - {"prune_a_checkpoint"}
     assert set(PRINTED) == programs

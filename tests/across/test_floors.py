@@ -31,7 +31,7 @@ FLOORS: dict[str, set[str]] = {
     "graph": set(),
     "masking": set(),
     "training": set(),
-    "structured": set(),
+    "structured": {"flax", "equinox"},
     "files": {"ml_dtypes"},
     "posttraining": set(),
     "contrib": set(),

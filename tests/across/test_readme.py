@@ -9,9 +9,11 @@ run by test_examples.py.
 
 import ast
 import inspect
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 
 import jax
 import numpy as np
@@ -164,6 +166,28 @@ def test_every_public_function_and_class_is_in_the_reference():
 )
 def test_a_newcomers_commands_are_there(command):
     assert command in _TEXT
+
+
+def test_the_container_runs_the_commands_of_readme():
+    commands = re.findall(r"^python3 -m venv .*$", _TEXT, re.MULTILINE)
+    assert len(commands) == 2
+    steps = (ROOT / ".devcontainer" / "Dockerfile").read_text()
+    for command in commands:
+        environment, install, run = command.split(" && ")
+        assert f"\nRUN {environment} && {install}\n" in steps
+        assert run in steps.splitlines()[-1]
+
+
+def test_the_notebook_is_what_the_page_of_digits_gives():
+    # Its cells are the page's blocks, which run above, one after the other.
+    written = run_path(str(ROOT / "docs" / "hooks" / "notebook.py"))
+    page = written["PAGE"].read_text()
+    text = written["NOTEBOOK"].read_text()
+    assert text == written["notebook"](page)
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    blocks = PROGRAMS[next(name for name in PROGRAMS if "/digits.md:" in name)][1]
+    sources = ["".join(cell["source"]) for cell in cells]
+    assert sources == [source.strip() for _, source, _ in blocks]
 
 
 WRITTEN = [

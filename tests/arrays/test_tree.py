@@ -42,7 +42,7 @@ def test_each_leaf_is_explained_and_can_be_read():
 def test_the_explanation_prints_as_a_table():
     lines = str(jp.tree.explain(PARAMS)).splitlines()
     assert lines[0] == "blocks/0/bias    (8,)    one axis"
-    assert lines[1] == "blocks/0/kernel  (4, 8)  pruned"
+    assert lines[1] == "blocks/0/kernel  (4, 8)  may be pruned"
     assert lines[-1] == "32 of 89 weights may be pruned"
 
 

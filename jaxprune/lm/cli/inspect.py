@@ -177,13 +177,13 @@ def _totals(totals: dict[str, Any], sparsity: float | None) -> str:
     lines = [
         f"\n{totals['size']:,} weights, {share:.2%} of them zero, "
         f"{totals['prunable']:,} in tensors that would be pruned",
-        f"{totals['dense_bytes']:,} bytes, about {totals['compact_bytes']:,} as a "
-        "compact file",
+        f"{totals['dense_bytes']:,} bytes of weights, about "
+        f"{totals['compact_bytes']:,} in a compact file",
     ]
     if sparsity is not None:
         lines.append(
             f"pruned to a sparsity of {sparsity:g}: about "
-            f"{totals['compact_bytes_pruned']:,} bytes as a compact file"
+            f"{totals['compact_bytes_pruned']:,} bytes of weights in a compact file"
         )
     return "\n".join(lines)
 

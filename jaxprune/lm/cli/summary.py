@@ -79,8 +79,8 @@ def prune_lines(record: dict[str, Any]) -> list[str]:
         f"{record['achieved']:.4%} of the {sizes['size']:,} weights of "
         f"{len(record['tensors'])} matrices are zero, {share:.2%} of the model's "
         f"{sizes['parameters']:,} parameters ({record['method']}, "
-        f"{record['pattern']}); {sizes['dense_bytes']:,} bytes, about "
-        f"{sizes['compact_bytes']:,} as a compact file; {record['seconds']:.1f} s"
+        f"{record['pattern']}); {sizes['dense_bytes']:,} bytes of weights, about "
+        f"{sizes['compact_bytes']:,} in a compact file; {record['seconds']:.1f} s"
     ]
 
 

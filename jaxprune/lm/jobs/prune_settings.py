@@ -40,9 +40,9 @@ class Pruning:
       method: magnitude looks at the weights alone; wanda and ria at the inputs' sizes
         too; sparsegpt and alps also update the weights that stay, alps better and more
         slowly. magnitude without --calibration goes through any safetensors directory
-        in the memory of one tensor. If left out, sparsegpt for the families of
-        docs/command.md; magnitude for others, which take no text and no option that
-        runs the model.
+        in the memory of one tensor. If left out, sparsegpt for the families
+        that `inspect` says can have it; magnitude for others, which take no text and no
+        option that runs the model.
       sparsity: the share to remove, in [0, 1). Leave it out with --pattern n:m.
       pattern: "unstructured" ranks the weights of a matrix together, "per-output" those
         of each output; "2:4" keeps 2 of each 4 along the input; "16x16" removes blocks.

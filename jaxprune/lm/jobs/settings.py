@@ -82,8 +82,8 @@ class Calibration:
         with a "text" in each line or row, or "messages", which the model's chat
         template writes; or .npy of int32 token ids (sequences, length). Several are a
         mixture with as many sequences of each. Give each kind of text that the model is
-        for: that is worth more than the choice of a method (docs/results.md). The
-        word "self" stands for text that the model writes, with `prune` alone.
+        for: that is worth more than the choice of a method. The word "self" stands for
+        text that the model writes, with `prune` alone.
       sequences: how many sequences are calibrated on.
       length: tokens of a sequence, BOS included; the model's context where that is
         less.

@@ -51,6 +51,8 @@ def document(record: Mapping[str, Any]) -> str:
 def headline(record: Mapping[str, Any]) -> str:
     """What happened, in a sentence of plain text."""
     parts = [f"{record['achieved']:.1%} of the parameters were removed"]
+    if asked := _asked(record):  # half of the neurons is not half of the parameters
+        parts[0] += f" ({asked})"
     if change := page.perplexity_change(record):
         parts.append(change)
     if timed := record.get("speed"):
@@ -65,7 +67,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
     facts = {
         "method": record["method"],
         "vocabulary": _vocabulary(record.get("vocabulary")),
-        "asked": ", ".join(f"{k} {_said(v)}" for k, v in record["sparsity"].items()),
+        "asked": _asked(record),
         "calibrated on": page.calibration(record),
         "parameters": f"{after['parameters']:,} of {before['parameters']:,}",
         "weights": page.size(after["bytes"]),
@@ -73,6 +75,11 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
         "device": record["device"],
     }
     return {name: fact for name, fact in facts.items() if fact}
+
+
+def _asked(record: Mapping[str, Any]) -> str:
+    """The options that said what goes, as the command has them."""
+    return ", ".join(f"{k} {_said(v)}" for k, v in record["sparsity"].items())
 
 
 def _vocabulary(facts: Mapping[str, Any] | None) -> str:

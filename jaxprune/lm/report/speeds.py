@@ -42,7 +42,8 @@ def decoding(timed: Mapping[str, Any]) -> str:
     """What may be said of the speed of decoding, as a clause."""
     of = timed["ratios"]["decode"]
     if of["distinguishable"]:
-        return f"decoding is {of['ratio']:.2f} times as fast"
+        spread = f"{of['low']:.2f} to {of['high']:.2f} by round"
+        return f"decoding is {of['ratio']:.2f} times as fast ({spread})"
     return f"the speed of decoding is {UNCLEAR}"
 
 
