@@ -112,18 +112,6 @@ class Quantization:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneCalibration(Calibration):
-    """The texts that show what the model is for.
-
-    Attributes:
-      calibration_temperature: the temperature of what the model writes for
-        --calibration self.
-    """
-
-    calibration_temperature: Number = 1.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class PruneEvaluation(Evaluation):
     """What the model is measured by, before and after.
 
@@ -166,7 +154,7 @@ class PruneJob(Job):
         default_factory=Solver
     )
     quantization: Quantization = dataclasses.field(default_factory=Quantization)
-    calibration: PruneCalibration = dataclasses.field(default_factory=PruneCalibration)
+    calibration: Calibration = dataclasses.field(default_factory=Calibration)
     evaluation: PruneEvaluation = dataclasses.field(default_factory=PruneEvaluation)
     recovery: Recovery = dataclasses.field(default_factory=Recovery)
     loading: LoadingGroup = dataclasses.field(default_factory=Loading)
