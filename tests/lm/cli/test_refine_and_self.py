@@ -178,3 +178,17 @@ def test_a_model_loses_neurons_by_what_it_writes_as_by_the_same_token_ids(
     same = tiny_cli.weights(place / "ids")
     for name, value in tiny_cli.weights(place / "text").items():
         np.testing.assert_allclose(value, same[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.full
+def test_the_effort_best_is_its_method_refined_on_its_own_text_too(place, capsys):
+    texts = ["--sparsity", "0.5", "--calibration", place / "rows.npy"]
+    code, record, _ = prune(capsys, place, "best", "--effort", "best", *texts)
+    assert code == 0
+    assert record["method"] == "alps"
+    assert (record["calibration"]["self"], record["refine"]["passes"]) == (4, 4)
+    words = ["--method", "alps", "--refine", "4", "--correction", "0.5", *texts, "self"]
+    assert prune(capsys, place, "in_words", *words)[0] == 0
+    same = tiny_cli.weights(place / "in_words")
+    for name, value in tiny_cli.weights(place / "best").items():
+        np.testing.assert_array_equal(value, same[name])
