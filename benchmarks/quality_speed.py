@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 from matplotlib.figure import Figure
@@ -31,22 +31,51 @@ HELD_OUT = ("other-plays", "other-technical", "news")
 STAGES = ("make", "measure", "time", "draw")
 
 _PRUNE = ("prune", "--method", "alps", "--sparsity")
+# The forms are measured and timed all together.
+_QUICKLY = {"prune": ("--prompt-steps", 0), "shrink": ("--speed-rounds", 0)}
 _ROUND = ("prune", "--method", "sparsegpt", "--sparsity", "0", "--quantize", "int4")
-# Words of the command by name; none for the model itself.
-FORMS: dict[str, tuple[str, ...]] = {
-    "dense": (),
-    "50 % zeros": (*_PRUNE, "0.5"),
-    "60 % zeros": (*_PRUNE, "0.6"),
-    "70 % zeros": (*_PRUNE, "0.7"),
-    "80 % zeros": (*_PRUNE, "0.8"),
-    "int4": _ROUND,
-    "50 % zeros, int4": (*_PRUNE, "0.5", "--quantize", "int4"),
-    "60 % zeros, int4": (*_PRUNE, "0.6", "--quantize", "int4"),
-    "75 % of the neurons": ("shrink", "--ffn", "0.25"),
-    "half of the neurons": ("shrink", "--ffn", "0.5"),
-    "half of the tokens": ("shrink", "--vocab", "24576"),
+
+
+class Form(NamedTuple):
+    """What a model can be made into.
+
+    Attributes:
+      words: words of the command that makes it; none for the model itself.
+      removed: what goes: zeros, neurons or tokens; nothing of the model itself.
+      share: how much of it, in [0, 1).
+    """
+
+    words: tuple[str, ...] = ()
+    removed: str = ""
+    share: float = 0.0
+
+
+FORMS: dict[str, Form] = {
+    "dense": Form(),
+    **{
+        f"{share:.0%} zeros".replace("%", " %"): Form(
+            (*_PRUNE, f"{share:g}"), "zeros", share
+        )
+        for share in (0.5, 0.6, 0.7, 0.8)
+    },
+    "int4": Form(_ROUND),
+    **{
+        f"{share:.0%} zeros, int4".replace("%", " %"): Form(
+            (*_PRUNE, f"{share:g}", "--quantize", "int4"), "zeros", share
+        )
+        for share in (0.5, 0.6)
+    },
+    "75 % of the neurons": Form(("shrink", "--ffn", "0.25"), "neurons", 0.25),
+    "half of the neurons": Form(("shrink", "--ffn", "0.5"), "neurons", 0.5),
+    "half of the tokens": Form(("shrink", "--vocab", "24576"), "tokens", 0.5),
 }
-COLUMNS = ("form", "values", "bits_per_byte", *HELD_OUT, "tokens_per_second", "ratio")
+COLUMNS = (
+    *("form", "removed", "share", "values", "bits_per_byte", *HELD_OUT),
+    *("tokens_per_second", "ratio"),
+)
+
+
+_MARKS = {"": "o", "zeros": "o-", "neurons": "s--", "tokens": "^:"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,22 +129,22 @@ def values_of(form: str) -> tuple[str | None, ...]:
     """The encodings a form is packed in; None is the model as it is, by XLA."""
     if "int4" in form:
         return ("int4",)
-    unpacked = (None,) if FORMS[form][:1] != ("prune",) else ()
+    unpacked = (None,) if FORMS[form].words[:1] != ("prune",) else ()
     return (*unpacked, "bfloat16", "int8")
 
 
 def _made(config: Config, form: str, paths: Mapping[str, Path]) -> Path:
     """The directory of a form, which is made if it is missing."""
-    if not FORMS[form]:
+    if not FORMS[form].words:
         return config.model
     out = config.work / form.replace(" ", "_").replace(",", "").replace("%", "percent")
     if "make" in config.stages and not (out / "jaxprune.json").is_file():
-        job, *words = FORMS[form]
+        job, *words = FORMS[form].words
         _command(
             *(job, config.model, out, *words, "--sequences", config.sequences),
             *("--calibration", *(paths[name] for name in CALIBRATION)),
             *("--evaluate", *(paths[name] for name in HELD_OUT)),
-            *("--limit", 1, "--prompt-steps", 0),
+            *("--limit", 1, *_QUICKLY[job]),
         )
     return out
 
@@ -181,6 +210,8 @@ def _row(
     ratio = times["ratios"]["decode"]["ratio"] if "ratios" in times else 1.0
     return {
         "form": form,
+        "removed": FORMS[form].removed,
+        "share": FORMS[form].share,
         "values": values or "float32, XLA",
         "bits_per_byte": round(statistics.fmean(bits), 4),
         **{name: round(text["perplexity"], 2) for name, text in measured.items()},
@@ -200,26 +231,41 @@ def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 @STYLE
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Bits per byte against times as fast as XLA in float32, a colour an encoding."""
+    """Bits per byte against tokens a second: a line for what goes, an encoding each."""
     encodings = dict.fromkeys(row["values"] for row in rows)
     colours = dict(zip(encodings, COLOURS, strict=False))
-    canvas = Figure(figsize=(9.6, 4.8))
-    axes = canvas.add_axes((0.07, 0.11, 0.55, 0.86))
-    for row in rows:
-        colour = colours[row["values"]]
-        axes.plot(row["ratio"], row["bits_per_byte"], "o", color=colour)
+    canvas = Figure(figsize=(8.4, 4.6))
+    axes = canvas.add_axes((0.08, 0.12, 0.62, 0.85))
+    ends = []
+    for removed, values in dict.fromkeys((r["removed"], r["values"]) for r in rows):
+        # Each line begins at the model of which nothing went.
+        points = [
+            row
+            for row in rows
+            if row["values"] == values and row["removed"] in ("", removed)
+        ]
+        points.sort(key=lambda row: row["share"])
+        if not removed and any(r["values"] == values and r["removed"] for r in rows):
+            continue  # the first point of another line
+        x, y = ([row[name] for row in points] for name in ("ratio", "bits_per_byte"))
+        axes.plot(x, y, _MARKS[removed], color=colours[values])
+        for row in points:
+            if row["share"]:
+                axes.annotate(
+                    f"{row['share']:.0%}",
+                    (row["ratio"], row["bits_per_byte"]),
+                    (0, 5),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                    color=colours[values],
+                )
+        name = f"fewer {removed}, {values}" if removed else values
+        name = name.replace("fewer zeros", "zeros")
+        ends.append((name, colours[values], x[-1], y[-1]))
     axes.set_xlabel("decoding, times as fast as the dense model in float32 by XLA")
     axes.set_ylabel("bits per byte, mean of three texts")
     axes.grid(color=FAINT)
-    ends = [
-        (
-            f"{row['form']}: {row['values']}",
-            colours[row["values"]],
-            row["ratio"],
-            row["bits_per_byte"],
-        )
-        for row in rows
-    ]
     plots.name_ends(axes, ends)
     return canvas
 

@@ -132,6 +132,7 @@ def test_the_weights_are_those_that_prune_trained_gives(place, capsys, tmp_path)
 def test_rows_of_token_ids_beside_a_text_are_used_as_they_are(place, tmp_path, name):
     from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
     from jaxprune.lm.jobs import prune_settings as settings
+    from jaxprune.lm.jobs.settings import Calibration
     from jaxprune.lm.torch_models.model_inputs import read_inputs
     from jaxprune.lm.torch_models.opening import open_torch_model
 
@@ -142,7 +143,7 @@ def test_rows_of_token_ids_beside_a_text_are_used_as_they_are(place, tmp_path, n
         model=place / name,
         out=tmp_path / "out",
         pruning=settings.Pruning(),
-        calibration=settings.PruneCalibration(calibration=files, sequences=8, length=8),
+        calibration=Calibration(calibration=files, sequences=8, length=8),
         evaluation=settings.PruneEvaluation(evaluate=files[:1], context=16),
     )
     inputs = read_inputs(job, open_torch_model(open_directory(place / name)))

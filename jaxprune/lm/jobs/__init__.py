@@ -3,6 +3,7 @@
 __all__ = [
     "console",
     "defaults",
+    "effort",
     "estimates",
     "exclusions",
     "head_rules",

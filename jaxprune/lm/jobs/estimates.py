@@ -103,6 +103,12 @@ def count_work(calibration: Calibration, model: LoadedModel, texts: JobTexts) ->
     )
 
 
+def writing_flops(calibration: Calibration, work: Work) -> float:
+    """FLOPs of what the model writes for `--calibration self`."""
+    # Token by token, which reaches less of the rate.
+    return work.forward(4 * calibration.self_sequences * calibration.length)
+
+
 def recovery_needs(
     recovery: Recovery, calibration: Calibration, work: Work
 ) -> tuple[float, int]:

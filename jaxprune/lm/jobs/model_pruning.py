@@ -10,7 +10,6 @@ from flax import nnx
 import jaxprune as jp
 from jaxprune.arrays import lazy
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.messages import listed
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.jobs import (
@@ -38,7 +37,6 @@ from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.loaded_model import LoadedModel, device_mesh
-from jaxprune.lm.texts.self_calibration import self_calibration
 from jaxprune.typing import Pattern, Prunable
 
 
@@ -90,13 +88,12 @@ class ModelPruning(ModelTransformation[PruneJob]):
 
     def facts(self) -> dict[str, Any]:
         """What decides the pruned weights, as far as it is known without reading."""
-        job, texts, calibration = self.job, self.texts, self.job.calibration
+        job, texts = self.job, self.texts
         return {
             **progress_dir.job_facts(
                 job, self.source, texts.calibration, texts.begins.why
             ),
             **pruning_facts(job, self.chosen),
-            "self": [calibration.self_sequences, calibration.calibration_temperature],
         }
 
     def look_at_dense(self) -> None:
@@ -105,9 +102,7 @@ class ModelPruning(ModelTransformation[PruneJob]):
             dense = read_dense(self.model)  # freed when this is done
             self.measurements.measure_dense(dense.decoder())
             self.samples.add("dense", dense.decoder())
-        if self.job.calibration.self_sequences:
-            with self.costs.phase("write calibration"):
-                self.texts = self.texts._replace(written=self._written(dense))
+        self.write_calibration(dense)
 
     def change(self) -> Change[LoadedModel]:
         """Prunes the model segment by segment, its parameters read as they are due."""
@@ -163,28 +158,6 @@ class ModelPruning(ModelTransformation[PruneJob]):
     def write(self, change: Change[LoadedModel], page: Page) -> None:
         """Writes the leaves that moved; the zeros of those that were pruned count."""
         write_pruned(self.job, self.source, change, page)
-
-    def _written(self, dense: LoadedModel) -> np.ndarray:
-        """What the dense model writes to be calibrated on, (sequences, length)."""
-        calibration, tokenizer = self.job.calibration, self.samples.tokenizer
-        special: set[int] = set()
-        if tokenizer is not None:  # behind its tokens a model may have rows for none
-            unused = range(tokenizer.vocab_size, self.texts.vocab_size)
-            special = {*tokenizer.special, *unused}
-        number = calibration.self_sequences
-        with Progress(number, "writing", unit="sequence", leave=False) as progress:
-            return self_calibration(
-                dense.decoder(),
-                sequences=number,
-                length=calibration.length,
-                seed=calibration.seed,
-                temperature=calibration.calibration_temperature,
-                bos=self.texts.begins.token,
-                special=special,
-                batch=calibration.batch,
-                directory=self.job.work / "self",
-                progress=progress.update,
-            )
 
 
 def _check_pattern(pattern: Pattern, model: LoadedModel, prunable: Prunable) -> None:

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from jaxprune.arrays.console_progress import Progress
 from jaxprune.lm.jobs import recovery
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.inputs import JobTexts
@@ -22,6 +23,7 @@ from jaxprune.lm.measure.tables import (
 )
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.loaded_model import LoadedModel
+from jaxprune.lm.texts.self_calibration import self_calibration
 
 
 @dataclasses.dataclass
@@ -117,6 +119,36 @@ class ModelTransformation(Transformation[AnyJob, LoadedModel]):
         """Measures the dense model, while its parameters are in memory."""
         with self.costs.phase("evaluate before"):
             self.measurements.measure_dense(self.model.decoder())
+
+    def write_calibration(self, writer: LoadedModel) -> None:
+        """Lets a model write what `--calibration self` asks for.
+
+        Args:
+          writer: model whose parameters are in memory, with the tokens of the texts.
+        """
+        calibration, tokenizer = self.job.calibration, self.texts.tokenizer
+        number = calibration.self_sequences
+        if not number:
+            return
+        special: set[int] = set()
+        if tokenizer is not None:  # behind its tokens a model may have rows for none
+            unused = range(tokenizer.vocab_size, self.texts.vocab_size)
+            special = {*tokenizer.special, *unused}
+        shown = Progress(number, "writing", unit="sequence", leave=False)
+        with self.costs.phase("write calibration"), shown as progress:
+            written = self_calibration(
+                writer.decoder(),
+                sequences=number,
+                length=calibration.length,
+                seed=calibration.seed,
+                temperature=calibration.calibration_temperature,
+                bos=self.texts.begins.token,
+                special=special,
+                batch=calibration.batch,
+                directory=self.job.work / "self",
+                progress=progress.update,
+            )
+        self.texts = self.texts._replace(written=written)
 
     @abc.abstractmethod
     def teacher(self, change: Change[LoadedModel]) -> Decoder:

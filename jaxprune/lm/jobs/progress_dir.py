@@ -97,6 +97,10 @@ def job_facts(
         "length": job.calibration.length,
         "batch": job.calibration.batch,
         "seed": job.calibration.seed,
+        "self": [
+            job.calibration.self_sequences,
+            job.calibration.calibration_temperature,
+        ],
         "bos": bos,
         "recovery": [str(recovery)] if recovery.recover_steps else None,
     }

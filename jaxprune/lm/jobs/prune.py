@@ -5,6 +5,7 @@ import functools
 from jaxprune.arrays import processes
 from jaxprune.lm.jobs import defaults
 from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.jobs.effort import choose_by_effort
 from jaxprune.lm.jobs.model_pruning import begin_pruning
 from jaxprune.lm.jobs.prune_plan import plan_prune
 from jaxprune.lm.jobs.prune_rules import check_prune
@@ -26,9 +27,9 @@ def prepare_prune(job: PruneJob, console: Console) -> Prepared:
     Raises:
       ValueError: something does not fit.
     """
-    complete = defaults.complete(job, console)
+    complete = defaults.complete(choose_by_effort(job, writes=True), console)
     chosen = processes.together(lambda: check_prune(complete))
-    if complete.calibration != job.calibration:
+    if complete.calibration.calibration and not job.calibration.calibration:
         console.note(
             "calibrated on what the model writes itself; a text of the kind that it is "
             "used on does better: --calibration FILE..."

@@ -131,9 +131,8 @@ def _needs(pruning: ModelPruning) -> Needs:
     dense, corrects = job.solver.inputs == "dense", chosen.corrects
     training, memory = estimates.recovery_needs(job.recovery, calibration, work)
     stages = 3 if job.recovery.recover_steps else 2
-    written = calibration.self_sequences * calibration.length
-    # What the model writes goes token by token, which reaches less of the rate.
-    flops = work.forward(stages * work.evaluated + 4 * written)
+    flops = work.forward(stages * work.evaluated)
+    flops += estimates.writing_flops(calibration, work)
     once = work.forward(work.tokens, head=False)
     solving = once * (2 if dense or corrects else 1)
     hessian = 0

@@ -2,10 +2,9 @@
 
 import math
 import re
-import sys
 from typing import Any
 
-from jaxprune.arrays.rules import Rule, check, within
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.jobs import passes, settings
 from jaxprune.lm.jobs.option_rules import (
@@ -15,13 +14,11 @@ from jaxprune.lm.jobs.option_rules import (
     option_values,
 )
 from jaxprune.lm.jobs.prune_settings import (
-    PruneCalibration,
     PruneEvaluation,
     PruneJob,
     Quantization,
     Solver,
 )
-from jaxprune.lm.jobs.settings import SELF
 from jaxprune.lm.models.loaded_model import device_mesh
 from jaxprune.lm.texts import text_files
 from jaxprune.masking import patterns
@@ -104,18 +101,6 @@ _NUMBERS = (
         "give --prompt, --evaluate FILE... or --calibration FILE..., or leave it out",
     ),
     at_least("refine", 0),
-    Rule(
-        # The model's own text has the last share of a mixture, rounded down.
-        lambda v: v.self_sequences or SELF not in v.calibration,
-        "--sequences {sequences} must be enough for each calibration text and self; "
-        "give more",
-    ),
-    within(
-        "calibration_temperature",
-        0,
-        sys.float_info.max,
-        "--calibration-temperature must be 0 or more, got {calibration_temperature}",
-    ),
     Rule(  # one batch at least measures, and one is trained on
         lambda v: not v.refine or v.sequences // v.batch >= 2,
         "--refine needs --sequences of at least twice --batch {batch}, got "
@@ -124,12 +109,6 @@ _NUMBERS = (
     idle_without(Solver, "refine_learning_rate", "refine", "--refine N"),
     idle_without(
         Quantization, "group", "quantize", "--quantize int4, whose scales it is for"
-    ),
-    idle_without(
-        PruneCalibration,
-        "calibration_temperature",
-        "self_sequences",
-        "--calibration self",
     ),
 )
 

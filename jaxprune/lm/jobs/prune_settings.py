@@ -24,6 +24,7 @@ from jaxprune.lm.jobs.settings import (
     LoadingGroup,
     Recovery,
 )
+from jaxprune.posttraining.passes.efforts import Effort
 
 MethodName: TypeAlias = Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"]
 """The methods by the names that the command gives them."""
@@ -37,6 +38,10 @@ class Pruning:
     """Which weights are removed.
 
     Attributes:
+      effort: in place of --method and its options, the best that is known for its time:
+        quick is sparsegpt; good is alps, in two to three times as long; best also
+        refines each layer and lets the model write a part of the calibration, in ten
+        times as long.
       method: magnitude looks at the weights alone; wanda and ria at the inputs' sizes
         too; sparsegpt and alps also update the weights that stay, alps better and more
         slowly. magnitude without --calibration goes through any safetensors directory
@@ -53,6 +58,7 @@ class Pruning:
       exclude: names of tensors to leave alone, also as globs: "*.down_proj.weight".
     """
 
+    effort: Annotated[Effort | None, choice_of(Effort), UNSET] = None
     method: Annotated[MethodName | None, choice_of(MethodName), UNSET] = None
     sparsity: MaybeNumber = None
     pattern: MaybeText = None
@@ -112,18 +118,6 @@ class Quantization:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneCalibration(Calibration):
-    """The texts that show what the model is for.
-
-    Attributes:
-      calibration_temperature: the temperature of what the model writes for
-        --calibration self.
-    """
-
-    calibration_temperature: Number = 1.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class PruneEvaluation(Evaluation):
     """What the model is measured by, before and after.
 
@@ -166,7 +160,7 @@ class PruneJob(Job):
         default_factory=Solver
     )
     quantization: Quantization = dataclasses.field(default_factory=Quantization)
-    calibration: PruneCalibration = dataclasses.field(default_factory=PruneCalibration)
+    calibration: Calibration = dataclasses.field(default_factory=Calibration)
     evaluation: PruneEvaluation = dataclasses.field(default_factory=PruneEvaluation)
     recovery: Recovery = dataclasses.field(default_factory=Recovery)
     loading: LoadingGroup = dataclasses.field(default_factory=Loading)

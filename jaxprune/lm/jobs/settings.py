@@ -83,12 +83,15 @@ class Calibration:
         template writes; or .npy of int32 token ids (sequences, length). Several are a
         mixture with as many sequences of each. Give each kind of text that the model is
         for: that is worth more than the choice of a method. The word "self" stands for
-        text that the model writes, with `prune` alone.
+        text that the model writes; what was calibrated on texts alone loses most on
+        texts of other kinds.
       sequences: how many sequences are calibrated on.
       length: tokens of a sequence, BOS included; the model's context where that is
         less.
       seed: decides which sequences are drawn and what is sampled.
       batch: how many sequences the model sees at once.
+      calibration_temperature: the temperature of what the model writes for
+        --calibration self.
     """
 
     calibration: Files = ()
@@ -96,6 +99,7 @@ class Calibration:
     length: Count = 512
     seed: Count = 0
     batch: Count = 4
+    calibration_temperature: Number = 1.0
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -239,5 +243,24 @@ RULES = (
         lambda v: v.calibration.count(SELF) <= 1,
         "--calibration self is given twice; once is enough",
     ),
+    Rule(
+        # The model's own text has the last share of a mixture, rounded down.
+        lambda v: v.self_sequences or SELF not in v.calibration,
+        "--sequences {sequences} must be enough for each calibration text and self; "
+        "give more",
+    ),
+    within(
+        "calibration_temperature",
+        0,
+        sys.float_info.max,
+        "--calibration-temperature must be 0 or more, got {calibration_temperature}",
+    ),
+    idle_without(
+        Calibration,
+        "calibration_temperature",
+        "self_sequences",
+        "--calibration self",
+    ),
 )
-"""What every job's options keep; `files` are the calibration's without "self"."""
+"""What every job's options keep; `files` are the calibration's without "self", and
+`self_sequences` the number that it stands for."""

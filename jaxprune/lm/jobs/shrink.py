@@ -144,7 +144,8 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         """Removes what was asked for; the weights that stay are as they are stored."""
         if self.fewer is not None:  # the dense model was measured by its own tokens
             self.texts = self.measurements.texts = self.fewer[1]
-        tokens = None if self.texts.drawn is None else self.texts.drawn.tokens
+        self.write_calibration(self.reference)
+        tokens = self.texts.sequences if self.job.calibration.calibration else None
         small, record = self._without(tokens)
         if tokens is not None:
             calibration = self.job.calibration

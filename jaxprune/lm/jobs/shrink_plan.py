@@ -107,6 +107,7 @@ def _needs(
     training, memory = estimates.recovery_needs(job.recovery, calibration, work)
     once = work.forward(work.tokens)
     flops = work.forward((3 if job.recovery.recover_steps else 2) * work.evaluated)
+    flops += estimates.writing_flops(calibration, work)
     total = len({name.split("/")[1] for name in work.matrices})
     if removal.layers is not None:  # a search runs what is left without each layer
         flops += once * sum(range(layers + 1, total + 1)) / total

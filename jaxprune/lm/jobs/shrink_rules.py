@@ -95,11 +95,6 @@ _REMOVAL = (
         "--layers, --drop-layers, --budget, --hidden or --vocab",
     ),
     Rule(
-        lambda v: not v.self_sequences,
-        "--calibration self is for prune alone; give --calibration FILE..., or leave "
-        "it out",
-    ),
-    Rule(
         lambda v: v.layers is None or v.calibration,
         "--layers needs --calibration FILE..., by which the layers are chosen; "
         "--drop-layers names them without",
@@ -133,7 +128,7 @@ _VOCABULARY = (
         f"--vocab must be a positive multiple of {MULTIPLE}, got {{vocab}}",
     ),
     Rule(
-        lambda v: v.vocab is None or v.calibration,
+        lambda v: v.vocab is None or v.files,
         "--vocab needs --calibration FILE..., whose tokens it counts",
     ),
     Rule(

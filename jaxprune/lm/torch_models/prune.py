@@ -19,6 +19,7 @@ from jaxprune.arrays.rules import Rule, check, reworded
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.jobs import passes, provenance
 from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.jobs.effort import choose_by_effort
 from jaxprune.lm.jobs.exclusions import check_globs
 from jaxprune.lm.jobs.provenance import Page
 from jaxprune.lm.jobs.prune_record import (
@@ -54,6 +55,7 @@ from jaxprune.typing import Prunable
 def prepare_torch_prune(job: PruneJob, console: Console) -> Prepared:
     """A pruning through torch, for `run_job`: all is read and checked."""
     begin_through_torch(job.model, console)
+    job = choose_by_effort(job, writes=False)
     method = job.pruning.method or "sparsegpt"
     job = dataclasses.replace(
         job, pruning=dataclasses.replace(job.pruning, method=method)

@@ -3,7 +3,8 @@
 `magnitude`, `wanda`, `ria`, `sparsegpt` and `alps` choose which weights are kept.
 `correct` makes up for what earlier segments lost, `refine` trains what is left of each
 layer, and `quantize` puts it on the levels of int4 or int8. `chain` makes one pass of
-several. A pass of your own extends `Prune`.
+several, `effort` the best known one for the time it takes. A pass of your own extends
+`Prune`.
 """
 
 from jaxprune.posttraining.passes.base import Matrix as Matrix
@@ -12,6 +13,7 @@ from jaxprune.posttraining.passes.base import Solution as Solution
 from jaxprune.posttraining.passes.chaining import Chain as Chain
 from jaxprune.posttraining.passes.chaining import chain as chain
 from jaxprune.posttraining.passes.correction import Correct as correct
+from jaxprune.posttraining.passes.efforts import effort as effort
 from jaxprune.posttraining.passes.pruning import ALPS as alps
 from jaxprune.posttraining.passes.pruning import METHODS as METHODS
 from jaxprune.posttraining.passes.pruning import RIA as ria
@@ -34,6 +36,7 @@ __all__ = [
     "alps",
     "chain",
     "correct",
+    "effort",
     "magnitude",
     "quantize",
     "refine",

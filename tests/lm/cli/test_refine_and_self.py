@@ -1,10 +1,10 @@
-"""`prune --refine` and `--calibration self`: what moves, what is kept, what is told."""
+"""`--refine` and `--calibration self`: what moves, what is kept, what is told."""
 
 import numpy as np
 import pytest
 
 from tests.support import tiny_cli
-from tests.support.tiny_cli import place, run
+from tests.support.tiny_cli import place, run, shrink
 
 pytest.importorskip("tyro")
 pytest.importorskip("tokenizers")
@@ -12,6 +12,8 @@ pytest.importorskip("tokenizers")
 from jaxprune.lm import cli
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.jobs import model_pruning as command
+from jaxprune.lm.models import hf
+from jaxprune.lm.texts.self_calibration import self_calibration
 
 __all__ = ["place"]
 
@@ -156,3 +158,37 @@ def test_a_correction_moves_what_comes_after_the_first_matrices(place, capsys):
     assert {*tiny_cli.MATRICES} - same
     for name in tiny_cli.MATRICES:
         assert (found[name] == 0).sum() == found[name].size // 2
+
+
+@pytest.mark.full
+def test_a_model_loses_neurons_by_what_it_writes_as_by_the_same_token_ids(
+    place, capsys
+):
+    short = ["--ffn", "0.5", "--length", "16", "--any-perplexity"]
+    words = [*short, "--sequences", "8", "--calibration"]
+    by_text = shrink(capsys, place / "model", place / "text", *words, "self")
+    assert by_text[0] == 0
+    assert by_text[1]["calibration"]["self"] == 8
+    written = self_calibration(
+        hf.load(place / "model").model, sequences=8, length=16, bos=1, special={0, 1, 2}
+    )
+    np.save(place / "written.npy", written)
+    words.append(place / "written.npy")
+    assert shrink(capsys, place / "model", place / "ids", *words)[0] == 0
+    same = tiny_cli.weights(place / "ids")
+    for name, value in tiny_cli.weights(place / "text").items():
+        np.testing.assert_allclose(value, same[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.full
+def test_the_effort_best_is_its_method_refined_on_its_own_text_too(place, capsys):
+    texts = ["--sparsity", "0.5", "--calibration", place / "rows.npy"]
+    code, record, _ = prune(capsys, place, "best", "--effort", "best", *texts)
+    assert code == 0
+    assert record["method"] == "alps"
+    assert (record["calibration"]["self"], record["refine"]["passes"]) == (4, 4)
+    words = ["--method", "alps", "--refine", "4", "--correction", "0.5", *texts, "self"]
+    assert prune(capsys, place, "in_words", *words)[0] == 0
+    same = tiny_cli.weights(place / "in_words")
+    for name, value in tiny_cli.weights(place / "best").items():
+        np.testing.assert_array_equal(value, same[name])

@@ -104,6 +104,26 @@ def test_both_models_are_measured_on_the_same_text(place, capsys):
 
 
 @pytest.mark.full
+def test_the_model_with_fewer_tokens_writes_its_calibration(place, capsys):
+    words = ("self", *SHORT, "--ffn", 0.5)  # after the text
+    code, record, _ = shrink(
+        *(capsys, place / "model", place / "wrote", "--vocab", 320),
+        *("--calibration", place / "a.txt", *words),
+    )
+    assert code == 0
+    assert record["calibration"]["self"] == 4
+    assert record["calibration"]["sequences"] == 8
+    assert record["sizes"]["after"]["tokens"] == 320
+
+
+def test_what_the_model_writes_does_not_say_which_tokens_a_text_needs(place, capsys):
+    words = ("--vocab", 320, "--calibration", "self", *SHORT)
+    code, _, err = shrink(capsys, place / "model", place / "no", *words)
+    assert code == 1
+    assert "--vocab needs --calibration FILE..., whose tokens it counts" in err
+
+
+@pytest.mark.full
 def test_tokens_go_with_neurons_heads_and_layers_and_a_distillation(place, capsys):
     words = ("--ffn", 0.5, "--layers", 1, "--recover-steps", 2)
     code, record, _ = trimmed(capsys, place, place / "all", *words)

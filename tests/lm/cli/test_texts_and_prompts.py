@@ -19,6 +19,7 @@ from jaxprune.lm.jobs import prune_settings as settings
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.model_pruning import begin_pruning
 from jaxprune.lm.jobs.prune_rules import check_prune
+from jaxprune.lm.jobs.settings import Calibration
 
 __all__ = ["place"]
 
@@ -37,7 +38,7 @@ def begun(model, out, calibration, *, prompt=None, bos=False):
         model=model,
         out=out,
         pruning=settings.Pruning(method="sparsegpt", sparsity=0.5),
-        calibration=settings.PruneCalibration(
+        calibration=Calibration(
             calibration=(calibration,), sequences=8, length=16, batch=4
         ),
         evaluation=settings.PruneEvaluation(prompt=prompt, prompt_steps=8, context=16),

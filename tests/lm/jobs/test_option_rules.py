@@ -9,7 +9,8 @@ pytest.importorskip("tyro")
 
 from jaxprune.arrays.rules import check, error
 from jaxprune.lm.jobs import option_rules, prune_rules, shrink_rules
-from jaxprune.lm.jobs.prune_settings import PruneCalibration, PruneJob, Solver
+from jaxprune.lm.jobs.prune_settings import PruneJob, Solver
+from jaxprune.lm.jobs.settings import Calibration
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.masking import patterns
 
@@ -41,7 +42,7 @@ def test_each_sentence_of_a_shrinking_can_be_filled_in_and_ends_without_a_stop(r
 
 
 def test_an_option_is_found_by_its_name_in_whatever_group_it_is():
-    job = PruneJob(**PLACES, calibration=PruneCalibration(calibration=(Path("a.txt"),)))
+    job = PruneJob(**PLACES, calibration=Calibration(calibration=(Path("a.txt"),)))
     values = option_rules.option_values(job)
     assert values["calibration"] == (Path("a.txt"),)
     assert values["damping"] is None
