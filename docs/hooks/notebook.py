@@ -40,7 +40,8 @@ def notebook(page: str) -> str:
 def _text_cell(text: str) -> list[dict]:
     # Links are the page's own, which lies in another folder.
     text = text.replace("](../../", "](../").replace("](../images", "](../docs/images")
-    text = re.sub(r"\]\(\.\./(\w+\.md)", r"](../docs/\1", text).strip()
+    text = re.sub(r"\]\(\.\./(\w+\.md)", r"](../docs/\1", text)
+    text = re.sub(r"\]\((\w+\.md)", r"](../docs/tutorials/\1", text).strip()
     cell = {"cell_type": "markdown", "metadata": {}, "source": _lines(text)}
     return [cell] if text else []
 
