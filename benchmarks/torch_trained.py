@@ -3,16 +3,20 @@
 `python -m benchmarks.torch_trained docs/results/torch_trained.csv --model crepe-tiny`
 takes a model of `benchmarks.torch_shipped`. It prunes by five methods, and by other
 allocations than the same share of every weight, and removes channels, heads and
-neurons by magnitude and by the solver. Each result is a torch module, measured in
-torch by the model's own measure, trained for 100 steps to give what the dense model
-gives, with its zeros held (`jp.torch.hold`), and measured again. Its forward pass is
-timed in turns with that of the dense model. A row is written as each is done; rows that
-are in the file are not run again.
+neurons by magnitude and by the solver, with as many from each group or, by
+`--unit-allocations damage`, more from the groups that can best spare them. Each result
+is a torch module, measured in torch by the model's own measure, trained for 100 steps
+to give what the dense model gives, with its zeros held (`jp.torch.hold`), and measured
+again. Its forward pass is timed in turns with that of the dense model. A row is written
+as each is done; rows that are in the file are not run again.
 """
 
 import copy
 import dataclasses
+import functools
+import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +27,7 @@ import tyro
 import jaxprune as jp
 from benchmarks import measure, torch_shipped
 from benchmarks.torch_models import append_row, rows_of
+from jaxprune.posttraining.unit_sizes import solve_sizes
 
 COLUMNS = (
     *("model", "what", "by", "allocation", "removed", "weights_left", "score"),
@@ -44,6 +49,9 @@ class Config:
       allocations: other ways to share the weights out, for `allocated`.
       allocated: methods that they are tried with.
       allocated_sparsities: shares that they are tried at.
+      unit_allocations: how the units that go are shared out: "all" for one share of
+        every group, "damage" for the numbers that `counts_by_damage` finds.
+      unit_choices: who chooses them, "magnitude" or "solver".
       steps: number of steps of recovery, 0 for none.
       learning_rate: learning rate of Adam in them.
       repeats: number of timed forward passes.
@@ -57,6 +65,8 @@ class Config:
     allocations: tuple[str, ...] = ("global", "erk", "owl")
     allocated: tuple[str, ...] = ("magnitude", "sparsegpt")
     allocated_sparsities: tuple[float, ...] = (0.8,)
+    unit_allocations: tuple[str, ...] = ("all",)
+    unit_choices: tuple[str, ...] = ("magnitude", "solver")
     steps: int = 100
     learning_rate: float = 1e-3
     repeats: int = 15
@@ -111,7 +121,12 @@ def jobs(config: Config) -> list[Job]:
     """
     return [
         Job("dense"),
-        *(Job("units", by, "all", s) for s in config.units for by in UNIT_CHOICES),
+        *(
+            Job("units", by, allocation, share)
+            for share in config.units
+            for by in config.unit_choices
+            for allocation in config.unit_allocations
+        ),
         *(
             Job("weights", by, "layer", share)
             for share in config.sparsities
@@ -124,9 +139,6 @@ def jobs(config: Config) -> list[Job]:
             for allocation in config.allocations
         ),
     ]
-
-
-UNIT_CHOICES = ("magnitude", "solver")
 
 
 def _job_of(row: dict[str, str]) -> Job:
@@ -170,10 +182,11 @@ def changed(shipped: torch_shipped.Shipped, job: Job) -> Any:
     """
     module, batches = shipped.module, shipped.calibration
     if job.what == "units":
-        shares = dict.fromkeys(shipped.whole_groups, 0.0)
-        shares |= dict.fromkeys((*shipped.asked_groups, "*"), job.removed)
+        shares = dict.fromkeys((*shipped.asked_groups, "*"), job.removed)
+        if job.allocation == "damage":
+            shares = shares_by_damage(shipped, job.removed)
         if job.by == "magnitude":
-            scores = jp.scores.magnitude
+            scores = functools.partial(jp.scores.magnitude, prunable=is_matrix)
             small = jp.torch.shrink(module, batches[0], scores, shares)
         else:
             small = jp.torch.shrink(
@@ -194,11 +207,99 @@ def changed(shipped: torch_shipped.Shipped, job: Job) -> Any:
             job.by,
             sparsity=job.removed,
             allocation=job.allocation,
-            prunable=lambda name, leaf: leaf.ndim > 1,  # heads and embeddings too
+            prunable=is_matrix,
             progress=False,
         )
         jp.torch.load(pruned, result.params)
     return pruned
+
+
+def is_matrix(name: str, leaf: Any) -> bool:
+    """Whether a leaf counts: heads and embeddings do too, unlike by default.
+
+    Args:
+      name: name of the leaf.
+      leaf: the array.
+
+    Returns:
+      True for all but vectors.
+    """
+    return leaf.ndim > 1
+
+
+STEPS_OF_GROUP = 8
+"""In how many steps a group can lose its units where the damage shares them out."""
+
+
+def shares_by_damage(
+    shipped: torch_shipped.Shipped, removed: float
+) -> dict[str, float]:
+    """The share of its units that each group loses, by what the solver measures.
+
+    Each group is solved at several sizes, with the groups before it at the share that
+    is removed of all. Of the numbers that make up that share of all units, those are
+    taken whose relative errors have the smallest sum.
+
+    Args:
+      shipped: the model.
+      removed: share of the units of all groups.
+
+    Returns:
+      {name of a group: share}.
+    """
+    module, batches = shipped.module, shipped.calibration
+    fn, params = jp.torch.function(module, batches[0])
+    arrays = [jp.torch.as_arrays(batch) for batch in batches]
+    groups = jp.axis_groups(fn, params, arrays[0])
+    units = {group.name: group.units for group in groups if group.default}
+    steps = range(1, STEPS_OF_GROUP + 1)
+    sizes = {
+        name: sorted({-(-n * step // STEPS_OF_GROUP) for step in steps})
+        for name, n in units.items()
+    }
+    start = {
+        name: min(sizes[name], key=lambda size: abs(size - (1 - removed) * n))
+        for name, n in units.items()
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        solved = solve_sizes(
+            fn, params, arrays, groups, sizes, start, directory=Path(directory)
+        )
+    damage = {
+        name: {units[name] - s: e for s, e in zip(x.sizes, x.errors, strict=True)}
+        for name, x in solved.items()
+    }
+    lost = counts_by_damage(damage, round(removed * sum(units.values())))
+    return {name: count / units[name] for name, count in lost.items()}
+
+
+def counts_by_damage(
+    damage: Mapping[str, Mapping[int, float]], total: int
+) -> dict[str, int]:
+    """How many units each group loses, so that the sum of the damage is smallest.
+
+    Args:
+      damage: {group: {units lost: relative error}}.
+      total: how many units go at least.
+
+    Returns:
+      {group: units lost}.
+    """
+    # Units lost by the groups so far, no more than the total: damage and the counts.
+    best: dict[int, tuple[float, dict[str, int]]] = {0: (0.0, {})}
+    for name, errors in damage.items():
+        following: dict[int, tuple[float, dict[str, int]]] = {}
+        for before, (error_before, counts) in best.items():
+            for lost, error in errors.items():
+                lost_so_far = min(before + lost, total)
+                candidate = (error_before + error, {**counts, name: lost})
+                if (
+                    lost_so_far not in following
+                    or candidate[0] < following[lost_so_far][0]
+                ):
+                    following[lost_so_far] = candidate
+        best = following
+    return best[total][1]
 
 
 def recover(module: Any, shipped: torch_shipped.Shipped, config: Config) -> None:

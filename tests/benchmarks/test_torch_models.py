@@ -1,6 +1,7 @@
 """The tables of torch models resume and count, and inputs are what they say."""
 
 import copy
+import itertools
 import types
 from pathlib import Path
 
@@ -127,6 +128,7 @@ def test_a_trained_model_is_pruned_shrunk_and_recovers(tmp_path, monkeypatch):
     settings = {
         "sparsities": (0.5,),
         "units": (0.5,),
+        "unit_allocations": ("all", "damage"),
         "methods": ("magnitude", "sparsegpt"),
         "allocated": ("magnitude",),
         "allocations": ("global",),
@@ -139,7 +141,9 @@ def test_a_trained_model_is_pruned_shrunk_and_recovers(tmp_path, monkeypatch):
     assert dense["score"] == "1.0000"
     assert [(r["what"], r["by"], r["allocation"]) for r in changed] == [
         ("units", "magnitude", "all"),
+        ("units", "magnitude", "damage"),
         ("units", "solver", "all"),
+        ("units", "solver", "damage"),
         ("weights", "magnitude", "layer"),
         ("weights", "sparsegpt", "layer"),
         ("weights", "magnitude", "global"),
@@ -152,6 +156,28 @@ def test_a_trained_model_is_pruned_shrunk_and_recovers(tmp_path, monkeypatch):
     assert torch_models.rows_of(config.out) == rows
     table = torch_trained.table(rows, "score")
     assert table.splitlines()[2].startswith("| nothing | 1.0000 |")
+
+
+def test_units_go_where_they_do_least_damage_of_all_ways_to_share_them_out():
+    rng = np.random.default_rng(0)
+    losses = {"a": (0, 8, 16, 24), "b": (0, 2, 4, 6), "c": (0, 5, 10)}
+    damage = {
+        name: dict(zip(lost, np.cumsum(rng.exponential(size=len(lost))), strict=True))
+        for name, lost in losses.items()
+    }
+
+    def total(counts):
+        return sum(damage[name][lost] for name, lost in counts.items())
+
+    # All ways in which at least 20 of the units go.
+    ways = (
+        dict(zip(losses, counts, strict=True))
+        for counts in itertools.product(*losses.values())
+        if sum(counts) >= 20
+    )
+    counts = torch_trained.counts_by_damage(damage, 20)
+    assert sum(counts.values()) >= 20
+    assert total(counts) == pytest.approx(min(map(total, ways)))
 
 
 def test_recovery_holds_the_zeros(monkeypatch):
