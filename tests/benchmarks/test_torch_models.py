@@ -14,6 +14,7 @@ pytestmark = pytest.mark.parity
 
 from benchmarks import (  # noqa: E402
     synthetic_inputs,
+    torch_model_groups,
     torch_models,
     torch_shipped,
     torch_trained,
@@ -50,6 +51,33 @@ def test_a_table_resumes_and_says_where_models_stop(tmp_path, monkeypatch, capsy
     torch_models.main(torch_models.Config(out, ("a", "b")))
     assert torch_models.rows_of(out) == rows
     assert "1 of 2 models to the end" in capsys.readouterr().out
+
+
+def test_the_axes_of_layers_are_those_of_their_parameters():
+    def axes(layer, is_output):
+        names = {id(p): name for name, p in layer.named_parameters()}
+        return {*torch_model_groups.axes_of_layer(layer, is_output, names)}
+
+    linear, depthwise = torch.nn.Linear(3, 2), torch.nn.Conv2d(4, 4, 3, groups=4)
+    assert axes(linear, True) == {("weight", 0), ("bias", 0)}
+    assert axes(linear, False) == {("weight", 1)}
+    assert axes(torch.nn.ConvTranspose2d(3, 2, 3), True) == {("weight", 1), ("bias", 0)}
+    assert axes(torch.nn.Embedding(3, 2), True) == {("weight", 1)}
+    assert axes(torch.nn.BatchNorm2d(3), False) == {("weight", 0), ("bias", 0)}
+    assert axes(depthwise, False) == {("weight", 0)}
+
+
+@pytest.mark.full
+def test_groups_that_the_other_has_too_are_counted(monkeypatch):
+    small_zoo(monkeypatch)
+    neurons = {("0.weight", 0), ("0.bias", 0), ("2.weight", 1)}
+    theirs = [frozenset(neurons)]
+    monkeypatch.setattr(torch_model_groups, "torch_pruning_axes", lambda *_: theirs)
+    counts = {"removable": 1, "same": 1, "other": ""}
+    assert torch_model_groups.compare_groups(*torch_zoo.make("a")) == counts
+    theirs[0] -= {("0.bias", 0)}
+    counts = {"removable": 1, "same": 0, "other": "0.bias:0 0.weight:0 2.weight:1"}
+    assert torch_model_groups.compare_groups(*torch_zoo.make("a")) == counts
 
 
 def test_there_are_forty_models_and_twenty_of_each_library():
