@@ -14,9 +14,7 @@ as each is done; rows that are in the file are not run again.
 import copy
 import dataclasses
 import functools
-import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +25,7 @@ import tyro
 import jaxprune as jp
 from benchmarks import measure, torch_shipped
 from benchmarks.torch_models import append_row, rows_of
-from jaxprune.posttraining.unit_sizes import solve_sizes
+from benchmarks.unit_damage import shares_by_damage
 
 COLUMNS = (
     *("model", "what", "by", "allocation", "removed", "weights_left", "score"),
@@ -50,7 +48,7 @@ class Config:
       allocated: methods that they are tried with.
       allocated_sparsities: shares that they are tried at.
       unit_allocations: how the units that go are shared out: "all" for one share of
-        every group, "damage" for the numbers that `counts_by_damage` finds.
+        every group, "damage" for those of `benchmarks.unit_damage`.
       unit_choices: who chooses them, "magnitude" or "solver".
       steps: number of steps of recovery, 0 for none.
       learning_rate: learning rate of Adam in them.
@@ -225,81 +223,6 @@ def is_matrix(name: str, leaf: Any) -> bool:
       True for all but vectors.
     """
     return leaf.ndim > 1
-
-
-STEPS_OF_GROUP = 8
-"""In how many steps a group can lose its units where the damage shares them out."""
-
-
-def shares_by_damage(
-    shipped: torch_shipped.Shipped, removed: float
-) -> dict[str, float]:
-    """The share of its units that each group loses, by what the solver measures.
-
-    Each group is solved at several sizes, with the groups before it at the share that
-    is removed of all. Of the numbers that make up that share of all units, those are
-    taken whose relative errors have the smallest sum.
-
-    Args:
-      shipped: the model.
-      removed: share of the units of all groups.
-
-    Returns:
-      {name of a group: share}.
-    """
-    module, batches = shipped.module, shipped.calibration
-    fn, params = jp.torch.function(module, batches[0])
-    arrays = [jp.torch.as_arrays(batch) for batch in batches]
-    groups = jp.axis_groups(fn, params, arrays[0])
-    units = {group.name: group.units for group in groups if group.default}
-    steps = range(1, STEPS_OF_GROUP + 1)
-    sizes = {
-        name: sorted({-(-n * step // STEPS_OF_GROUP) for step in steps})
-        for name, n in units.items()
-    }
-    start = {
-        name: min(sizes[name], key=lambda size: abs(size - (1 - removed) * n))
-        for name, n in units.items()
-    }
-    with tempfile.TemporaryDirectory() as directory:
-        solved = solve_sizes(
-            fn, params, arrays, groups, sizes, start, directory=Path(directory)
-        )
-    damage = {
-        name: {units[name] - s: e for s, e in zip(x.sizes, x.errors, strict=True)}
-        for name, x in solved.items()
-    }
-    lost = counts_by_damage(damage, round(removed * sum(units.values())))
-    return {name: count / units[name] for name, count in lost.items()}
-
-
-def counts_by_damage(
-    damage: Mapping[str, Mapping[int, float]], total: int
-) -> dict[str, int]:
-    """How many units each group loses, so that the sum of the damage is smallest.
-
-    Args:
-      damage: {group: {units lost: relative error}}.
-      total: how many units go at least.
-
-    Returns:
-      {group: units lost}.
-    """
-    # Units lost by the groups so far, no more than the total: damage and the counts.
-    best: dict[int, tuple[float, dict[str, int]]] = {0: (0.0, {})}
-    for name, errors in damage.items():
-        following: dict[int, tuple[float, dict[str, int]]] = {}
-        for before, (error_before, counts) in best.items():
-            for lost, error in errors.items():
-                lost_so_far = min(before + lost, total)
-                candidate = (error_before + error, {**counts, name: lost})
-                if (
-                    lost_so_far not in following
-                    or candidate[0] < following[lost_so_far][0]
-                ):
-                    following[lost_so_far] = candidate
-        best = following
-    return best[total][1]
 
 
 def recover(module: Any, shipped: torch_shipped.Shipped, config: Config) -> None:

@@ -19,6 +19,7 @@ from benchmarks import (  # noqa: E402
     torch_shipped,
     torch_trained,
     torch_zoo,
+    unit_damage,
 )
 
 
@@ -203,7 +204,7 @@ def test_units_go_where_they_do_least_damage_of_all_ways_to_share_them_out():
         for counts in itertools.product(*losses.values())
         if sum(counts) >= 20
     )
-    counts = torch_trained.counts_by_damage(damage, 20)
+    counts = unit_damage.counts_by_damage(damage, 20)
     assert sum(counts.values()) >= 20
     assert total(counts) == pytest.approx(min(map(total, ways)))
 
