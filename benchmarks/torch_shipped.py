@@ -77,12 +77,11 @@ def package_folder(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def crepe(capacity: str, calibration: int = 256, batch: int = 16) -> Shipped:
+def crepe(capacity: str, batch: int = 16) -> Shipped:
     """The pitch tracker CREPE on tones; the share within 50 cents.
 
     Args:
       capacity: "tiny" or "full".
-      calibration: number of tones that pruning looks at.
       batch: number of tones of a step of recovery.
 
     Returns:
@@ -98,7 +97,7 @@ def crepe(capacity: str, calibration: int = 256, batch: int = 16) -> Shipped:
     frames, cents = tones(400, seed=1)
     return Shipped(
         model.eval(),
-        list(tones(calibration, seed=0)[0].split(64)),
+        list(tones(256, seed=0)[0].split(64)),
         lambda step: tones(batch, seed=1000 + step)[0],
         lambda model: pitch_accuracy(model, frames, cents),
         probabilities=True,
@@ -355,7 +354,6 @@ MODELS: dict[str, Callable[[], Shipped]] = {
     "crepe-tiny": lambda: crepe("tiny"),
     # The same, trained on for as many steps with four times the tones in each.
     "crepe-tiny-batch-64": lambda: crepe("tiny", batch=64),
-    "crepe-tiny-1024-tones": lambda: crepe("tiny", calibration=1024, batch=64),
     "resemblyzer": resemblyzer,
     "rxnmapper": rxnmapper,
     "rxnmapper-12": lambda: rxnmapper(12),
