@@ -140,8 +140,8 @@ def torch_pruning_steps(name: str, row: dict[str, Any]) -> None:
         importance=torch_pruning.importance.MagnitudeImportance(),
         pruning_ratio=0.5,
         ignored_layers=last,
-        output_transform=_sum_of_tensors,
-        forward_fn=_called if isinstance(example, dict) else None,
+        output_transform=sum_of_tensors,
+        forward_fn=call_module if isinstance(example, dict) else None,
     )
     row["stopped_at"] = "prune"
     pruner.step()
@@ -151,11 +151,13 @@ def torch_pruning_steps(name: str, row: dict[str, Any]) -> None:
     row["stopped_at"] = "" if row["forward"] else "forward: other shapes"
 
 
-def _called(module: Any, example: dict[str, Any]) -> Any:
+def call_module(module: Any, example: dict[str, Any]) -> Any:
+    """The output of a module that takes its arguments by name."""
     return module(**example)
 
 
-def _sum_of_tensors(output: Any) -> Any:
+def sum_of_tensors(output: Any) -> Any:
+    """One number that all outputs are in, which Torch-Pruning goes back from."""
     if isinstance(output, torch.Tensor):  # which has `values` too
         return output.sum()
     tensors = output.values() if hasattr(output, "values") else output

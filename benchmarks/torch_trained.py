@@ -3,15 +3,17 @@
 `python -m benchmarks.torch_trained docs/results/torch_trained.csv --model crepe-tiny`
 takes a model of `benchmarks.torch_shipped`. It prunes by five methods, and by other
 allocations than the same share of every weight, and removes channels, heads and
-neurons by magnitude and by the solver. Each result is a torch module, measured in
-torch by the model's own measure, trained for 100 steps to give what the dense model
-gives, with its zeros held (`jp.torch.hold`), and measured again. Its forward pass is
-timed in turns with that of the dense model. A row is written as each is done; rows that
-are in the file are not run again.
+neurons by magnitude and by the solver, with as many from each group or, by
+`--unit-allocations damage`, more from the groups that can best spare them. Each result
+is a torch module, measured in torch by the model's own measure, trained for 100 steps
+to give what the dense model gives, with its zeros held (`jp.torch.hold`), and measured
+again. Its forward pass is timed in turns with that of the dense model. A row is written
+as each is done; rows that are in the file are not run again.
 """
 
 import copy
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +25,7 @@ import tyro
 import jaxprune as jp
 from benchmarks import measure, torch_shipped
 from benchmarks.torch_models import append_row, rows_of
+from benchmarks.unit_damage import shares_by_damage
 
 COLUMNS = (
     *("model", "what", "by", "allocation", "removed", "weights_left", "score"),
@@ -44,6 +47,9 @@ class Config:
       allocations: other ways to share the weights out, for `allocated`.
       allocated: methods that they are tried with.
       allocated_sparsities: shares that they are tried at.
+      unit_allocations: how the units that go are shared out: "all" for one share of
+        every group, "damage" for those of `benchmarks.unit_damage`.
+      unit_choices: who chooses them, "magnitude" or "solver".
       steps: number of steps of recovery, 0 for none.
       learning_rate: learning rate of Adam in them.
       repeats: number of timed forward passes.
@@ -57,6 +63,8 @@ class Config:
     allocations: tuple[str, ...] = ("global", "erk", "owl")
     allocated: tuple[str, ...] = ("magnitude", "sparsegpt")
     allocated_sparsities: tuple[float, ...] = (0.8,)
+    unit_allocations: tuple[str, ...] = ("all",)
+    unit_choices: tuple[str, ...] = ("magnitude", "solver")
     steps: int = 100
     learning_rate: float = 1e-3
     repeats: int = 15
@@ -111,7 +119,12 @@ def jobs(config: Config) -> list[Job]:
     """
     return [
         Job("dense"),
-        *(Job("units", by, "all", s) for s in config.units for by in UNIT_CHOICES),
+        *(
+            Job("units", by, allocation, share)
+            for share in config.units
+            for by in config.unit_choices
+            for allocation in config.unit_allocations
+        ),
         *(
             Job("weights", by, "layer", share)
             for share in config.sparsities
@@ -124,9 +137,6 @@ def jobs(config: Config) -> list[Job]:
             for allocation in config.allocations
         ),
     ]
-
-
-UNIT_CHOICES = ("magnitude", "solver")
 
 
 def _job_of(row: dict[str, str]) -> Job:
@@ -170,10 +180,11 @@ def changed(shipped: torch_shipped.Shipped, job: Job) -> Any:
     """
     module, batches = shipped.module, shipped.calibration
     if job.what == "units":
-        shares = dict.fromkeys(shipped.whole_groups, 0.0)
-        shares |= dict.fromkeys((*shipped.asked_groups, "*"), job.removed)
+        shares = dict.fromkeys((*shipped.asked_groups, "*"), job.removed)
+        if job.allocation == "damage":
+            shares = shares_by_damage(shipped, job.removed)
         if job.by == "magnitude":
-            scores = jp.scores.magnitude
+            scores = functools.partial(jp.scores.magnitude, prunable=is_matrix)
             small = jp.torch.shrink(module, batches[0], scores, shares)
         else:
             small = jp.torch.shrink(
@@ -194,11 +205,24 @@ def changed(shipped: torch_shipped.Shipped, job: Job) -> Any:
             job.by,
             sparsity=job.removed,
             allocation=job.allocation,
-            prunable=lambda name, leaf: leaf.ndim > 1,  # heads and embeddings too
+            prunable=is_matrix,
             progress=False,
         )
         jp.torch.load(pruned, result.params)
     return pruned
+
+
+def is_matrix(name: str, leaf: Any) -> bool:
+    """Whether a leaf counts: heads and embeddings do too, unlike by default.
+
+    Args:
+      name: name of the leaf.
+      leaf: the array.
+
+    Returns:
+      True for all but vectors.
+    """
+    return leaf.ndim > 1
 
 
 def recover(module: Any, shipped: torch_shipped.Shipped, config: Config) -> None:

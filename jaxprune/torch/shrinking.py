@@ -61,7 +61,8 @@ def shrink(
       module: any module that `jp.torch.function` takes.
       example: what it is called with; see `jp.torch.function`.
       scores: {torch name: scores of a parameter}, or a criterion as
-        `jp.scores.magnitude`, which is given the parameters.
+        `jp.scores.magnitude`, which is given the parameters. What its rule `prunable`
+        leaves out, as norms, biases and output heads by default, has no say.
       sparsity: share of its units that each group loses, or {glob, kind or name of a
         group: share}; `print(jp.axis_groups(fn, params, batch))` shows the groups.
       masks: {torch name: booleans}, in the place of scores.

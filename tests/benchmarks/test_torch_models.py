@@ -1,6 +1,7 @@
 """The tables of torch models resume and count, and inputs are what they say."""
 
 import copy
+import itertools
 import types
 from pathlib import Path
 
@@ -13,10 +14,12 @@ pytestmark = pytest.mark.parity
 
 from benchmarks import (  # noqa: E402
     synthetic_inputs,
+    torch_model_groups,
     torch_models,
     torch_shipped,
     torch_trained,
     torch_zoo,
+    unit_damage,
 )
 
 
@@ -49,6 +52,33 @@ def test_a_table_resumes_and_says_where_models_stop(tmp_path, monkeypatch, capsy
     torch_models.main(torch_models.Config(out, ("a", "b")))
     assert torch_models.rows_of(out) == rows
     assert "1 of 2 models to the end" in capsys.readouterr().out
+
+
+def test_the_axes_of_layers_are_those_of_their_parameters():
+    def axes(layer, is_output):
+        names = {id(p): name for name, p in layer.named_parameters()}
+        return {*torch_model_groups.axes_of_layer(layer, is_output, names)}
+
+    linear, depthwise = torch.nn.Linear(3, 2), torch.nn.Conv2d(4, 4, 3, groups=4)
+    assert axes(linear, True) == {("weight", 0), ("bias", 0)}
+    assert axes(linear, False) == {("weight", 1)}
+    assert axes(torch.nn.ConvTranspose2d(3, 2, 3), True) == {("weight", 1), ("bias", 0)}
+    assert axes(torch.nn.Embedding(3, 2), True) == {("weight", 1)}
+    assert axes(torch.nn.BatchNorm2d(3), False) == {("weight", 0), ("bias", 0)}
+    assert axes(depthwise, False) == {("weight", 0)}
+
+
+@pytest.mark.full
+def test_groups_that_the_other_has_too_are_counted(monkeypatch):
+    small_zoo(monkeypatch)
+    neurons = {("0.weight", 0), ("0.bias", 0), ("2.weight", 1)}
+    theirs = [frozenset(neurons)]
+    monkeypatch.setattr(torch_model_groups, "torch_pruning_axes", lambda *_: theirs)
+    counts = {"removable": 1, "same": 1, "other": ""}
+    assert torch_model_groups.compare_groups(*torch_zoo.make("a")) == counts
+    theirs[0] -= {("0.bias", 0)}
+    counts = {"removable": 1, "same": 0, "other": "0.bias:0 0.weight:0 2.weight:1"}
+    assert torch_model_groups.compare_groups(*torch_zoo.make("a")) == counts
 
 
 def test_there_are_forty_models_and_twenty_of_each_library():
@@ -127,6 +157,7 @@ def test_a_trained_model_is_pruned_shrunk_and_recovers(tmp_path, monkeypatch):
     settings = {
         "sparsities": (0.5,),
         "units": (0.5,),
+        "unit_allocations": ("all", "damage"),
         "methods": ("magnitude", "sparsegpt"),
         "allocated": ("magnitude",),
         "allocations": ("global",),
@@ -139,7 +170,9 @@ def test_a_trained_model_is_pruned_shrunk_and_recovers(tmp_path, monkeypatch):
     assert dense["score"] == "1.0000"
     assert [(r["what"], r["by"], r["allocation"]) for r in changed] == [
         ("units", "magnitude", "all"),
+        ("units", "magnitude", "damage"),
         ("units", "solver", "all"),
+        ("units", "solver", "damage"),
         ("weights", "magnitude", "layer"),
         ("weights", "sparsegpt", "layer"),
         ("weights", "magnitude", "global"),
@@ -152,6 +185,28 @@ def test_a_trained_model_is_pruned_shrunk_and_recovers(tmp_path, monkeypatch):
     assert torch_models.rows_of(config.out) == rows
     table = torch_trained.table(rows, "score")
     assert table.splitlines()[2].startswith("| nothing | 1.0000 |")
+
+
+def test_units_go_where_they_do_least_damage_of_all_ways_to_share_them_out():
+    rng = np.random.default_rng(0)
+    losses = {"a": (0, 8, 16, 24), "b": (0, 2, 4, 6), "c": (0, 5, 10)}
+    damage = {
+        name: dict(zip(lost, np.cumsum(rng.exponential(size=len(lost))), strict=True))
+        for name, lost in losses.items()
+    }
+
+    def total(counts):
+        return sum(damage[name][lost] for name, lost in counts.items())
+
+    # All ways in which at least 20 of the units go.
+    ways = (
+        dict(zip(losses, counts, strict=True))
+        for counts in itertools.product(*losses.values())
+        if sum(counts) >= 20
+    )
+    counts = unit_damage.counts_by_damage(damage, 20)
+    assert sum(counts.values()) >= 20
+    assert total(counts) == pytest.approx(min(map(total, ways)))
 
 
 def test_recovery_holds_the_zeros(monkeypatch):

@@ -155,3 +155,20 @@ def test_a_state_of_part_of_the_parameters_is_not_left_whole():
     assert jax.tree.leaves(smaller.cut(optax.sgd(0.1).init(MLP))) == []
     with pytest.raises(ValueError, match=r"leaves of the parameters \('params/down'"):
         smaller.cut(tx.init(MLP))
+
+
+def test_a_head_has_a_say_in_which_inputs_go_only_where_a_rule_scores_it():
+    def fn(params, x):
+        return jax.nn.relu(x @ params["up"]["kernel"]) @ params["classifier"]["kernel"]
+
+    up = jnp.tile(jnp.array([[3.0, 2.0, 1.0]]), (2, 1))  # (in, neurons)
+    head = jnp.tile(jnp.array([[1.0], [1.0], [9.0]]), (1, 2))  # (neurons, out)
+    params, x = {"up": {"kernel": up}, "classifier": {"kernel": head}}, jnp.ones((4, 2))
+    by_default = jp.scores.magnitude(params)
+    by_all = jp.scores.magnitude(params, prunable=lambda name, leaf: True)
+    kept = {
+        name: [*jp.shrink(fn, params, x, scores, 1 / 3).report["kept"].values()]
+        for name, scores in {"default": by_default, "all": by_all}.items()
+    }
+    # The columns of `up` sum to 6, 4, 2, and with the rows of the head to 8, 6, 20.
+    assert kept == {"default": [[0, 1]], "all": [[0, 2]]}

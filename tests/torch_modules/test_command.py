@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,27 @@ def test_a_vision_model_is_pruned_on_a_folder_of_pictures(place, capsys):
 
 
 @pytest.mark.full
+def test_a_processor_that_makes_only_tensors_of_torch_reads_pictures(
+    place, monkeypatch, tmp_path
+):
+    from jaxprune.lm.torch_models import media_samples
+    from jaxprune.lm.torch_models.opening import TorchModel
+
+    # As timm's does in transformers 5.24.
+    def processor(images, return_tensors):
+        assert return_tensors == "pt"
+        pixels = [np.asarray(image, np.float32).transpose(2, 0, 1) for image in images]
+        return {"pixel_values": torch.tensor(np.stack(pixels))}
+
+    monkeypatch.setattr(media_samples, "_processor", lambda *_: processor)
+    module = types.SimpleNamespace(main_input_name="pixel_values", config=None)
+    model = TorchModel(None, module, ())
+    samples, files = media_samples.read_folder(place / "pictures", model, 3)
+    assert len(files) == 3
+    assert samples.arrays["pixel_values"].shape == (3, 3, 32, 32)
+    assert isinstance(samples.arrays["pixel_values"], np.ndarray)
+
+
 def test_a_model_that_was_widened_is_measured_as_it_is_written(place, tmp_path, capsys):
     module = loaded(place / "vit").to(torch.bfloat16)
     shutil.copytree(place / "vit", tmp_path / "vit")

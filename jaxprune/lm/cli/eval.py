@@ -71,7 +71,7 @@ _RULES = (
         for option in ("dense", "metric")
     ),
     Rule(
-        lambda v: v.ours or not (v.packed or v.values),
+        lambda v: v.ours is not False or not (v.packed or v.values),
         "--packed and --values are for the families of ours, and this model goes "
         "through torch",
         "leave them out",
@@ -121,8 +121,11 @@ class Evaluate(Options):
         """Measures the model; the results by text."""
         if routing.is_foreign_directory(self.model):
             return self._run_through_torch(console)
-        check(_RULES, **option_values(self), ours=True)
-        text_files.check_text_files(self.text)
+        # Of what is not there nobody knows the family; opening it says so.
+        exists = self.model.exists()
+        check(_RULES, **option_values(self), ours=exists or None)
+        if exists:
+            text_files.check_text_files(self.text)
         with open_source(self.model) as source:
             return self._run(console, source)
 

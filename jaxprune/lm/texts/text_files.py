@@ -31,6 +31,12 @@ _WHOLE, _CHUNK = 2**21, 2**24
 
 _FILES = (
     Rule(
+        lambda v: not v.folders,
+        "texts must be files, but {folders} are folders",
+        "pictures and sound in folders are for models that go through torch, whose "
+        "config.json names a class of transformers",
+    ),
+    Rule(
         lambda v: not v.missing,
         "texts must be files, but there is no {missing}",
         "give paths of files on this machine, data sets are not downloaded",
@@ -132,6 +138,7 @@ def check_text_files(paths: Sequence[Path]) -> None:
     suffixes = (*_PLAIN, _LINES, _ROWS, _IDS)
     rules.check(
         _FILES,
+        folders=", ".join(str(path) for path in paths if path.is_dir()),
         missing=", ".join(str(path) for path in paths if not path.is_file()),
         foreign=", ".join(str(path) for path in paths if path.suffix not in suffixes),
         known=", ".join(suffixes),

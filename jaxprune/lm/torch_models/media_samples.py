@@ -85,7 +85,8 @@ def _picture_samples(files: Sequence[Path], model: TorchModel) -> Samples:
     for file in files:
         with Image.open(file) as image:
             images.append(image.convert("L" if gray else "RGB"))
-    return _main_input(model, processor(images=images, return_tensors="np"))
+    # That of timm's models makes no other tensors than torch's.
+    return _main_input(model, processor(images=images, return_tensors="pt"))
 
 
 def _sound_samples(files: Sequence[Path], model: TorchModel, most: int) -> Samples:

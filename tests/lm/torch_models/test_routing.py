@@ -93,3 +93,22 @@ def test_options_of_models_through_torch_are_refused_for_families_of_ours(
     words = [command, *map(str, places), *more, option, "a:b"]
     assert cli.main(words) == 1
     assert f"{option} is for models that go through torch" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_said_to_be_so_whatever_else_is_asked(
+    tmp_path, capsys
+):
+    words = ["eval", str(tmp_path / "none"), "--text", str(tmp_path)]
+    assert cli.main([*words, "--dense", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert "none" in err
+    assert "--dense" not in err
+    assert "texts" not in err
+
+
+def test_a_folder_is_no_text_of_a_family_of_ours_and_is_called_one(tmp_path, capsys):
+    folder = tiny_cli.model(tmp_path / "model")
+    assert cli.main(["eval", str(folder), "--text", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert f"texts must be files, but {tmp_path} are folders" in err
+    assert "there is no" not in err
