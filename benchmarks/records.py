@@ -40,6 +40,8 @@ PAGES = {
         "Fewer neurons, heads and layers",
         "Torch modules",
         "Criteria and allocations",
+        "Time and memory",
+        "Correctness",
     ),
 }
 # The titles of all records, without their questions and verdicts.
@@ -138,9 +140,8 @@ def page(record: Record) -> str:
 
 
 def _item(record: Record, folder: str) -> str:
-    """The record in the index: a link, its question, its verdict."""
-    text = f"[{record.title}]({folder}/{record.name}.toml)"
-    text = f"- **{text}** *{record.question}* {record.verdict}"
+    """The record in the index: a link and its question; its page has the verdict."""
+    text = f"- [{record.title}]({folder}/{record.name}.toml): {record.question}"
     return textwrap.fill(
         " ".join(text.split()),
         120,

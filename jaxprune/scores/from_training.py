@@ -159,7 +159,7 @@ def preconditioned_magnitude(
 
     The geometric mean of magnitude and of OBD's square root. OBD's E[g^2] is a noisy
     estimate of a curvature, so its exponent is halved here. Exponent 0 is magnitude and
-    1/2 ranks as OBD; docs/results/default_criterion.md says why 1/4. With
+    1/2 ranks as OBD; docs/results/records/default_criterion.toml says why 1/4. With
     `params=importance.weight` it is the averaged weight that is ranked.
 
     Args:

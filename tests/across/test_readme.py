@@ -212,15 +212,16 @@ def test_the_tests_that_the_docs_name_exist():
     known = {path.stem for path in files}
     for path in files:
         known |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    pages = [*WRITTEN, *(ROOT / "docs" / "results" / "records").iterdir()]
     named = {
         (page.name, name)
-        for page in WRITTEN
+        for page in pages
         for name in re.findall(r"\btest_\w+", page.read_text())
     }
     assert {pair for pair in named if pair[1] not in known} == set()
     paths = {
         (page.name, path)
-        for page in WRITTEN
+        for page in pages
         for path in re.findall(r"\btests/[\w/]+\.py", page.read_text())
     }
     assert {pair for pair in paths if not (ROOT / pair[1]).exists()} == set()

@@ -2,7 +2,8 @@
 
 Products of matrices take most of the time, so their FLOPs are counted and divided by
 the rate of one product that is timed here. `tests/lm/cli/test_plan.py` holds the memory
-to half and twice of what a run takes, `docs/results/plan_estimates.md` has the times.
+to half and twice of what a run takes; docs/results/records/plan_estimates.toml has the
+times.
 """
 
 import math
