@@ -102,7 +102,7 @@ def from_maxtext(
     leaf: Any, place: Place, config: DecoderConfig, *, gemma: bool
 ) -> np.ndarray:
     """The tensor that `to_maxtext` made a parameter, or its layer, of; in float32."""
-    array = np.asarray(leaf, np.float32)
+    array = np.asarray(leaf, np.float32)  # so that the factors do not round it
     if place.position is not None:
         array = array[:, place.position]  # (in, layers, ...)
     if place.path.endswith("/scale"):

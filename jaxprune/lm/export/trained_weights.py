@@ -94,7 +94,7 @@ def _save(
     overwrite: bool,
 ) -> list[Path]:
     opened = open_directory(source)
-    loaded = hf.load(opened, lazy=True)
+    loaded = hf.load(opened, lazy=True)  # names and shapes; no weight is read
     by_tensor = origins(opened, loaded)
     trained = _named_params(params)
     expected = {path for path, _ in by_tensor.values()}
@@ -105,7 +105,8 @@ def _save(
         missing=listed(sorted(expected - trained.keys())),
         foreign=listed(sorted(trained.keys() - expected)),
     )
-    replaced: dict[str, Callable[[], np.ndarray]] = {}  # tensor to what gives it
+    # Tensor to a function that gives it, so that one at a time is on the host.
+    replaced: dict[str, Callable[[], np.ndarray]] = {}
     for origin in loaded.names.values():
         path, take = by_tensor[origin.name]
         for name in (origin.name, *origin.copies):  # a tied head may be stored too
@@ -126,6 +127,7 @@ def _save(
 
 def _named_params(params: Any) -> dict[str, Any]:
     """A model's or a tree's parameters by name, without the collection they lie in."""
+    # A model's caches and counts of random numbers are no weights.
     if isinstance(params, nnx.Module):
         params = nnx.state(params, nnx.Param)
     # Orbax gives the item and in it Flax's collection, of the same name.
@@ -135,7 +137,7 @@ def _named_params(params: Any) -> dict[str, Any]:
 
 
 def _taken_from(leaf: Any, take: Callable[[Any], np.ndarray]) -> np.ndarray:
-    return take(jax.device_get(leaf))  # one leaf on the host
+    return take(jax.device_get(leaf))
 
 
 def _earlier_facts(opened: CheckpointDir) -> dict[str, Any]:
@@ -156,6 +158,7 @@ def _pruned_tensors(opened: CheckpointDir, facts: Mapping[str, Any]) -> set[str]
     }
 
 
+# How the zeros came about is still so after training.
 _KEPT_FACTS = ("method", "pattern", "sparsity")
 _SAME_LEAVES = Rule(
     lambda v: not (v.missing or v.foreign),

@@ -32,6 +32,7 @@ _OUTSIDE = {
     "norm": "final_norm/w",
     "lm_head": "lm_head/w",
 }
+# What a Gemma 3 has in another place than a Llama or Qwen 3.
 _IN_GEMMA_LAYER = {
     "self_attn.o_proj": "attn/attn_vec_einsum/w",
     "self_attn.q_norm": "attn/_query_norm/scale",
@@ -73,6 +74,7 @@ def place(name: str, *, gemma: bool, grouped: bool) -> Place:
     short = name.removeprefix("model.").removesuffix(".weight")
     if not (match := re.fullmatch(r"layers\.(\d+)\.(.*)", short)):
         path = _OUTSIDE[short]
+        # A Gemma's norms have scales, the others' weights; its head is its embedding.
         return Place(path.replace("/w", "/scale") if gemma else path)
     layer, part = f"layers/{match[1]}/", match[2]
     einsums = _GROUPED if grouped else _FUSED
@@ -89,6 +91,7 @@ def from_tunix(leaf: Any, place: Place, shape: tuple[int, ...]) -> np.ndarray:
         array = array[place.position]  # (einsums, heads, in, size)
     if place.heads_first:
         array = np.moveaxis(array, 0, 1)  # (in, heads, size)
+    # Norms and the embedding lie as they are stored: (width,), (vocabulary, width).
     if len(shape) < 2 or place.path == _OUTSIDE["embed_tokens"]:
         return array
     return array.reshape(shape[::-1]).T  # (out, in)
