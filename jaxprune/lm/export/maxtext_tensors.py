@@ -7,7 +7,7 @@ have an axis of their own.
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -133,7 +133,7 @@ def _score_scale(config: DecoderConfig) -> np.floating[Any]:
 
 def origins(
     opened: CheckpointDir, loaded: hf.Loaded
-) -> dict[str, tuple[str, Callable[[Any], np.ndarray]]]:
+) -> Mapping[str, tuple[str, Callable[[Any], np.ndarray]]]:
     """Where each tensor of a directory comes from, once MaxText has trained it.
 
     Args:

@@ -6,7 +6,7 @@ heads apart, and a Gemma 3's keys and values, or all three, are one parameter.
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,7 +99,7 @@ def from_tunix(leaf: Any, place: Place, shape: tuple[int, ...]) -> np.ndarray:
 
 def origins(
     opened: CheckpointDir, loaded: hf.Loaded
-) -> dict[str, tuple[str, Callable[[Any], np.ndarray]]]:
+) -> Mapping[str, tuple[str, Callable[[Any], np.ndarray]]]:
     """Where each tensor of a directory comes from, once Tunix has trained it.
 
     Args:
