@@ -110,10 +110,11 @@ def batches(*_, **__):
     return itertools.repeat(batch, DISTILLATION["steps"]), None
 
 
+@pytest.mark.parametrize("name", CHANGES)
 def test_distillation_begins_at_the_directorys_loss_and_comes_back(
-    tmp_path, monkeypatch
+    name, tmp_path, monkeypatch
 ):
-    folder = pruned_folder("llama", tmp_path / "model")
+    folder = pruned_folder(name, tmp_path / "model")
     result = export_maxtext(folder, tmp_path / "student")
     config = read_config(result.overrides, tmp_path, **DISTILLATION)
     with model_of(config) as model:
@@ -137,8 +138,8 @@ def test_distillation_begins_at_the_directorys_loss_and_comes_back(
 
     monkeypatch.setattr(optimizers, "get_optimizer", holding_zeros)
     monkeypatch.setattr(train_distill, "MaxTextDistillationTrainer", Trainer)
-    # No tokenizer, and tokens instead of a data set.
-    padding = SimpleNamespace(pad_id=None)
+    # No tokenizer, and tokens instead of a data set; without its id 0 were padding.
+    padding = SimpleNamespace(pad_id=-1)
     monkeypatch.setattr(tokenizer, "build_tokenizer", lambda **_: padding)
     monkeypatch.setattr(input_pipeline_interface, "create_data_iterator", batches)
     # What it asks its base class for, Tunix 0.1.7 does not have: so no checkpoints.
