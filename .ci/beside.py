@@ -1,4 +1,4 @@
-"""What other projects' packages stand beside this one: the table of docs/frameworks.md.
+"""What other projects' packages stand beside this one: the table of docs/trainers.md.
 
     python .ci/beside.py                  resolves, and prints the table
     python .ci/beside.py --import         installs each pair as well, and imports both
@@ -106,14 +106,15 @@ class Row(NamedTuple):
       release: its newest release.
       extras: Python to the widest extra of ours, or None where there is no solution.
       resolved: what is installed on the newest Python that has a solution.
-      why: why there is none, of the newest Python without one.
+      obstacle: what keeps the widest extra away, on the newest Python where something
+        does; "" where nothing does.
     """
 
     package: Package
     release: str
     extras: dict[str, str | None]
     resolved: Resolved
-    why: str
+    obstacle: str
 
     def cells(self) -> list[str]:
         """The row of the table."""
@@ -123,14 +124,14 @@ class Row(NamedTuple):
             by_extra.setdefault(words, []).append(python)
         sides = "; ".join(f"{words}: {', '.join(p)}" for words, p in by_extra.items())
         versions = [self.resolved.versions.get(name, "") for name in SHOWN]
-        return [f"{self.package.name} {self.release}", sides, *versions, self.why]
+        return [f"{self.package.name} {self.release}", sides, *versions, self.obstacle]
 
 
 def row(package: Package) -> Row:
     """Resolves a package beside this one, on each Python."""
     release = newest(package)
     extras: dict[str, str | None] = {}
-    shown, why = Resolved({}, ""), ""
+    shown, obstacle = Resolved({}, ""), ""
     for python in PYTHONS:
         extras[python] = None
         for extra in EXTRAS:
@@ -139,8 +140,9 @@ def row(package: Package) -> Row:
             if resolved.versions:
                 extras[python], shown = extra, resolved
                 break
-            why = resolved.why
-    return Row(package, release, extras, shown, why)
+            if extra == EXTRAS[0]:  # not what keeps a narrower one away as well
+                obstacle = resolved.why
+    return Row(package, release, extras, shown, obstacle)
 
 
 def import_both(table_row: Row) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ def name(path):
 
 
 TORCH = [path for path in EXAMPLES if "jp.torch" in path.read_text()]
+# Named after the package whose trainer they run in.
+IN_TRAINERS = [path for path in EXAMPLES if path.stem.startswith("train_in_")]
 ALONE = [path for path in EXAMPLES if "XLA_FLAGS" in path.read_text()]
 RUN = """
 import contextlib, io, pathlib, runpy, sys
@@ -35,7 +38,10 @@ for path in sys.argv[1:]:
 """
 PRINTED = {
     match[1]: match[2]
-    for page in (ROOT / "docs" / "tutorials").glob("*.md")
+    for page in [
+        *(ROOT / "docs" / "tutorials").glob("*.md"),
+        ROOT / "docs" / "trainers.md",
+    ]
     for match in re.finditer(
         r"^--8<-- \"examples/(\w+)\.py\"$.*?^```text\n(.*?)^```$",
         page.read_text(),
@@ -48,7 +54,7 @@ PRINTED = {
 @pytest.mark.parametrize(
     "paths",
     [
-        [path for path in EXAMPLES if path not in (*ALONE, *TORCH)],
+        [path for path in EXAMPLES if path not in (*ALONE, *TORCH, *IN_TRAINERS)],
         *([path] for path in ALONE),
     ],
     ids=lambda paths: " ".join(map(name, paths)),
@@ -65,6 +71,26 @@ def test_examples_with_torch_run_as_they_stand(path, tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("torchax")
     run_examples([path], tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.clients
+@pytest.mark.parametrize("path", IN_TRAINERS, ids=name)
+def test_other_trainers_hold_zeros_on_eight_devices(path, tmp_path):
+    """A process each, as they change JAX's settings; they print more than the page."""
+    if not find_spec(path.stem.removeprefix("train_in_")):
+        pytest.skip(f"needs {path.stem.removeprefix('train_in_')}")
+    done = subprocess.run(
+        [sys.executable, path],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr
+    results = re.findall(r"^\d+ [\d. ]+$", done.stdout, re.MULTILINE)
+    assert_prints("\n".join(results), PRINTED[path.stem])
 
 
 def run_examples(paths, tmp_path):
@@ -88,7 +114,7 @@ def run_examples(paths, tmp_path):
             assert_prints((tmp_path / path.stem).read_text(), PRINTED[path.stem])
 
 
-def test_two_tutorials_say_what_their_program_prints():
+def test_pages_say_what_their_program_prints():
     shown = set(EXAMPLES) - set(TORCH)  # docs/torch.md has the numbers of those
     programs = {path.stem for path in shown} - {"prune_a_checkpoint"}
     assert set(PRINTED) == programs

@@ -5,6 +5,9 @@ __all__ = [
     "gguf_shape",
     "gguf_tokenizer",
     "maxtext_checkpoint",
+    "maxtext_tensors",
+    "trained_weights",
     "trainer_shape",
     "tunix_model",
+    "tunix_tensors",
 ]

@@ -1,54 +1,28 @@
 """A model's directory as MaxText's checkpoint, for its trainers and its distillation.
 
 Beside the parameters stands what MaxText calls `student_overrides`: the sizes of a
-model that is none of its presets, as a shrunk one is. Layers are stacked on axis 1, as
-MaxText scans over them. The whole model is in memory once.
+model that is none of its presets, as a shrunk one is. The whole model is in memory
+once.
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from jaxprune.files import atomic
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
+from jaxprune.lm.export.maxtext_tensors import place, to_maxtext
 from jaxprune.lm.export.trainer_shape import TrainerShape, check_trainer_shape
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
 
 _CHECKPOINT = "0"  # the step's number
 _STUDENT = "student.yml"
-# Hugging Face's names inside a layer, and MaxText's.
-_IN_LAYER = {
-    "self_attn.q_proj": "self_attention/query/kernel",
-    "self_attn.k_proj": "self_attention/key/kernel",
-    "self_attn.v_proj": "self_attention/value/kernel",
-    "self_attn.o_proj": "self_attention/out/kernel",
-    "self_attn.q_norm": "self_attention/query_norm/scale",
-    "self_attn.k_norm": "self_attention/key_norm/scale",
-    "mlp.gate_proj": "mlp/wi_0/kernel",
-    "mlp.up_proj": "mlp/wi_1/kernel",
-    "mlp.down_proj": "mlp/wo/kernel",
-    "input_layernorm": "pre_self_attention_layer_norm/scale",
-    "post_attention_layernorm": "post_self_attention_layer_norm/scale",
-}
-_GEMMA_NORMS = {
-    "input_layernorm": "pre_self_attention_norm/scale",
-    "post_attention_layernorm": "post_self_attention_norm/scale",
-    "pre_feedforward_layernorm": "pre_ffw_norm/scale",
-    "post_feedforward_layernorm": "post_ffw_norm/scale",
-}
-_OUTSIDE = {
-    "embed_tokens": "token_embedder/embedding",
-    "norm": "decoder/decoder_norm/scale",
-    "lm_head": "decoder/logits_dense/kernel",
-}
 
 
 class MaxTextResult(NamedTuple):
@@ -96,12 +70,12 @@ def export_maxtext(
     loaded = hf.load(opened, lazy=True, ignore_config=ignore_config)
     config = loaded.config
     shape = check_trainer_shape(model_type, config, "MaxText")
-    place = atomic.apart(directory, opened.path)
+    target = atomic.apart(directory, opened.path)
     overrides = _overrides(model_type, config, shape) | {
-        "load_parameters_path": str(place / _CHECKPOINT / "items")
+        "load_parameters_path": str(target / _CHECKPOINT / "items")
     }
     with atomic.staged(
-        place, replaceable=_why_not_ours if overwrite else None
+        target, replaceable=_why_not_ours if overwrite else None
     ) as partial:
         params = _params(opened, loaded, model_type)
         items = checkpoint.PyTreeCheckpointHandler(use_zarr3=True)
@@ -115,7 +89,7 @@ def export_maxtext(
         lines = [f"  {name}: {_yaml(value)}" for name, value in overrides.items()]
         text = "\n".join(["student_overrides:", *lines, ""])
         (partial / _STUDENT).write_text(text, encoding="utf-8")
-    return MaxTextResult(place, overrides, _count(params))
+    return MaxTextResult(target, overrides, _count(params))
 
 
 def _overrides(
@@ -163,24 +137,15 @@ def _params(
 ) -> dict[str, Any]:
     """The tree of MaxText's parameters."""
     config, gemma = loaded.config, model_type == "gemma3_text"
-    names = _IN_LAYER | (_GEMMA_NORMS if gemma else {})
     stacks: dict[str, list[np.ndarray]] = {}  # path to layers, in order
     params: dict[str, Any] = {}
     # Not all of the directory: buffers of rotary frequencies and copies may lie there.
     origins = [origin.name for origin in loaded.names.values()]
     # Layers one behind the other, so that each stack is in their order.
     for name in sorted(origins, key=_layer_of):
-        short = name.removeprefix("model.").removesuffix(".weight")
-        tensor = opened.read(name)
-        if not (match := re.fullmatch(r"layers\.(\d+)\.(.*)", short)):
-            path = _OUTSIDE[short]
-            _put(params, path, _converted(tensor, path, config, gemma=gemma))
-            continue
-        path = (
-            f"{_stack_of(int(match[1]), config.layers, gemma=gemma)}/{names[match[2]]}"
-        )
-        converted = _converted(tensor, path, config, gemma=gemma)
-        if "layers_remainder" in path:
+        path, position = place(name, config, gemma=gemma)
+        converted = to_maxtext(opened.read(name), path, config, gemma=gemma)
+        if position is None:
             _put(params, path, converted)
         else:
             stacks.setdefault(path, []).append(converted)
@@ -192,43 +157,6 @@ def _params(
 def _layer_of(name: str) -> int:
     match = re.search(r"layers\.(\d+)\.", name)
     return int(match[1]) if match else -1
-
-
-def _stack_of(layer: int, layers: int, *, gemma: bool) -> str:
-    """The module of MaxText that a layer belongs to."""
-    if not gemma:
-        return "decoder/layers"
-    period = 6  # MaxText scans over five windows and a layer without, and their like
-    whole = layers - layers % period
-    if layer < whole:
-        return f"decoder/layers/layers_{layer % period}"
-    return f"decoder/layers_remainder/layers_{layer - whole}"
-
-
-def _converted(
-    tensor: np.ndarray, path: str, config: DecoderConfig, *, gemma: bool
-) -> np.ndarray:
-    """A tensor as MaxText has it: inputs first, heads apart."""
-    if path.endswith("/scale"):
-        # A Gemma's norm scales by 1 + w in its files, by w in MaxText.
-        return (tensor + np.asarray(1, tensor.dtype)) if gemma else tensor
-    if path.endswith("/embedding"):
-        factor = ml_dtypes.bfloat16(math.sqrt(config.width))
-        return (tensor * factor).astype(tensor.dtype) if gemma else tensor
-    # Torch stores (out, in); zeros stay zeros through all that follows.
-    kernel = np.ascontiguousarray(tensor.T)  # (in, out)
-    part = path.split("/")[-2]
-    if part == "out":
-        # (heads, size, width)
-        return kernel.reshape(config.heads, config.head_dim, config.width)
-    if part not in ("query", "key", "value"):
-        return kernel
-    heads = config.heads if part == "query" else config.kv_heads
-    if part == "query" and config.qk_norm is None:
-        # Its Llama has the scale of the scores in this kernel.
-        scale = np.float32(1 / math.sqrt(config.head_dim))
-        kernel = (kernel.astype(np.float32) * scale).astype(tensor.dtype)
-    return kernel.reshape(config.width, heads, config.head_dim)  # (width, heads, size)
 
 
 def _put(params: dict[str, Any], path: str, value: np.ndarray) -> None:

@@ -63,7 +63,12 @@ def load_in_tunix(
     config = hf.load(opened, lazy=True).config
     shape = check_trainer_shape(model_type, config, "Tunix")
     family = _FAMILIES[model_type]
-    check(_BASE, theta=shape.rope.theta, fixed=bool(family.tied))
+    check(
+        _RULES,
+        theta=shape.rope.theta,
+        epsilon=config.norm_epsilon,
+        gemma=not family.tied,
+    )
     # Imported where it is asked for, as few who export have Tunix.
     modules = (
         importlib.import_module(f"tunix.models.{name}")
@@ -106,10 +111,19 @@ def _tunix_sizes(
     }
 
 
-# Its `ModelConfig` has a rope_theta for these, which its model does not read.
-_BASE = Rule(
-    lambda v: not v.fixed or v.theta == 1_000_000,
-    "Tunix turns queries and keys of a Llama or Qwen 3 by the base 1000000, whatever "
-    "its rope_theta says, but this model by {theta:g}",
-    "hand it to MaxText, with export_maxtext",
+_RULES = (
+    # Its `ModelConfig` has a rope_theta for these, which its model does not read.
+    Rule(
+        lambda v: v.gemma or v.theta == 1_000_000,
+        "Tunix turns queries and keys of a Llama or Qwen 3 by the base 1000000, "
+        "whatever its rope_theta says, but this model by {theta:g}",
+        "hand it to MaxText, with export_maxtext",
+    ),
+    # For a Gemma 3 it has no epsilon at all.
+    Rule(
+        lambda v: not v.gemma or v.epsilon == 1e-6,
+        "Tunix normalises a Gemma 3 with the rms_norm_eps 1e-06, but this model has "
+        "{epsilon:g}",
+        "hand it to MaxText, with export_maxtext",
+    ),
 )

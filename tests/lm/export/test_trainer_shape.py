@@ -43,6 +43,14 @@ def test_a_base_that_tunix_does_not_read_is_refused(tmp_path):
         load_in_tunix(folder)
 
 
+def test_an_epsilon_that_tunix_does_not_read_is_refused(tmp_path):
+    folder = pruned_folder("gemma3", tmp_path / "model", rms_norm_eps=1e-5)
+    with pytest.raises(
+        ValueError, match=r"rms_norm_eps 1e-06, .* this model has 1e-05"
+    ):
+        load_in_tunix(folder)
+
+
 def test_buffers_and_copies_of_an_old_directory_are_left_out(tmp_path):
     pytest.importorskip("orbax.checkpoint")
     folder = pruned_folder("llama", tmp_path / "model", tie_word_embeddings=True)

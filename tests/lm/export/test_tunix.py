@@ -9,6 +9,8 @@ from flax import nnx
 
 import jaxprune as jp
 from jaxprune.arrays import tree
+from jaxprune.lm.checkpoints import rewrite
+from jaxprune.lm.export.trained_weights import save_from_tunix
 from jaxprune.lm.export.tunix_model import load_in_tunix
 from tests.support import tiny_hf
 from tests.support.tiny_cli import logits, nats
@@ -58,7 +60,7 @@ def test_its_logits_are_those_of_the_directory(folder):
     np.testing.assert_allclose(found, logits(folder, TOKENS), rtol=1e-4, atol=1e-4)
 
 
-def test_distillation_begins_at_the_directorys_loss_and_holds_its_zeros(folder):
+def test_distillation_begins_at_the_directorys_loss_and_comes_back(folder, tmp_path):
     student, teacher = load_in_tunix(folder), load_in_tunix(folder)
     params = nnx.state(student, nnx.Param)
     scores = jp.scores.magnitude(params)
@@ -91,3 +93,10 @@ def test_distillation_begins_at_the_directorys_loss_and_holds_its_zeros(folder):
     for name, mask in jp.tree.named_leaves(masks).items():
         if not tree.is_excluded(mask):
             np.testing.assert_array_equal(np.asarray(after[name] == 0), ~mask)
+    save_from_tunix(trainer.model, folder, tmp_path / "trained")
+    record = rewrite.read_provenance(tmp_path / "trained")
+    zeros = sum(count["zeros"] for count in record["tensors"].values())
+    assert zeros == pruned.zeros
+    found = forward(trainer.model, **inputs(TOKENS))
+    expected = logits(tmp_path / "trained", TOKENS)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
