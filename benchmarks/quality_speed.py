@@ -215,7 +215,7 @@ def _row(
         "values": values or "float32, XLA",
         "bits_per_byte": round(statistics.fmean(bits), 4),
         **{name: round(text["perplexity"], 2) for name, text in measured.items()},
-        "tokens_per_second": round(times["decode"]["tokens_per_second"], 1),
+        "tokens_per_second": round(times["decode"], 1),
         "ratio": round(ratio, 2),
     }
 
