@@ -27,8 +27,8 @@ class Level(NamedTuple):
     own_text: bool
 
 
-# Each is the lowest perplexity that was measured within its seconds: "All together" in
-# docs/results, Gemma 3 270M without 60 % of its weights.
+# Each is the lowest perplexity that was measured within its seconds, Gemma 3 270M
+# without 60 % of its weights: docs/results/records/all_together.toml.
 LEVELS: dict[str, Level] = {
     "quick": Level("sparsegpt", correction=0.0, refine=0, own_text=False),
     "good": Level("alps", correction=0.5, refine=0, own_text=False),
