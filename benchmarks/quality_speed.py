@@ -218,7 +218,10 @@ def _row(
         "share": FORMS[form].share,
         "values": values or "float32, XLA",
         "bits_per_byte": round(statistics.fmean(bits), 4),
-        **{name: round(text["perplexity"], 2) for name, text in measured.items()},
+        **{
+            Path(name).stem: round(text["perplexity"], 2)
+            for name, text in measured.items()
+        },
         "tokens_per_second": round(times["decode"], 1),
         "ratio": round(ratio, 2),
     }
