@@ -133,6 +133,7 @@ def values_of(form: str) -> tuple[str | None, ...]:
     """The encodings a form is packed in; None is the model as it is, by XLA."""
     if "int4" in form:
         return ("int4",)
+    # By XLA zeros take the dense model's time, so there is no point to draw.
     unpacked = (None,) if FORMS[form].words[:1] != ("prune",) else ()
     return (*unpacked, "bfloat16", "int8")
 
@@ -148,6 +149,7 @@ def _made(config: Config, form: str, paths: Mapping[str, Path]) -> Path:
             *(job, config.model, out, *words, "--sequences", config.sequences),
             *("--calibration", *(paths[name] for name in CALIBRATION)),
             *("--evaluate", *(paths[name] for name in HELD_OUT)),
+            # `eval` measures more windows later, packed as the form is timed.
             *("--limit", 1, *_QUICKLY[job]),
         )
     return out
@@ -197,6 +199,7 @@ def _rows(config: Config) -> list[dict[str, Any]]:
     for form in config.forms:
         for values in values_of(form):
             quality = _record(config, "quality", form, values)
+            # Models as they are were timed beside those in bfloat16.
             speed = _record(config, "speed", "all", values or "bfloat16")
             if quality.is_file() and speed.is_file():
                 measured = json.loads(quality.read_text())["texts"]
