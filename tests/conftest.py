@@ -15,6 +15,7 @@ from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["KERAS_BACKEND"] = "jax"  # read once, and others import Keras too
 # Most of the tests' time goes into compiling: without LLVM's passes (JAX's switch) it
 # is a third less, without the fusion emitters, where XLA still has the choice, again a
 # third. A module that is cut into parts for more cores takes longer in all.
