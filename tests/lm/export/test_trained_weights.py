@@ -100,13 +100,13 @@ def test_a_family_that_no_trainer_is_handed_is_refused(save, tmp_path):
 
 
 def test_what_was_exported_without_an_attribute_comes_back_without_it(tmp_path):
-    folder = pruned_folder("llama", tmp_path / "model", curious=1)
+    folder = pruned_folder("llama", tmp_path / "model", gating="fancy")
     opened = open_directory(folder)
-    with pytest.raises(ValueError, match="curious"):
+    with pytest.raises(ValueError, match="gating"):
         hf.load(opened, lazy=True)
-    loaded = hf.load(opened, lazy=True, ignore_config=["curious"])
+    loaded = hf.load(opened, lazy=True, ignore_config=["gating"])
     params = maxtext_checkpoint._params(opened, loaded, "llama")
-    save_from_maxtext(params, folder, tmp_path / "back", ignore_config=["curious"])
+    save_from_maxtext(params, folder, tmp_path / "back", ignore_config=["gating"])
     after = load_file(tmp_path / "back" / "model.safetensors")
     before = load_file(folder / "model.safetensors")
     assert all(np.allclose(after[key], before[key], rtol=1e-6) for key in before)
