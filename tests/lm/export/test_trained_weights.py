@@ -100,7 +100,8 @@ def test_a_family_that_no_trainer_is_handed_is_refused(save, tmp_path):
 
 
 def test_what_was_exported_without_an_attribute_comes_back_without_it(tmp_path):
-    folder = pruned_folder("llama", tmp_path / "model", gating="fancy")
+    folder = pruned_folder("llama", tmp_path / "model")
+    tiny_hf.edit(folder, gating="fancy")
     opened = open_directory(folder)
     with pytest.raises(ValueError, match="gating"):
         hf.load(opened, lazy=True)
