@@ -22,7 +22,6 @@ import tyro
 from matplotlib.figure import Figure
 
 from benchmarks import texts
-from experiments.report import plots
 from jaxprune.files import atomic
 from jaxprune.lm.report.canvas import COLOURS, FAINT, STYLE, svg
 
@@ -76,6 +75,11 @@ COLUMNS = (
 
 
 _MARKS = {"": "o", "zeros": "o-", "neurons": "s--", "tokens": "^:"}
+_REMOVED = {
+    "zeros": "weights set to zero (ALPS)",
+    "neurons": "neurons removed",
+    "tokens": "tokens removed",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +133,7 @@ def values_of(form: str) -> tuple[str | None, ...]:
     """The encodings a form is packed in; None is the model as it is, by XLA."""
     if "int4" in form:
         return ("int4",)
+    # By XLA zeros take the dense model's time, so there is no point to draw.
     unpacked = (None,) if FORMS[form].words[:1] != ("prune",) else ()
     return (*unpacked, "bfloat16", "int8")
 
@@ -144,6 +149,7 @@ def _made(config: Config, form: str, paths: Mapping[str, Path]) -> Path:
             *(job, config.model, out, *words, "--sequences", config.sequences),
             *("--calibration", *(paths[name] for name in CALIBRATION)),
             *("--evaluate", *(paths[name] for name in HELD_OUT)),
+            # `eval` measures more windows later, packed as the form is timed.
             *("--limit", 1, *_QUICKLY[job]),
         )
     return out
@@ -193,6 +199,7 @@ def _rows(config: Config) -> list[dict[str, Any]]:
     for form in config.forms:
         for values in values_of(form):
             quality = _record(config, "quality", form, values)
+            # Models as they are were timed beside those in bfloat16.
             speed = _record(config, "speed", "all", values or "bfloat16")
             if quality.is_file() and speed.is_file():
                 measured = json.loads(quality.read_text())["texts"]
@@ -214,7 +221,10 @@ def _row(
         "share": FORMS[form].share,
         "values": values or "float32, XLA",
         "bits_per_byte": round(statistics.fmean(bits), 4),
-        **{name: round(text["perplexity"], 2) for name, text in measured.items()},
+        **{
+            Path(name).stem: round(text["perplexity"], 2)
+            for name, text in measured.items()
+        },
         "tokens_per_second": round(times["decode"], 1),
         "ratio": round(ratio, 2),
     }
@@ -231,12 +241,11 @@ def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 @STYLE
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Bits per byte against tokens a second: a line for what goes, an encoding each."""
+    """Bits per byte against speed: a line for what goes, a colour for each encoding."""
     encodings = dict.fromkeys(row["values"] for row in rows)
     colours = dict(zip(encodings, COLOURS, strict=False))
     canvas = Figure(figsize=(8.4, 4.6))
-    axes = canvas.add_axes((0.08, 0.12, 0.62, 0.85))
-    ends = []
+    axes = canvas.add_axes((0.08, 0.12, 0.9, 0.85))
     for removed, values in dict.fromkeys((r["removed"], r["values"]) for r in rows):
         # Each line begins at the model of which nothing went.
         points = [
@@ -245,28 +254,28 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
             if row["values"] == values and row["removed"] in ("", removed)
         ]
         points.sort(key=lambda row: row["share"])
-        if not removed and any(r["values"] == values and r["removed"] for r in rows):
-            continue  # the first point of another line
         x, y = ([row[name] for row in points] for name in ("ratio", "bits_per_byte"))
         axes.plot(x, y, _MARKS[removed], color=colours[values])
         for row in points:
-            if row["share"]:
+            # The encoding where a line begins, then the share that is gone.
+            if row["removed"] == removed:
+                name = f"{row['share']:.0%}" if removed else f"dense, {values}"
                 axes.annotate(
-                    f"{row['share']:.0%}",
+                    name,
                     (row["ratio"], row["bits_per_byte"]),
-                    (0, 5),
+                    (0, 6 if removed else -13),
                     textcoords="offset points",
                     ha="center",
                     fontsize=8,
                     color=colours[values],
                 )
-        name = f"fewer {removed}, {values}" if removed else values
-        name = name.replace("fewer zeros", "zeros")
-        ends.append((name, colours[values], x[-1], y[-1]))
+    axes.margins(x=0.08, y=0.1)
     axes.set_xlabel("decoding, times as fast as the dense model in float32 by XLA")
     axes.set_ylabel("bits per byte, mean of three texts")
     axes.grid(color=FAINT)
-    plots.name_ends(axes, ends)
+    for removed, name in _REMOVED.items():
+        axes.plot([], [], _MARKS[removed], color=FAINT, label=name)
+    axes.legend(frameon=False, loc="upper right")
     return canvas
 
 

@@ -108,6 +108,7 @@ def records() -> list[Record]:
 
 
 def _row(cells: Sequence[str]) -> str:
+    # A bar ends a cell of Markdown.
     escaped = [cell.replace("|", "\\|") for cell in cells]
     return f"| {' | '.join(escaped)} |"
 
@@ -136,12 +137,14 @@ def page(record: Record) -> str:
         links = ", ".join(f"[{name}](../{name})" for name in record.runs)
         parts.append(f"Every run: {links}")
     parts.append(f"{record.section}: [all records](../../results.md)")
+    # A field that is not given leaves no gap.
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _item(record: Record, folder: str) -> str:
     """The record in the index: a link and its question; its page has the verdict."""
     text = f"- [{record.title}]({folder}/{record.name}.toml): {record.question}"
+    # Links stay whole: a checkout shows the file as it stands.
     return textwrap.fill(
         " ".join(text.split()),
         120,
@@ -159,6 +162,7 @@ def index(page_path: str) -> str:
         by_section.setdefault(record.section, []).append(record)
     blocks = []
     if page_path == TITLES:
+        # In the order of the pages, so that the three indexes agree.
         for section in itertools.chain.from_iterable(PAGES.values()):
             links = [
                 f"[{record.title}]({folder}/{record.name}.toml)"

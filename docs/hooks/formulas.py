@@ -1,7 +1,8 @@
 """Formulas of the pages as MathML, which browsers show without a script.
 
 A page has them as GitHub reads them, `$...$` and `$$...$$`, without a backslash before
-punctuation, which Markdown takes for its own. pymdownx.arithmatex finds them.
+punctuation, which Markdown takes for its own. pymdownx.arithmatex finds them. A command
+that latex2mathml does not know ends the build: it would stand on the page as text.
 """
 
 import html
@@ -16,11 +17,12 @@ _FORMULA = re.compile(
 
 def on_page_content(content, **_):
     """Replaces the TeX of a page by MathML, inside the element that may scroll."""
+    return _FORMULA.sub(_mathml, content)
 
-    def mathml(formula):
-        tag, tex = formula.groups()
-        display = "block" if tag == "div" else "inline"
-        math = convert(html.unescape(tex), display=display)
-        return f'<{tag} class="arithmatex">{math}</{tag}>'
 
-    return _FORMULA.sub(mathml, content)
+def _mathml(formula):
+    tag, tex = formula[1], html.unescape(formula[2])
+    math = convert(tex, display="block" if tag == "div" else "inline")
+    if unknown := re.search(r"\\\w*", math):
+        raise ValueError(f"latex2mathml has no {unknown[0]} of the formula {tex}")
+    return f'<{tag} class="arithmatex">{math}</{tag}>'

@@ -58,21 +58,21 @@ def on_page_markdown(markdown, page, config, files):
     uri = page.file.src_uri
     source = SOURCES.get(uri, f"docs/{uri}")
 
-    def rewritten(found):
-        if found["fence"]:
-            return found[0]
-        path = posixpath.join(posixpath.dirname(source), found["path"])
+    def rewritten(match):
+        if match["fence"]:
+            return match[0]
+        path = posixpath.join(posixpath.dirname(source), match["path"])
         path = posixpath.normpath(path)
         inside = PAGES.get(path, path.removeprefix("docs/"))
-        anchor = found["anchor"] or ""
+        anchor = match["anchor"] or ""
         if files.get_file_from_path(inside):
             target = posixpath.relpath(inside, posixpath.dirname(uri) or ".")
         elif (ROOT / path).exists() and config.repo_url:
             target = f"{config.repo_url.rstrip('/')}/blob/main/{path}"
         elif (ROOT / path).exists():
-            return found["text"]
+            return match["text"]
         else:
-            return found[0]
-        return f"[{found['text']}]({target}{anchor})"
+            return match[0]
+        return f"[{match['text']}]({target}{anchor})"
 
     return _PART.sub(rewritten, markdown)

@@ -5,6 +5,7 @@ output of its cell. The test suite runs the page's blocks and compares the two f
 """
 
 import json
+import posixpath
 import re
 from pathlib import Path
 
@@ -39,11 +40,13 @@ def notebook(page: str) -> str:
 
 def _text_cell(text: str) -> list[dict]:
     # Links are the page's own, which lies in another folder.
-    text = text.replace("](../../", "](../").replace("](../images", "](../docs/images")
-    text = re.sub(r"\]\(\.\./(\w+\.md)", r"](../docs/\1", text)
-    text = re.sub(r"\]\((\w+\.md)", r"](../docs/tutorials/\1", text).strip()
+    text = re.sub(r"(?<=\]\()(?!\w+:|#)[^)#\s]+", _from_the_notebook, text).strip()
     cell = {"cell_type": "markdown", "metadata": {}, "source": _lines(text)}
     return [cell] if text else []
+
+
+def _from_the_notebook(path: re.Match[str]) -> str:
+    return posixpath.relpath(posixpath.join("docs/tutorials", path[0]), "examples")
 
 
 def _code_cell(code: str, output: str | None) -> dict:

@@ -190,10 +190,23 @@ def test_the_notebook_is_what_the_page_of_digits_gives():
     assert sources == [source.strip() for _, source, _ in blocks]
 
 
+def test_a_formula_becomes_mathml_and_an_unknown_command_ends_the_build():
+    pytest.importorskip("latex2mathml")
+    on_page_content = run_path(str(ROOT / "docs/hooks/formulas.py"))["on_page_content"]
+    page = r'<p>as <span class="arithmatex">\(a &lt; b\)</span>, so</p>'
+    page += r'<div class="arithmatex">\[%s\]</div>'
+    shown = on_page_content(page % r"\frac{a}{b}")
+    assert re.sub("<[^>]+>", "", shown) == "as a&#x0003C;b, soab"
+    assert 'display="block"><mrow><mfrac>' in shown
+    with pytest.raises(ValueError, match=r"has no \\wrong of"):
+        on_page_content(page % r"\wrong{a}")
+
+
 WRITTEN = [
     *PAGES,
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "examples" / "digits.ipynb",
     *(ROOT / name / "README.md" for name in ("examples", "experiments", "benchmarks")),
 ]
 

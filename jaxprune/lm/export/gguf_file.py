@@ -242,7 +242,7 @@ def _package() -> Any:
         import gguf
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "writing GGUF needs the package gguf; pip install 'jaxprune[gguf]'"
+            "writing GGUF needs the package gguf; pip install '.[gguf]'"
         ) from None
     return gguf
 

@@ -191,6 +191,6 @@ def _package() -> Any:
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             "writing MaxText's checkpoint needs the package orbax-checkpoint; "
-            "pip install 'jaxprune[maxtext]'"
+            "pip install '.[maxtext]'"
         ) from None
     return checkpoint

@@ -87,6 +87,14 @@ class Measurements:
         return {"perplexity": self.perplexity}
 
 
+def _never_first(texts: JobTexts) -> set[int]:
+    """The tokens that no text begins with: special ones, and rows for no token."""
+    if texts.tokenizer is None:
+        return set()
+    unused = range(texts.tokenizer.vocab_size, texts.vocab_size)
+    return {*texts.tokenizer.special, *unused}
+
+
 def _bits_words(result: Mapping[str, Any]) -> str:
     """Bits per byte, where the bytes are known."""
     bits = result["bits_per_byte"]
@@ -126,14 +134,10 @@ class ModelTransformation(Transformation[AnyJob, LoadedModel]):
         Args:
           writer: model whose parameters are in memory, with the tokens of the texts.
         """
-        calibration, tokenizer = self.job.calibration, self.texts.tokenizer
+        calibration, texts = self.job.calibration, self.texts
         number = calibration.self_sequences
         if not number:
             return
-        special: set[int] = set()
-        if tokenizer is not None:  # behind its tokens a model may have rows for none
-            unused = range(tokenizer.vocab_size, self.texts.vocab_size)
-            special = {*tokenizer.special, *unused}
         shown = Progress(number, "writing", unit="sequence", leave=False)
         with self.costs.phase("write calibration"), shown as progress:
             written = self_calibration(
@@ -142,13 +146,13 @@ class ModelTransformation(Transformation[AnyJob, LoadedModel]):
                 length=calibration.length,
                 seed=calibration.seed,
                 temperature=calibration.calibration_temperature,
-                bos=self.texts.begins.token,
-                special=special,
+                bos=texts.begins.token,
+                special=_never_first(texts),
                 batch=calibration.batch,
                 directory=self.job.work / "self",
                 progress=progress.update,
             )
-        self.texts = self.texts._replace(written=written)
+        self.texts = texts._replace(written=written)
 
     @abc.abstractmethod
     def teacher(self, change: Change[LoadedModel]) -> Decoder:

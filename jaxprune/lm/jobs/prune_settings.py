@@ -46,8 +46,8 @@ class Pruning:
         too; sparsegpt and alps also update the weights that stay, alps better and more
         slowly. magnitude without --calibration goes through any safetensors directory
         in the memory of one tensor. If left out, sparsegpt for the families
-        that `inspect` says can have it; magnitude for others, which take no text and no
-        option that runs the model.
+        that `inspect` names, and for others with a calibration, through torch; else
+        magnitude.
       sparsity: the share to remove, in [0, 1). Leave it out with --pattern n:m.
       pattern: "unstructured" ranks the weights of a matrix together, "per-output" those
         of each output; "2:4" keeps 2 of each 4 along the input; "16x16" removes blocks.

@@ -1,8 +1,9 @@
 """How much time a pruning may take: one word in place of a method and its settings."""
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jaxprune.arrays.rules import Rule, check
+from jaxprune.posttraining.passes.base import Pass
 from jaxprune.posttraining.passes.chaining import Chain, chain
 from jaxprune.posttraining.passes.correction import Correct
 from jaxprune.posttraining.passes.pruning import METHODS
@@ -21,14 +22,14 @@ class Level(NamedTuple):
       own_text: whether a language model also calibrates on what it writes itself.
     """
 
-    method: str
+    method: Literal["sparsegpt", "alps"]
     correction: float
     refine: int
     own_text: bool
 
 
-# Each is the lowest perplexity that was measured within its seconds: "All together" in
-# docs/results, Gemma 3 270M without 60 % of its weights.
+# Each is the lowest perplexity that was measured within its seconds, Gemma 3 270M
+# without 60 % of its weights: docs/results/records/all_together.toml.
 LEVELS: dict[str, Level] = {
     "quick": Level("sparsegpt", correction=0.0, refine=0, own_text=False),
     "good": Level("alps", correction=0.5, refine=0, own_text=False),
@@ -74,7 +75,8 @@ def effort(level: Effort) -> Chain:
     """
     check([_LEVEL], level=level, levels=LEVELS, names=", ".join(LEVELS))
     method, correction, refine, _ = LEVELS[level]
-    steps = [METHODS[method](relative=True)]
+    solver: Any = METHODS[method]
+    steps: list[Pass] = [solver(relative=True)]
     steps += [Correct(correction)] if correction else []
     steps += [Refine(passes=refine)] if refine else []
     return chain(*steps)
