@@ -90,7 +90,8 @@ class ShrinkResult(NamedTuple):
           model: the module that `fn` was made of; it stays as it is.
           batch: one batch, to compare the two with.
           call: function of a module and a batch, such as `lambda m, x: jax.vmap(m)(x)`;
-            the module called with the batch if left out.
+            the module called with the batch if left out. A module of Linen is handed
+            over bound to its parameters.
 
         Returns:
           The smaller module; that of Linen is called with `params`, as before.

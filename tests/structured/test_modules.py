@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import jaxprune as jp
+from jaxprune.structured import modules
 from tests.support.small_models import draw
 from tests.support.small_models import quick_compilation as quick_compilation
 
@@ -87,6 +88,42 @@ def test_flax_attention_loses_heads():
     assert (small.num_heads, small.qkv_features) == (2, 8)
 
 
+@pytest.mark.full
+def test_running_averages_are_those_of_the_result_though_the_module_was_called():
+    rngs = nnx.Rngs(0)
+    norm = nnx.BatchNorm(12, rngs=rngs)  # each call moves its averages
+    model = nnx.Sequential(
+        nnx.Linear(8, 12, rngs=rngs), norm, nnx.Linear(12, 2, rngs=rngs)
+    )
+    small = (result := shrunk(model, X)).module(model, X)
+    averages = {
+        n: a for n, a in jp.tree.named_leaves(nnx.state(small)).items() if "/1/" in n
+    }
+    assert len(averages) == 4
+    expected = jp.tree.named_leaves(result.params)
+    for name, average in averages.items():
+        np.testing.assert_array_equal(average, expected[name])
+
+
+@pytest.mark.full
+def test_normalised_groups_of_channels_go_as_wholes():
+    rngs = nnx.Rngs(0)
+    convolved = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+    norm = nnx.GroupNorm(8, num_groups=4, rngs=rngs)
+    model = nnx.Sequential(convolved, norm, nnx.relu, nnx.Conv(8, 2, (1, 1), rngs=rngs))
+    batch = draw(1, 2, 6, 6, 3)
+    small = (result := shrunk(model, batch)).module(model, batch)
+    assert_computes_the_same(small, result, batch)
+    assert small.layers[1].num_groups == 2
+
+
+def test_masked_logits_are_no_difference():
+    output = np.array([1.0, -np.inf, 2.0])
+    assert modules._relative_difference(output, output) == 0
+    assert modules._relative_difference(output, np.array([1.0, -np.inf, 4.0])) == 0.5
+    assert modules._relative_difference(output, np.array([1.0, 0.0, 2.0])) == np.inf
+
+
 class Wide(nn.Module):
     """The width is a field, so that the class can be made with another."""
 
@@ -129,6 +166,13 @@ def test_a_linen_module_is_cloned_with_other_fields(name):
     assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, result.params)
 
 
+def test_a_linen_module_is_handed_to_call_with_its_parameters():
+    result = shrunk_linen(Wide())
+    assert result.module(Wide(), X, lambda module, x: module(x)).width == 6
+    by_hand = result.module(Wide(), X, lambda module, x: module.apply(result.params, x))
+    assert by_hand.width == 6
+
+
 def test_a_class_with_a_number_in_its_code_is_refused_with_the_way_out():
     with pytest.raises(
         ValueError, match=r"Literal cannot have them .*call=.* use fn of"
@@ -161,3 +205,21 @@ def test_an_equinox_module_has_the_smaller_sizes():
     sizes = [(layer.in_features, layer.out_features) for layer in small.layers]
     assert (sizes, small.width_size) == ([(8, 6), (6, 6), (6, 2)], 6)
     assert model.layers[0].out_features == 12
+
+
+@pytest.mark.full
+def test_a_scalar_of_equinox_stays_one():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP("scalar", "scalar", 12, 1, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def call(model, x):
+        return jax.vmap(model)(x)
+
+    def fn(params, x):
+        return call(eqx.combine(params, static), x)
+
+    x = draw(2, 5)  # (batch,)
+    result = jp.shrink(fn, params, x, jp.scores.magnitude(params), 0.5)
+    small = result.module(model, x, call)
+    assert (small.layers[0].in_features, small.layers[0].out_features) == ("scalar", 6)

@@ -6,8 +6,10 @@ counts them.
 """
 
 import functools
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +24,7 @@ from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.export import maxtext_tensors, tunix_tensors
+from jaxprune.lm.export.trainer_shape import check_trainer_shape
 from jaxprune.lm.models import hf
 
 Origins: TypeAlias = Callable[
@@ -61,6 +64,7 @@ def save_from_maxtext(
     source: str | os.PathLike[str],
     directory: str | os.PathLike[str],
     *,
+    ignore_config: Sequence[str] = (),
     overwrite: bool = False,
 ) -> list[Path]:
     """Writes a model that MaxText trained as the Hugging Face directory it came from.
@@ -70,6 +74,7 @@ def save_from_maxtext(
         scanned layers; of a checkpoint of `export_maxtext`.
       source: directory that was exported.
       directory: path of the new one, apart from the source.
+      ignore_config: attributes of config.json to read as if they were not there.
       overwrite: whether an earlier result may be replaced.
 
     Returns:
@@ -80,8 +85,9 @@ def save_from_maxtext(
         taken; nothing was written.
       OSError: the directory could not be written.
     """
+    origins = maxtext_tensors.origins
     return _save(
-        "MaxText", maxtext_tensors.origins, params, source, directory, overwrite
+        *("MaxText", origins, params, source, directory, overwrite, ignore_config)
     )
 
 
@@ -92,9 +98,12 @@ def _save(
     source: str | os.PathLike[str],
     directory: str | os.PathLike[str],
     overwrite: bool,
+    ignore_config: Sequence[str] = (),
 ) -> list[Path]:
     opened = open_directory(source)
-    loaded = hf.load(opened, lazy=True)  # names and shapes; no weight is read
+    # Names and shapes; no weight is read.
+    loaded = hf.load(opened, lazy=True, ignore_config=ignore_config)
+    check_trainer_shape(opened.config["model_type"], loaded.config, trainer)
     by_tensor = origins(opened, loaded)
     trained = _named_params(params)
     expected = {path for path, _ in by_tensor.values()}
@@ -105,6 +114,11 @@ def _save(
         missing=listed(sorted(expected - trained.keys())),
         foreign=listed(sorted(trained.keys() - expected)),
     )
+    sizes: Counter[str] = Counter()  # a stack, or an einsum, has several tensors
+    for name, (path, _) in by_tensor.items():
+        sizes[path] += math.prod(opened.tensors[name].shape)
+    resized = [path for path in sizes if math.prod(trained[path].shape) != sizes[path]]
+    check(_SAME_SIZES, trainer=trainer, path=opened.path, resized=listed(resized))
     # Tensor to a function that gives it, so that one at a time is on the host.
     replaced: dict[str, Callable[[], np.ndarray]] = {}
     for origin in loaded.names.values():
@@ -168,4 +182,10 @@ _SAME_LEAVES = Rule(
         "lacking": f", but lack {v.missing}" if v.missing else "",
         "unknown": f", but also hold {v.foreign}" if v.foreign else "",
     },
+)
+_SAME_SIZES = Rule(
+    lambda v: not v.resized,
+    "{trainer}'s parameters must be of the sizes of the model of '{path}', but "
+    "{resized} are not",
+    "give the directory that the trainer was given",
 )

@@ -124,10 +124,13 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         return {**facts, "asked": self.job.removal.asked}
 
     def look_at_dense(self) -> None:
-        """Reads the dense model and measures it."""
+        """Reads the dense model, measures it and lets it write a calibration."""
         # In memory to the end: it teaches, and is timed beside the small one.
         self.model = read_dense(self.model)
         super().look_at_dense()
+        if self.fewer is not None:  # the dense model was measured by its own tokens
+            self.texts = self.measurements.texts = self.fewer[1]
+        self.write_calibration(self.reference)
 
     @functools.cached_property
     def reference(self) -> LoadedModel:
@@ -142,9 +145,6 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
 
     def change(self) -> Change[LoadedModel]:
         """Removes what was asked for; the weights that stay are as they are stored."""
-        if self.fewer is not None:  # the dense model was measured by its own tokens
-            self.texts = self.measurements.texts = self.fewer[1]
-        self.write_calibration(self.reference)
         tokens = self.texts.sequences if self.job.calibration.calibration else None
         small, record = self._without(tokens)
         if tokens is not None:

@@ -60,7 +60,10 @@ def prunes_through_torch(job: PruneJob) -> bool:
       False too for magnitude without calibration, which needs no code of any model.
     """
     # Magnitude reads no program, and streams through any directory.
-    by_weights = job.pruning.method in (None, "magnitude")
+    by_weights = (
+        job.pruning.effort is None  # each level is a method that runs the model
+        and job.pruning.method in (None, "magnitude")
+    )
     # What these do takes the model's code.
     runs_model = (
         job.calibration.calibration

@@ -1,5 +1,7 @@
 """`--refine` and `--calibration self`: what moves, what is kept, what is told."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -166,8 +168,13 @@ def test_a_model_loses_neurons_by_what_it_writes_as_by_the_same_token_ids(
 ):
     short = ["--ffn", "0.5", "--length", "16", "--any-perplexity"]
     words = [*short, "--sequences", "8", "--calibration"]
+    start = time.perf_counter()
     by_text = shrink(capsys, place / "model", place / "text", *words, "self")
     assert by_text[0] == 0
+    # No phase lies in another, so no second counts twice.
+    assert by_text[1]["seconds"] <= time.perf_counter() - start
+    names = [phase["name"] for phase in by_text[1]["phases"]]
+    assert names.index("write calibration") < names.index("shrink")
     assert by_text[1]["calibration"]["self"] == 8
     written = self_calibration(
         hf.load(place / "model").model, sequences=8, length=16, bos=1, special={0, 1, 2}

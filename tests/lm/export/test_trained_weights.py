@@ -5,9 +5,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxprune.lm.checkpoints import rewrite
-from jaxprune.lm.export import tunix_tensors
+from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+from jaxprune.lm.export import maxtext_checkpoint, tunix_tensors
 from jaxprune.lm.export.maxtext_checkpoint import export_maxtext
 from jaxprune.lm.export.trained_weights import save_from_maxtext, save_from_tunix
+from jaxprune.lm.models import hf
+from tests.support import tiny_hf
 from tests.support.trainer_folders import CHANGES, pruned_folder
 
 pytestmark = pytest.mark.full
@@ -73,3 +76,38 @@ def test_parameters_of_another_model_are_refused(tmp_path):
     with pytest.raises(ValueError, match=sentence):
         save_from_tunix(params, folder, tmp_path / "back")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_parameters_of_more_layers_are_refused(tmp_path):
+    deep = pruned_folder("qwen3", tmp_path / "deep", num_hidden_layers=3)
+    shallow = pruned_folder("qwen3", tmp_path / "shallow", num_hidden_layers=2)
+    opened = open_directory(deep)
+    loaded = hf.load(opened, lazy=True)
+    params = maxtext_checkpoint._params(opened, loaded, "qwen3")
+    with pytest.raises(
+        ValueError, match=r"sizes of .*shallow', but 'decoder/layers/.*not"
+    ):
+        save_from_maxtext(params, shallow, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("save", [save_from_tunix, save_from_maxtext])
+def test_a_family_that_no_trainer_is_handed_is_refused(save, tmp_path):
+    folder = tmp_path / "model"
+    tiny_hf.random_folder("gpt2", folder)
+    with pytest.raises(ValueError, match=r"is handed model_type llama, .* got gpt2"):
+        save({}, folder, tmp_path / "back")
+
+
+def test_what_was_exported_without_an_attribute_comes_back_without_it(tmp_path):
+    folder = pruned_folder("llama", tmp_path / "model")
+    tiny_hf.edit(folder, gating="fancy")
+    opened = open_directory(folder)
+    with pytest.raises(ValueError, match="gating"):
+        hf.load(opened, lazy=True)
+    loaded = hf.load(opened, lazy=True, ignore_config=["gating"])
+    params = maxtext_checkpoint._params(opened, loaded, "llama")
+    save_from_maxtext(params, folder, tmp_path / "back", ignore_config=["gating"])
+    after = load_file(tmp_path / "back" / "model.safetensors")
+    before = load_file(folder / "model.safetensors")
+    assert all(np.allclose(after[key], before[key], rtol=1e-6) for key in before)

@@ -43,6 +43,7 @@ def test_what_names_a_class_and_is_no_family_of_ours_is_foreign(config, foreign)
     [
         ["prune", "--sparsity", "0.5", "--calibration", "text.txt"],
         ["prune", "--sparsity", "0.5", "--method", "wanda"],
+        ["prune", "--sparsity", "0.5", "--effort", "quick"],
         ["shrink", "--ffn", "0.5"],
         ["eval", "--text", "text.txt"],
     ],
