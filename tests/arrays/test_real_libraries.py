@@ -4,7 +4,6 @@
 wrappers of `test_names.py` stand for them elsewhere.
 """
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
