@@ -10,6 +10,7 @@ needs the packages of `benchmarks.texts`, and the CPU kernels.
 
 import csv
 import dataclasses
+import io
 import json
 import statistics
 import subprocess
@@ -72,8 +73,7 @@ COLUMNS = (
     *("form", "removed", "share", "values", "bits_per_byte", *HELD_OUT),
     *("tokens_per_second", "ratio"),
 )
-
-
+# How each is drawn, and its name in the legend.
 _MARKS = {"": "o", "zeros": "o-", "neurons": "s--", "tokens": "^:"}
 _REMOVED = {
     "zeros": "weights set to zero (ALPS)",
@@ -231,10 +231,11 @@ def _row(
 
 
 def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic.replace(path, text.getvalue().encode())
     for row in rows:
         print(json.dumps(row))
 

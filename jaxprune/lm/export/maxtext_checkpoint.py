@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprune.files import atomic
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
-from jaxprune.lm.export.maxtext_tensors import place, to_maxtext
+from jaxprune.lm.export.maxtext_tensors import maxtext_place, to_maxtext
 from jaxprune.lm.export.trainer_shape import TrainerShape, check_trainer_shape
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
@@ -143,7 +143,7 @@ def _params(
     origins = [origin.name for origin in loaded.names.values()]
     # Layers one behind the other, so that each stack is in their order.
     for name in sorted(origins, key=_layer_of):
-        path, position = place(name, config, gemma=gemma)
+        path, position = maxtext_place(name, config, gemma=gemma)
         converted = to_maxtext(opened.read(name), path, config, gemma=gemma)
         if position is None:
             _put(params, path, converted)

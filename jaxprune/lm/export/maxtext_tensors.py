@@ -7,14 +7,13 @@ have an axis of their own.
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
 
 _PERIOD = 6  # MaxText scans over five windows and a layer without, and their like
@@ -57,7 +56,7 @@ class Place(NamedTuple):
     position: int | None = None
 
 
-def place(name: str, config: DecoderConfig, *, gemma: bool) -> Place:
+def maxtext_place(name: str, config: DecoderConfig, *, gemma: bool) -> Place:
     """The place of a tensor of a directory."""
     short = name.removeprefix("model.").removesuffix(".weight")
     if not (match := re.fullmatch(r"layers\.(\d+)\.(.*)", short)):
@@ -131,25 +130,21 @@ def _score_scale(config: DecoderConfig) -> np.floating[Any]:
     return np.float32(1 / math.sqrt(config.head_dim))
 
 
-def origins(
-    opened: CheckpointDir, loaded: hf.Loaded
-) -> Mapping[str, tuple[str, Callable[[Any], np.ndarray]]]:
-    """Where each tensor of a directory comes from, once MaxText has trained it.
+def maxtext_origin(
+    name: str, opened: CheckpointDir, config: DecoderConfig
+) -> tuple[str, Callable[[Any], np.ndarray]]:
+    """Where a tensor of a directory comes from, once MaxText has trained it.
 
     Args:
+      name: name of the tensor.
       opened: the directory.
-      loaded: its model.
+      config: shape of its model.
 
     Returns:
-      Name of the tensor to the path of MaxText's parameter, and the function that takes
-      the tensor out of it.
+      The path of MaxText's parameter, and the function that takes the tensor out of it.
     """
     gemma = opened.config["model_type"] == "gemma3_text"
-    by_tensor = {}
-    for source in loaded.names.values():
-        origin = place(source.name, loaded.config, gemma=gemma)
-        take = functools.partial(
-            from_maxtext, place=origin, config=loaded.config, gemma=gemma
-        )
-        by_tensor[source.name] = origin.path, take
-    return by_tensor
+    place = maxtext_place(name, config, gemma=gemma)
+    return place.path, functools.partial(
+        from_maxtext, place=place, config=config, gemma=gemma
+    )

@@ -23,14 +23,17 @@ from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
-from jaxprune.lm.export import maxtext_tensors, tunix_tensors
+from jaxprune.lm.export.maxtext_tensors import maxtext_origin
 from jaxprune.lm.export.trainer_shape import check_trainer_shape
+from jaxprune.lm.export.tunix_tensors import tunix_origin
 from jaxprune.lm.models import hf
+from jaxprune.lm.models.decoder.config import DecoderConfig
 
-Origins: TypeAlias = Callable[
-    [CheckpointDir, hf.Loaded], Mapping[str, tuple[str, Callable[[Any], np.ndarray]]]
+OriginOf: TypeAlias = Callable[
+    [str, CheckpointDir, DecoderConfig], tuple[str, Callable[[Any], np.ndarray]]
 ]
-"""Name of a tensor to the trainer's parameter, and what takes the tensor out of it."""
+"""A tensor's name, its directory and its model's shape to the trainer's parameter, and
+what takes the tensor out of it."""
 
 
 def save_from_tunix(
@@ -56,7 +59,7 @@ def save_from_tunix(
         taken; nothing was written.
       OSError: the directory could not be written.
     """
-    return _save("Tunix", tunix_tensors.origins, model, source, directory, overwrite)
+    return _save("Tunix", tunix_origin, model, source, directory, overwrite)
 
 
 def save_from_maxtext(
@@ -85,15 +88,15 @@ def save_from_maxtext(
         taken; nothing was written.
       OSError: the directory could not be written.
     """
-    origins = maxtext_tensors.origins
     return _save(
-        *("MaxText", origins, params, source, directory, overwrite, ignore_config)
+        *("MaxText", maxtext_origin, params, source),
+        *(directory, overwrite, ignore_config),
     )
 
 
 def _save(
     trainer: str,
-    origins: Origins,
+    origin_of: OriginOf,
     params: Any,
     source: str | os.PathLike[str],
     directory: str | os.PathLike[str],
@@ -104,7 +107,10 @@ def _save(
     # Names and shapes; no weight is read.
     loaded = hf.load(opened, lazy=True, ignore_config=ignore_config)
     check_trainer_shape(opened.config["model_type"], loaded.config, trainer)
-    by_tensor = origins(opened, loaded)
+    by_tensor = {
+        origin.name: origin_of(origin.name, opened, loaded.config)
+        for origin in loaded.names.values()
+    }
     trained = _named_params(params)
     expected = {path for path, _ in by_tensor.values()}
     check(

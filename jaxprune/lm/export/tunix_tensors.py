@@ -6,13 +6,13 @@ heads apart, and a Gemma 3's keys and values, or all three, are one parameter.
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.models import hf
+from jaxprune.lm.models.decoder.config import DecoderConfig
 
 _IN_LAYER = {
     "self_attn.q_proj": "attn/q_proj/w",
@@ -69,7 +69,7 @@ class Place(NamedTuple):
     heads_first: bool = False
 
 
-def place(name: str, *, gemma: bool, grouped: bool) -> Place:
+def tunix_place(name: str, *, gemma: bool, grouped: bool) -> Place:
     """The place of a tensor of a directory."""
     short = name.removeprefix("model.").removesuffix(".weight")
     if not (match := re.fullmatch(r"layers\.(\d+)\.(.*)", short)):
@@ -97,25 +97,20 @@ def from_tunix(leaf: Any, place: Place, shape: tuple[int, ...]) -> np.ndarray:
     return array.reshape(shape[::-1]).T  # (out, in)
 
 
-def origins(
-    opened: CheckpointDir, loaded: hf.Loaded
-) -> Mapping[str, tuple[str, Callable[[Any], np.ndarray]]]:
-    """Where each tensor of a directory comes from, once Tunix has trained it.
+def tunix_origin(
+    name: str, opened: CheckpointDir, config: DecoderConfig
+) -> tuple[str, Callable[[Any], np.ndarray]]:
+    """Where a tensor of a directory comes from, once Tunix has trained it.
 
     Args:
+      name: name of the tensor.
       opened: the directory.
-      loaded: its model.
+      config: shape of its model.
 
     Returns:
-      Name of the tensor to the path of Tunix's parameter, and the function that takes
-      the tensor out of it.
+      The path of Tunix's parameter, and the function that takes the tensor out of it.
     """
     gemma = opened.config["model_type"] == "gemma3_text"
-    grouped = loaded.config.heads != loaded.config.kv_heads
-    by_tensor = {}
-    for source in loaded.names.values():
-        origin = place(source.name, gemma=gemma, grouped=grouped)
-        shape = opened.tensors[source.name].shape
-        take = functools.partial(from_tunix, place=origin, shape=shape)
-        by_tensor[source.name] = origin.path, take
-    return by_tensor
+    place = tunix_place(name, gemma=gemma, grouped=config.heads != config.kv_heads)
+    shape = opened.tensors[name].shape
+    return place.path, functools.partial(from_tunix, place=place, shape=shape)

@@ -124,6 +124,12 @@ _REMOVAL = (
 )
 _VOCABULARY = (
     Rule(
+        # Tokens are counted in files; all else that goes is chosen by the model.
+        lambda v: v.vocab is None or not v.self_sequences or len(v.asked) > 1,
+        "--vocab alone uses nothing that the model writes; leave --calibration self "
+        "out, or remove more",
+    ),
+    Rule(
         lambda v: v.vocab is None or (v.vocab > 0 and v.vocab % MULTIPLE == 0),
         f"--vocab must be a positive multiple of {MULTIPLE}, got {{vocab}}",
     ),

@@ -47,8 +47,9 @@ def effort(level: Effort) -> Chain:
     """The passes that gave the best model within their time.
 
     On Gemma 3 270M and one core "quick" takes 3 minutes, "good" 7 and "best" half an
-    hour. On larger models the method of the last two takes a larger share: on layers
-    of 7 B parameters three to eleven times as long as that of the first.
+    hour; what the command lets the model write for the last takes 20 minutes more. On
+    larger models the method of the last two takes a larger share: on layers of 7 B
+    parameters three to eleven times as long as that of the first.
 
     Args:
       level: "quick" is SparseGPT; "good" is ALPS, which also makes up for half of what

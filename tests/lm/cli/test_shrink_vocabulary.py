@@ -116,8 +116,15 @@ def test_the_model_with_fewer_tokens_writes_its_calibration(place, capsys):
     assert record["sizes"]["after"]["tokens"] == 320
 
 
+def test_text_that_nothing_uses_is_not_written(place, capsys):
+    words = ("--vocab", 320, "--calibration", place / "a.txt", "self", *SHORT)
+    code, _, err = shrink(capsys, place / "model", place / "no", *words)
+    assert code == 1
+    assert "--vocab alone uses nothing that the model writes" in err
+
+
 def test_what_the_model_writes_does_not_say_which_tokens_a_text_needs(place, capsys):
-    words = ("--vocab", 320, "--calibration", "self", *SHORT)
+    words = ("--vocab", 320, "--ffn", 0.5, "--calibration", "self", *SHORT)
     code, _, err = shrink(capsys, place / "model", place / "no", *words)
     assert code == 1
     assert "--vocab needs --calibration FILE..., whose tokens it counts" in err

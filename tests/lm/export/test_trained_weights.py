@@ -55,7 +55,7 @@ def test_a_checkpoint_of_maxtext_that_nobody_trained_is_the_directory(name, tmp_
 def test_a_matrix_of_tunix_gives_what_its_einsum_does(part, gemma, grouped, einsum):
     rng = np.random.default_rng(0)
     heads, size, width = 2, 4, 6
-    origin = tunix_tensors.place(
+    origin = tunix_tensors.tunix_place(
         f"model.layers.0.self_attn.{part}.weight", gemma=gemma, grouped=grouped
     )
     axes = einsum.split(",")[1].split("->")[0]
