@@ -54,6 +54,7 @@ class Work(NamedTuple):
       weights: bytes of the parameters in memory.
       tokens: number of tokens that are calibrated on.
       evaluated: number of tokens that are evaluated, at one stage.
+      trained: number of tokens of all sequences that are trained on.
       wide: bytes of a token's activations.
       scores: bytes of a token's predictions.
     """
@@ -65,6 +66,7 @@ class Work(NamedTuple):
     weights: int
     tokens: int
     evaluated: int
+    trained: int
     wide: int
     scores: int
 
@@ -99,6 +101,7 @@ def count_work(calibration: Calibration, model: LoadedModel, texts: JobTexts) ->
         weights=sum(leaf.size * leaf.dtype.itemsize for leaf in named.values()),
         tokens=drawn + calibration.self_sequences * calibration.length,
         evaluated=sum(windows.tokens.size for windows in texts.windows.values()),
+        trained=texts.trained_tokens,
         wide=config.width * np.dtype(config.dtype).itemsize,
         scores=4 * config.vocab_size,
     )
@@ -116,12 +119,15 @@ def recovery_needs(
     """FLOPs of the training afterwards, and bytes of what it holds."""
     if not recovery.recover_steps:
         return 0.0, 0
-    teacher = recovery.recover_by == "distillation"
-    # Forward and back, and the teacher's forward.
-    passes = recovery.recover_steps * (4 if teacher else 3)
+    # The dense model is in each step where its predictions are not kept.
+    teacher = recovery.recover_by == "distillation" and not recovery.top
+    # Forward, forward again and back, and the teacher's forward.
+    passes = recovery.recover_steps * (5 if teacher else 4)
+    tokens = passes * calibration.batch * calibration.length
+    if recovery.top:
+        tokens += work.trained
     trained = 16 * work.parameters  # float32: weights, gradients, two moments
-    memory = trained + (work.weights if teacher else 0)
-    return work.forward(passes * calibration.batch * calibration.length), memory
+    return work.forward(tokens), trained + (work.weights if teacher else 0)
 
 
 def statistics_flops(work: Work) -> float:

@@ -54,6 +54,11 @@ class JobTexts(NamedTuple):
         return [] if self.drawn is None else self.drawn.counts
 
     @property
+    def trained_tokens(self) -> int:
+        """Number of tokens of all sequences that are trained on afterwards."""
+        return 0 if self.training is None else self.training.size
+
+    @property
     def sequences(self) -> Int[np.ndarray, "sequences length"]:
         """All that is calibrated on, the texts in turn."""
         parts = [] if self.drawn is None else list(self.drawn.parts)

@@ -15,7 +15,7 @@ from jaxprune.arrays.console_progress import Progress
 from jaxprune.lm.jobs.settings import Calibration, Recovery
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.loaded_model import LoadedModel
-from jaxprune.lm.recovery import distill, retrain
+from jaxprune.lm.recovery import distill, predictions, retrain
 
 _RANK = 16  # of "lora"
 
@@ -46,10 +46,7 @@ def recover(
       The model, the names of the leaves that moved, and a JSON-able record.
     """
     names = _trained_leaves(model, recovery, matrices)
-    distils = recovery.recover_by == "distillation"
-    loss = None  # that of the text
-    if distils:
-        loss = distill.from_teacher(teacher(), hidden=recovery.recover_hidden)
+    loss = _loss(recovery, calibration, sequences, teacher, work)
     settings = retrain.Settings(
         steps=recovery.recover_steps,
         learning_rate=recovery.recover_learning_rate,
@@ -57,8 +54,10 @@ def recover(
         seed=calibration.seed,
         rank=_RANK if recovery.trained == "lora" else None,
     )
-    title = "distilling" if distils else "retraining"
-    with Progress(settings.steps, title, unit="step", leave=False) as progress:
+    title = {"distillation": "distilling", "retraining": "retraining"}
+    with Progress(
+        settings.steps, title[recovery.recover_by], unit="step", leave=False
+    ) as progress:
 
         def tick(steps: int, loss: float) -> None:
             progress.note(f"loss {loss:.3f}")
@@ -79,6 +78,31 @@ def recover(
     return trained, names, _record(recovery, calibration, losses)
 
 
+def _loss(
+    recovery: Recovery,
+    calibration: Calibration,
+    sequences: Int[np.ndarray, "sequences length"],
+    teacher: Callable[[], Decoder],
+    work: Path,
+) -> retrain.Loss:
+    """What is made small; the teacher is let go where its predictions are kept."""
+    if recovery.recover_by == "retraining":
+        return retrain.from_text()
+    if not recovery.top:
+        return distill.from_teacher(teacher(), hidden=recovery.recover_hidden)
+    shown = Progress(len(sequences), "predicting", unit="sequence", leave=False)
+    with shown as progress:
+        kept = predictions.keep_predictions(
+            teacher(),
+            sequences,
+            work / "predictions",
+            top=recovery.top,
+            batch=calibration.batch,
+            progress=progress.update,
+        )
+    return predictions.from_predictions(kept)
+
+
 def _record(
     recovery: Recovery, calibration: Calibration, losses: list[float]
 ) -> dict[str, Any]:
@@ -92,6 +116,8 @@ def _record(
     }
     if recovery.recover_hidden:  # the record has what was used
         record["hidden"] = recovery.recover_hidden
+    if recovery.top:
+        record["top"] = recovery.top
     return record
 
 

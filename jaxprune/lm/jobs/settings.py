@@ -17,6 +17,7 @@ from jaxprune.lm.jobs.option_types import (
     UNSET,
     Count,
     Files,
+    MaybeCount,
     MaybeText,
     ModelPath,
     Names,
@@ -32,6 +33,9 @@ SELF = Path("self")
 CONTEXT, WINDOWS = 512, 16
 """Of every subcommand that measures a perplexity: tokens of a window, windows of a
 text. So the same model has the same perplexity on the same text in all of them."""
+
+TOP = 64
+"""Likeliest tokens of a prediction that a distillation keeps."""
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 Trained: TypeAlias = Literal["all", "matrices", "norms", "lora"]
@@ -156,6 +160,10 @@ class Recovery:
       recover_hidden: the weight of the last hidden states in the loss of a
         distillation, where the predictions weigh 1: their squared distance over the
         dense ones' squared norm.
+      recover_top: how many of the likeliest tokens of each of the dense model's
+        predictions a distillation keeps on disk, 64 if left out, with the sum of all
+        others: the dense model then runs once and is not held. 0 holds it and takes all
+        of its predictions in every step, as --recover-hidden does.
     """
 
     recover_steps: Count = 0
@@ -164,6 +172,16 @@ class Recovery:
     recover_learning_rate: Number = 3e-5
     recover_train: Annotated[Trained | None, choice_of(Trained), UNSET] = None
     recover_hidden: Number = 0.0
+    recover_top: MaybeCount = None
+
+    @property
+    def top(self) -> int:
+        """Number of tokens that are kept of a prediction; 0 where none is kept."""
+        if not self.recover_steps or self.recover_by != "distillation":
+            return 0
+        if self.recover_hidden:  # its loss reads the dense model's states
+            return 0
+        return TOP if self.recover_top is None else self.recover_top
 
     @property
     def trained(self) -> Trained:
@@ -226,13 +244,24 @@ RULES = (
         idle_without(Recovery, option, "recover_steps", _STEPS)
         for option in (
             *("recover_text", "recover_train", "recover_hidden"),
-            *("recover_learning_rate", "recover_by"),
+            *("recover_learning_rate", "recover_by", "recover_top"),
         )
     ),
     Rule(
         lambda v: not v.recover_hidden or v.recover_by == "distillation",
         "--recover-hidden compares with the model before, so it needs --recover-by "
         "distillation",
+    ),
+    at_least("recover_top", 0),
+    Rule(
+        lambda v: v.recover_top is None or v.recover_by == "distillation",
+        "--recover-top is of the dense model's predictions, so it needs --recover-by "
+        "distillation",
+    ),
+    Rule(
+        lambda v: not (v.recover_hidden and v.recover_top),
+        "--recover-hidden compares with the dense model's states, which --recover-top "
+        "does not keep; leave one out",
     ),
     Rule(
         lambda v: v.metric is None or v.through_torch,
