@@ -104,7 +104,7 @@ def _ways(
         )
         loss = predictions.from_predictions(kept)
         # Copied: the folder goes.
-        arrays = jax.tree.map(jnp.array, kept.rows(np.arange(len(tokens))))
+        arrays = jax.tree.map(jnp.array, loss.read(np.arange(len(tokens))))
         yield f"top {top}", loss.fn, arrays
 
 

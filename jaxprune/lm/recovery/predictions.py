@@ -45,6 +45,14 @@ _RULES = (
         "of {length}",
     ),
 )
+_SHARES = Rule(
+    lambda v: (
+        v.shares.shape in ((), (v.sequences,))
+        and bool(np.all((v.shares >= 0) & (v.shares <= 1)))
+    ),
+    "from_predictions needs a share of the text in [0, 1], one or one for each of the "
+    "{sequences} sequences, got {shares}",
+)
 
 
 class Predictions(NamedTuple):
@@ -144,37 +152,64 @@ def keep_predictions(
     )
 
 
-def from_predictions(predictions: Predictions) -> Loss:
+def from_predictions(
+    predictions: Predictions, *, text: float | Float[np.ndarray, " sequences"] = 0.0
+) -> Loss:
     """The loss of `retrain` that follows what a teacher predicted.
 
-    The mean over all tokens of the divergence over k + 1 outcomes; see the module.
+    (1 - text) times the divergence over k + 1 outcomes (see the module) + text times
+    the cross entropy of the text; means over all tokens.
 
     Args:
       predictions: what `keep_predictions` gave for the sequences that are trained on,
         in their order.
+      text: share of the text itself, in [0, 1]: one for all sequences, or one for
+        each, 1 for texts to learn and 0 for texts that the teacher wrote, say.
 
     Returns:
       The loss, which reads each step's predictions from disk.
+
+    Raises:
+      ValueError: a share is not in [0, 1], or there are more or fewer than sequences.
     """
+    count = sum(map(len, predictions.ids))
+    shares = np.asarray(text, np.float32)  # () or (sequences,)
+    rules.check(_SHARES, shares=shares, sequences=count)
+    shares = np.broadcast_to(shares, count)
+
+    def read(rows: Int[np.ndarray, " rows"]) -> Any:
+        return (*predictions.rows(rows), shares[rows])
 
     def loss(student: Decoder, arrays: Any, tokens: jax.Array) -> jax.Array:
-        ids, log_p = arrays  # (batch, length - 1, k) and (batch, length - 1, k + 1)
+        # (batch, length - 1, k), (batch, length - 1, k + 1) and (batch,)
+        ids, log_p, share = arrays
         vocab = student.config.vocab_size
         rules.check(SAME_VOCABULARY, teacher=predictions.vocab_size, student=vocab)
         states, _ = student.states(student.embed(tokens[:, :-1]), remat=True)
 
-        def divergence(
+        def losses(
             state: Float[Array, "batch width"],
+            target: Int[Array, "batch"],
             ids: Int[Array, "batch k"],
             log_p: Float[Array, "batch outcomes"],
-        ) -> Float[Array, "batch"]:
-            log_q = log_outcomes(student.logits(state), ids)
-            return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        ) -> tuple[Array, Array]:
+            logits = student.logits(state)  # (batch, vocab)
+            log_q = log_outcomes(logits, ids)  # (batch, k + 1)
+            logit = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+            return (
+                jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1),
+                jax.nn.logsumexp(logits, axis=-1) - logit,
+            )
 
         # Logits lie beside those without the likeliest.
-        return map_tokens(divergence, (states, ids, log_p), vocab=2 * vocab).mean()
+        by_token = (states, tokens[:, 1:], ids, log_p)
+        divergence, of_text = map_tokens(losses, by_token, vocab=2 * vocab)
+        if not shares.any():
+            return divergence.mean()
+        return ((1 - share) * divergence.mean(1) + share * of_text.mean(1)).mean()
 
-    return Loss(f"predictions, {predictions.name}", loss, read=predictions.rows)
+    mixed = fingerprint.of_arrays([shares])
+    return Loss(f"predictions, {predictions.name}, text {mixed}", loss, read=read)
 
 
 def log_outcomes(

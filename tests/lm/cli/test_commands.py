@@ -124,6 +124,13 @@ RECOVERED = ("--recover-steps", "2", "--recover-text", "a.txt")
             "needs --recover-by distillation",
         ),
         (
+            refused(
+                *(*CALIBRATED, *HALF, *RECOVERED, "--recover-hidden", "1"),
+                *("--recover-top", "8"),
+            ),
+            "--recover-top does not keep; leave one out",
+        ),
+        (
             refused(*HALF, "--method", "magnitude", *RECOVERED),
             "does no --recover-steps",
         ),

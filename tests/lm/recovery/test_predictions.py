@@ -7,6 +7,7 @@ from flax import nnx
 
 from jaxprune.arrays import tree
 from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.models.decoder.model import loss_per_token
 from jaxprune.lm.recovery import checkpoints, distill, predictions, retrain
 from tests.support.plain_decoder import initial
 
@@ -67,6 +68,15 @@ def test_the_loss_is_the_divergence_over_the_likeliest_and_all_others(pair, tmp_
         assert value == pytest.approx(expected, rel=1e-5)
         values.append(value)
     assert 0.01 < values[0] < 0.99 * values[1]
+    # A text that is learned alone, beside others that are followed.
+    shares = np.array([0, 1, 1, 0, 0.25])
+    mixed = predictions.from_predictions(kept, text=shares)
+    value, _ = gradient(mixed.fn, pair[1], mixed.read(rows), SEQUENCES[rows])
+    inputs, targets = SEQUENCES[rows, :-1], SEQUENCES[rows, 1:]
+    of_text = np.asarray(nnx.jit(loss_per_token)(pair[1], inputs, targets)).mean(1)
+    followed = [of_outcomes(*pair, tokens[None], 16) for tokens in inputs]
+    expected = (1 - shares[rows]) * followed + shares[rows] * of_text
+    assert value == pytest.approx(expected.mean(), rel=1e-5)
     # 16 and one other are all 17 tokens, so the gradient is that of the teacher.
     whole = distill.from_teacher(pair[0])
     value, expected = gradient(whole.fn, pair[1], whole.arrays, SEQUENCES[rows])
@@ -125,11 +135,15 @@ def test_a_killed_training_goes_on_to_the_same_bits(pair, tmp_path, monkeypatch)
         np.testing.assert_array_equal(leaf, expected[name])
 
 
-def test_predictions_of_another_vocabulary_are_refused(pair, tmp_path):
+def test_another_vocabulary_and_shares_that_are_none_are_refused(pair, tmp_path):
     kept = predictions.keep_predictions(pair[0], SEQUENCES, tmp_path)
     loss = predictions.from_predictions(kept._replace(vocab_size=18))
     with pytest.raises(ValueError, match="vocabulary of its student, got 18 and 17"):
-        jax.eval_shape(lambda: loss.fn(pair[1], kept.rows(np.arange(2)), SEQUENCES[:2]))
+        jax.eval_shape(lambda: loss.fn(pair[1], loss.read(np.arange(2)), SEQUENCES[:2]))
+
+    for shares in (1.5, np.zeros(4)):
+        with pytest.raises(ValueError, match="one for each of the 5 sequences"):
+            predictions.from_predictions(kept, text=shares)
 
 
 @pytest.mark.parametrize("settings", [{"top": 0}, {"batch": 0}])
