@@ -125,7 +125,7 @@ def recovery_needs(
     passes = recovery.recover_steps * (5 if teacher else 4)
     tokens = passes * calibration.batch * calibration.length
     if recovery.top:
-        tokens += work.trained
+        tokens += recovery.followed_tokens(work.trained)
     trained = 16 * work.parameters  # float32: weights, gradients, two moments
     return work.forward(tokens), trained + (work.weights if teacher else 0)
 

@@ -99,7 +99,7 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
     calibration, evaluation, recovery = job.calibration, job.evaluation, job.recovery
     trained: tuple[Path, ...] = ()
     if recovery.recover_steps:
-        trained = recovery.recover_text or calibration.files
+        trained = recovery.trained_files or calibration.files
     paths = (*calibration.files, *evaluation.evaluate, *trained)
     reads = bool(paths or calibration.self_sequences)
     check(_RULES, reads=reads, length=calibration.length, context=config.context)
@@ -316,6 +316,8 @@ def draw_training(
     """
     body = calibration.length - (bos is not None)  # tokens of the text
     used = recovery.recover_steps * calibration.batch  # each once, if there are
+    # What the model wrote itself has the share of a text.
+    used = math.ceil(used * len(trained) / (len(trained) + recovery.own_text))
     share = math.ceil(used / len(trained))
     available = min(text.room(body, share) for text in trained)
     number = max(len(trained), min(available * len(trained), used))

@@ -66,7 +66,8 @@ def recovery_bytes(
 ) -> int:
     """Bytes that the dense model's predictions and two checkpoints may take."""
     # float32 and int32 of each token, and float32 of all others together.
-    predictions = trained_tokens * (8 * recovery.top + 4) if recovery.top else 0
+    token_bytes = 8 * recovery.top + 4 if recovery.top else 0
+    predictions = recovery.followed_tokens(trained_tokens) * token_bytes
     if not recovery.recover_steps or recovery.trained == "norms":
         return predictions
     # In float32 the weights; AdamW's moments are of small factors under "lora".
