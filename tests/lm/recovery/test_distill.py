@@ -99,6 +99,7 @@ def test_the_states_have_their_weight_in_the_loss(pair):
     assert found == pytest.approx(apart.mean() + 0.5 * distance.mean(), rel=1e-5)
 
 
+@pytest.mark.full
 def test_layers_that_are_computed_again_give_the_same_gradient(pair):
     """The loss keeps no activations inside layers; `divergence` keeps them all."""
     teacher, student = pair

@@ -55,6 +55,7 @@ def of_outcomes(teacher, student, tokens, top):
     return (p * np.log(p / q)).sum(-1).mean()
 
 
+@pytest.mark.full
 def test_the_loss_is_the_divergence_over_the_likeliest_and_all_others(pair, tmp_path):
     rows = np.array([4, 0, 3])
     values = []
