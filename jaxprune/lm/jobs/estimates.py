@@ -26,6 +26,7 @@ _COMPILING = 15.0  # seconds of every job that runs the model
 _PROGRAMS = 150_000_000  # bytes of what is compiled
 _REACHED = 0.5  # how much of a lone product's rate a model reaches
 _STREAMED = 15e-9  # seconds a weight: read, ranked, written, summed up
+_CHUNK = 2**27  # bytes of the logits that a loss holds at a time
 _SIDE = 1024  # of the product that is timed
 
 
@@ -126,8 +127,11 @@ def recovery_needs(
     tokens = passes * calibration.batch * calibration.length
     if recovery.top:
         tokens += recovery.followed_tokens(work.trained)
-    trained = 16 * work.parameters  # float32: weights, gradients, two moments
-    return work.forward(tokens), trained + (work.weights if teacher else 0)
+    memory = 16 * work.parameters  # float32: weights, gradients, two moments
+    # Logits, those without the likeliest, and the gradients of both.
+    logits = calibration.batch * calibration.length * work.scores
+    memory += 4 * min(logits, _CHUNK)
+    return work.forward(tokens), memory + (work.weights if teacher else 0)
 
 
 def statistics_flops(work: Work) -> float:
