@@ -165,9 +165,7 @@ def _optimizer(
     return optax.sgd(rate, momentum=0.9)
 
 
-def _fit(
-    task: Task, tx: Any, params: Any, key: jax.Array, steps: int
-) -> Any:
+def _fit(task: Task, tx: Any, params: Any, key: jax.Array, steps: int) -> Any:
     """Parameters and state after so many steps."""
     inputs, targets = (jnp.asarray(part) for part in task.train)
 

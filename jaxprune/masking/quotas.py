@@ -105,8 +105,8 @@ def leaf_quotas(
         return _matrix_quotas(names, leaves, units.matrix_axes, share, units.pattern)
     sizes = units.sizes
     check(_COUNTABLE, sizes=dict(zip(names, sizes, strict=True)), way=_BY_MATRIX)
-    free = units.pattern.sparsity is None and not isinstance(share, Mapping)
-    if isinstance(parsed, Global) and free:
+    free = isinstance(parsed, Global) and units.pattern.sparsity is None
+    if free and not isinstance(share, Mapping):
         # One number for all leaves: what each keeps is known when they are ranked.
         kept = [counts.kept_units(share, sum(sizes))]
         if sum(sizes) and not kept[0]:

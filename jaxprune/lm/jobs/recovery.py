@@ -127,20 +127,19 @@ def _loss(
 def _record(
     recovery: Recovery, calibration: Calibration, losses: list[float]
 ) -> dict[str, Any]:
-    record = {
+    texts = [path.name for path in recovery.trained_files or calibration.files]
+    record: dict[str, Any] = {
         "steps": recovery.recover_steps,
         "learning_rate": recovery.recover_learning_rate,
         "batch": calibration.batch,
         "trained": recovery.trained,
-        "texts": [path.name for path in recovery.trained_files or calibration.files],
+        "texts": [*texts, str(SELF)] if recovery.own_text else texts,
         "losses": losses,
     }
     if recovery.recover_hidden:  # the record has what was used
         record["hidden"] = recovery.recover_hidden
     if recovery.top:
         record["top"] = recovery.top
-    if recovery.own_text:
-        record["texts"].append(str(SELF))
     if recovery.recover_text_share:
         record["text_share"] = recovery.recover_text_share
     return record
