@@ -44,6 +44,7 @@ from jaxprune.lm.recovery import retrain
 from jaxprune.lm.shrinking.expert_scores import expert_scores
 from jaxprune.lm.shrinking.units import without_experts
 
+MODELS = ("mixture", "dense")
 RANKINGS = ("reap", "frequency", "random")
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
 _AT_ONCE = 16
@@ -68,7 +69,7 @@ class Cell:
 
     Attributes:
       seed: seed of the trained model.
-      model: "mixture" or "dense".
+      model: a name of `MODELS`.
       ranking: what chose the experts that go, of `RANKINGS`; "" where all stay.
       experts: share of the experts of each layer that goes.
       method: what prunes the matrices of the experts that stay; "" for nothing.
@@ -108,7 +109,8 @@ class Config:
     Attributes:
       out: directory of the results; what is found there is not done again.
       text: a text file, or a directory of them, in place of Shakespeare's plays.
-      seeds: a mixture and a dense model each.
+      seeds: a model of each kind for each.
+      models: kinds of models: mixture, and dense, of as many weights.
       rankings: what chooses the experts that go: reap, frequency, random.
       experts: shares of the experts of each layer to remove.
       methods: what prunes inside experts: magnitude, wanda, sparsegpt, alps.
@@ -125,13 +127,14 @@ class Config:
     out: Path = Path("results/trained_mixture")
     text: Path | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
+    models: tuple[str, ...] = MODELS
     rankings: tuple[str, ...] = RANKINGS
     experts: tuple[float, ...] = (0.25, 0.5, 0.75)
     methods: tuple[str, ...] = METHODS
     sparsities: tuple[float, ...] = (0.5, 0.75)
-    steps: int = 1500
+    steps: int = 2000
     recover_steps: int = 100
-    batch: int = 16
+    batch: int = 8
     sequences: int = 128
     windows: int = 512
     shape: MixtureShape = dataclasses.field(default_factory=MixtureShape)
@@ -162,17 +165,21 @@ class Config:
         Raises:
           ValueError: a name is unknown, a number out of range, or a list empty.
         """
-        check_names(self, {"rankings": RANKINGS, "methods": METHODS})
-        check_lists(self, "seeds", "rankings", "experts", "methods", "sparsities")
+        known = {"models": MODELS, "rankings": RANKINGS, "methods": METHODS}
+        check_names(self, known)
+        check_lists(self, "seeds", "experts", "sparsities", *known)
         rules.check(_RULES, **vars(self))
 
     def cells(self, seed: int) -> Iterator[Cell]:
         """All of a seed, in the order in which they are done."""
-        pruned = [*itertools.product(self.methods, self.sparsities)]
-        for model in ("mixture", "dense"):
+        for model in self.models:
             yield Cell(seed, model)
-            for method, sparsity in pruned:
+            for method, sparsity in itertools.product(self.methods, self.sparsities):
                 yield Cell(seed, model, method=method, sparsity=sparsity)
+            if model == "mixture":
+                yield from self._cells_without_experts(seed)
+
+    def _cells_without_experts(self, seed: int) -> Iterator[Cell]:
         for ranking, share in itertools.product(self.rankings, self.experts):
             yield Cell(seed, "mixture", ranking, share)
         # Both: half of the experts, and half of the weights of those that stay.
@@ -373,12 +380,14 @@ def _cells(run: Run) -> dict[str, Any]:
                 content = run.measured(cell, model)
                 records.write_json(cell.path(out), content)
                 progress.update()
-    return {
-        "routing": {str(seed): run.routing(seed) for seed in run.config.seeds},
-        "cells": [
-            json.loads(p.read_text()) for p in sorted(out.glob("seed-*/cells/*"))
-        ],
+    for seed in run.config.seeds if "mixture" in run.config.models else ():
+        run.routing(seed)  # also where no ranking asked for it
+    routing = {
+        path.parent.name.removeprefix("seed-"): json.loads(path.read_text())
+        for path in sorted(out.glob("seed-*/routing.json"))
     }
+    paths = sorted(out.glob("seed-*/cells/*.json"))
+    return {"routing": routing, "cells": [json.loads(p.read_text()) for p in paths]}
 
 
 if __name__ == "__main__":

@@ -48,11 +48,11 @@ def report(results: Mapping[str, Any]) -> Report:
             ("dense", "loss"),
         )
     }
-    shares = _shares(results["routing"].values())  # (seeds, layers, experts)
-    facts["share of the tokens of an expert"] = (
-        f"{shares.min():.3f} to {shares.max():.3f}"
-    )
-    facts["seeds"] = ", ".join(results["routing"])
+    if routing := results["routing"]:  # of mixtures
+        shares = _shares(routing.values())  # (seeds, layers, experts)
+        least, most = shares.min(), shares.max()
+        facts["share of the tokens of an expert"] = f"{least:.3f} to {most:.3f}"
+    facts["seeds"] = ", ".join(map(str, sorted({seed for seed, _ in whole})))
     head = ["removed", "what", "by", "mixture", f"{steps} steps later", "dense model"]
     caption = "Lost in nats per token, over the whole model (as many steps later)"
     return Report(

@@ -44,8 +44,8 @@ class MixtureShape:
       context: the longest sequence, in characters.
     """
 
-    layers: int = 3
-    width: int = 128
+    layers: int = 2
+    width: int = 96
     experts: int = 16
     experts_per_token: int = 2
     neurons: int = 48
