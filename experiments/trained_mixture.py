@@ -132,11 +132,11 @@ class Config:
     experts: tuple[float, ...] = (0.25, 0.5, 0.75)
     methods: tuple[str, ...] = METHODS
     sparsities: tuple[float, ...] = (0.5, 0.75)
-    steps: int = 2000
-    recover_steps: int = 100
+    steps: int = 1200
+    recover_steps: int = 60
     batch: int = 8
     sequences: int = 128
-    windows: int = 512
+    windows: int = 256
     shape: MixtureShape = dataclasses.field(default_factory=MixtureShape)
     smoke: bool = False
 
