@@ -5,10 +5,10 @@
 A small mixture of the shape of Qwen 3 MoE is trained on characters, and a dense model
 with as many weights. Experts go by REAP, by how often the router asks for them, and at
 random; weights inside experts go by each method of `jaxprune prune`, with its settings;
-then both. Where half of the experts' weights are gone, the rest is trained on, zeros
-and sizes held, beside the whole mixture. The models are directories that the command
-takes: seed-N/mixture and seed-N/dense. Every cell is one small file, so a run that was
-stopped continues.
+then both. Where half of the experts or most of their weights are gone, the rest is
+distilled from the whole mixture, zeros and sizes held. The models are directories that
+the command takes: seed-N/mixture and seed-N/dense. Every cell is one small file, so a
+run that was stopped continues.
 """
 
 import dataclasses
@@ -49,8 +49,8 @@ RANKINGS = ("reap", "frequency", "random")
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
 _AT_ONCE = 16
 """Calibration sequences of a batch: all batches have one shape, so one program."""
-_RECOVERED_FROM = 0.5
-"""Share of the experts' weights from which on what is left is trained on."""
+_RECOVERED_FROM = {"experts": 0.5, "sparsity": 0.75}
+"""Share that is gone from which on what is left is trained on: less costs little."""
 _RULES = (
     *(
         at_least(name, 1)
@@ -90,9 +90,9 @@ class Cell:
 
     @property
     def recovers(self) -> bool:
-        """Whether it is trained on; the whole mixture is, as the control."""
-        removed = self.removed
-        return self.model == "mixture" and (not removed or removed >= _RECOVERED_FROM)
+        """Whether it is trained on: a mixture that lost much."""
+        much = any(getattr(self, name) >= n for name, n in _RECOVERED_FROM.items())
+        return self.model == "mixture" and much
 
     def path(self, out: Path) -> Path:
         """Its file below the run's directory."""
@@ -283,22 +283,21 @@ class Run:
         )
         return model._replace(params=result.params)
 
-    def recovered(self, cell: Cell, model: LoadedModel) -> LoadedModel:
-        """The model after some steps on the text, its zeros held."""
+    def recovered(
+        self, cell: Cell, model: LoadedModel, teacher: LoadedModel
+    ) -> LoadedModel:
+        """The model after some steps of distillation, its zeros held."""
         work = cell.path(self.config.out).with_suffix(".work")
         trained, *_ = recover(
             Recovery(
-                recover_steps=self.config.recover_steps,
-                recover_by="retraining",
-                recover_learning_rate=1e-3,
-                recover_train="all",
+                recover_steps=self.config.recover_steps, recover_learning_rate=5e-4
             ),
             # Another order of the text than the training's, the same for all cells.
             Calibration(batch=self.config.batch, seed=cell.seed + 1000),
             self.sequences,
             model,
-            model.decoder,  # no teacher is asked for
-            set(),
+            teacher.decoder,
+            set(),  # all parameters are trained, whatever was pruned
             work,
         )
         shutil.rmtree(work)
@@ -311,16 +310,14 @@ class Run:
             perplexity.measure_perplexity(decoder, self.windows, batch=64)["nats"]
         )
 
-    def measured(self, cell: Cell, model: LoadedModel) -> dict[str, Any]:
+    def measured(self, cell: Cell, whole: LoadedModel) -> dict[str, Any]:
         """What the file of a cell holds."""
-        if cell.ranking:
-            model = self.without_experts(cell, model)
+        model = self.without_experts(cell, whole) if cell.ranking else whole
         if cell.method:
             model = self.pruned(cell, model)
-        loss = self.loss(model)
-        recovered = None
+        loss, recovered = self.loss(model), None
         if cell.recovers:
-            recovered = self.loss(self.recovered(cell, model))
+            recovered = self.loss(self.recovered(cell, model, whole))
         return {
             **dataclasses.asdict(cell),
             "removed": cell.removed,

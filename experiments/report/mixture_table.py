@@ -30,8 +30,7 @@ def report(results: Mapping[str, Any]) -> Report:
         row = by_row.setdefault((cell["removed"], *_words(cell)), {})
         row.setdefault(cell["model"], []).append(cell["loss"] - intact["loss"])
         if cell["recovered"] is not None:
-            # Over the whole mixture after as many steps.
-            excess = cell["recovered"] - intact["recovered"]
+            excess = cell["recovered"] - intact["loss"]
             row.setdefault("recovered", []).append(excess)
     columns = ("mixture", "recovered", "dense")
     lines = [
@@ -40,21 +39,18 @@ def report(results: Mapping[str, Any]) -> Report:
         for (removed, part, way), row in sorted(by_row.items())
     ]
     facts = {
-        f"{model}, {column}": findings.mean(
-            [cell[column] for (_, name), cell in whole.items() if name == model]
+        model: findings.mean(
+            [cell["loss"] for (_, name), cell in whole.items() if name == model]
         )
-        for model, column in (
-            *(("mixture", "loss"), ("mixture", "recovered")),
-            ("dense", "loss"),
-        )
+        for model in ("mixture", "dense")
     }
     if routing := results["routing"]:  # of mixtures
         shares = _shares(routing.values())  # (seeds, layers, experts)
         least, most = shares.min(), shares.max()
         facts["share of the tokens of an expert"] = f"{least:.3f} to {most:.3f}"
     facts["seeds"] = ", ".join(map(str, sorted({seed for seed, _ in whole})))
-    head = ["removed", "what", "by", "mixture", f"{steps} steps later", "dense model"]
-    caption = "Lost in nats per token, over the whole model (as many steps later)"
+    head = ["removed", "what", "by", "mixture", f"{steps} steps on", "dense model"]
+    caption = "Lost in nats per token, over the whole model of the same seed"
     return Report(
         lead="A trained mixture without experts, without weights in them, and both",
         facts=facts,
