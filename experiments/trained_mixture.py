@@ -91,8 +91,9 @@ class Cell:
     @property
     def recovers(self) -> bool:
         """Whether it is trained on: a mixture that lost much."""
-        much = any(getattr(self, name) >= n for name, n in _RECOVERED_FROM.items())
-        return self.model == "mixture" and much
+        shares = _RECOVERED_FROM.items()
+        loses_much = any(getattr(self, name) >= share for name, share in shares)
+        return self.model == "mixture" and loses_much
 
     def path(self, out: Path) -> Path:
         """Its file below the run's directory."""
@@ -310,14 +311,14 @@ class Run:
             perplexity.measure_perplexity(decoder, self.windows, batch=64)["nats"]
         )
 
-    def measured(self, cell: Cell, whole: LoadedModel) -> dict[str, Any]:
+    def measured(self, cell: Cell, unpruned: LoadedModel) -> dict[str, Any]:
         """What the file of a cell holds."""
-        model = self.without_experts(cell, whole) if cell.ranking else whole
+        model = self.without_experts(cell, unpruned) if cell.ranking else unpruned
         if cell.method:
             model = self.pruned(cell, model)
         loss, recovered = self.loss(model), None
         if cell.recovers:
-            recovered = self.loss(self.recovered(cell, model, whole))
+            recovered = self.loss(self.recovered(cell, model, unpruned))
         return {
             **dataclasses.asdict(cell),
             "removed": cell.removed,

@@ -17,7 +17,7 @@ COLUMNS = (
 def report(results: Mapping[str, Any]) -> Report:
     """All that is shown: what is lost over the same seed's whole model."""
     steps = results["config"]["recover_steps"]
-    whole = {
+    unpruned = {
         (cell["seed"], cell["model"]): cell
         for cell in results["cells"]
         if not cell["removed"]
@@ -26,7 +26,7 @@ def report(results: Mapping[str, Any]) -> Report:
     for cell in results["cells"]:
         if not cell["removed"]:
             continue
-        intact = whole[cell["seed"], cell["model"]]
+        intact = unpruned[cell["seed"], cell["model"]]
         row = by_row.setdefault((cell["removed"], *_words(cell)), {})
         row.setdefault(cell["model"], []).append(cell["loss"] - intact["loss"])
         if cell["recovered"] is not None:
@@ -34,21 +34,21 @@ def report(results: Mapping[str, Any]) -> Report:
             row.setdefault("recovered", []).append(excess)
     columns = ("mixture", "recovered", "dense")
     lines = [
-        [f"{removed:.0%}", part, way]
+        [f"{removed:.0%}", units, chooser]
         + [findings.mean(row.get(column, []), signed=True) for column in columns]
-        for (removed, part, way), row in sorted(by_row.items())
+        for (removed, units, chooser), row in sorted(by_row.items())
     ]
     facts = {
         model: findings.mean(
-            [cell["loss"] for (_, name), cell in whole.items() if name == model]
+            [cell["loss"] for (_, name), cell in unpruned.items() if name == model]
         )
         for model in ("mixture", "dense")
     }
     if routing := results["routing"]:  # of mixtures
         shares = _shares(routing.values())  # (seeds, layers, experts)
-        least, most = shares.min(), shares.max()
-        facts["share of the tokens of an expert"] = f"{least:.3f} to {most:.3f}"
-    facts["seeds"] = ", ".join(map(str, sorted({seed for seed, _ in whole})))
+        text = f"{shares.min():.3f} to {shares.max():.3f}"
+        facts["share of the tokens of an expert"] = text
+    facts["seeds"] = ", ".join(map(str, sorted({seed for seed, _ in unpruned})))
     head = ["removed", "what", "by", "mixture", f"{steps} steps on", "dense model"]
     caption = "Lost in nats per token, over the whole model of the same seed"
     return Report(
@@ -57,7 +57,7 @@ def report(results: Mapping[str, Any]) -> Report:
         tables=[Table(head, lines, caption)],
         columns=COLUMNS,
         rows=[
-            cell | {"intact": whole[cell["seed"], cell["model"]]["loss"]}
+            cell | {"intact": unpruned[cell["seed"], cell["model"]]["loss"]}
             for cell in results["cells"]
         ],
         figures={},
