@@ -291,11 +291,15 @@ class Run:
         work = cell.path(self.config.out).with_suffix(".work")
         trained, *_ = recover(
             Recovery(
-                recover_steps=self.config.recover_steps, recover_learning_rate=5e-4
+                recover_steps=self.config.recover_steps,
+                recover_learning_rate=5e-4,
+                # Few of the sequences are trained on: it predicts those alone.
+                recover_top=0,
             ),
             # Another order of the text than the training's, the same for all cells.
             Calibration(batch=self.config.batch, seed=cell.seed + 1000),
             self.sequences,
+            None,  # nothing that it wrote itself
             model,
             teacher.decoder,
             set(),  # all parameters are trained, whatever was pruned
