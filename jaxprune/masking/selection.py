@@ -157,9 +157,11 @@ def _selections(
 
 def _warn_of_emptied(names: Sequence[str], selections: Sequence[Selection]) -> None:
     """Names leaves of which one ranking leaves nothing: such a layer passes nothing."""
-    with placement.at_once([selection.units for selection in selections]):
-        # All are started before the first answer is waited for.
-        kept = jax.device_get([_keeps_any(s.units, s.cut) for s in selections])
+    # All are started before the first answer is waited for.
+    flags = [_keeps_any(selection.units, selection.cut) for selection in selections]
+    if any(isinstance(flag, jax.core.Tracer) for flag in flags):
+        return  # constants of a function that is traced
+    kept = jax.device_get(flags)
     pairs = zip(names, selections, kept, strict=True)
     emptied = [name for name, s, keeps in pairs if s.units.size and not keeps]
     if emptied and len(emptied) < len(names):
