@@ -81,7 +81,7 @@ def test_onnxruntime_computes_it(name, rows):
 
 @pytest.mark.clients
 @pytest.mark.filterwarnings("ignore")
-@names
+@pytest.mark.parametrize("name", ["pruned", "shrunk"])
 def test_litert_computes_it(name):
     tensorflow = pytest.importorskip("tensorflow")
     jax2tf = pytest.importorskip("jax.experimental.jax2tf")
