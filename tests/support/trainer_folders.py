@@ -3,11 +3,12 @@
 import ml_dtypes
 import numpy as np
 
+from jaxprune.lm import cli
 from tests.support import tiny_hf
 
 # The only base that Tunix has for them.
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-# Sizes that no preset has, as a shrunk model's are; a Gemma 3 with a layer left over.
+# Sizes that no preset has; a Gemma 3 with a layer left over.
 CHANGES = {
     "llama": PLAIN,
     "qwen3": PLAIN,
@@ -31,3 +32,13 @@ def pruned_folder(name, folder, **changes):
         if key.endswith("embed_tokens.weight"):  # MaxText's tied head is bfloat16
             tensor[:] = tensor.astype(ml_dtypes.bfloat16)
     return tiny_hf.save(folder, tiny_hf.config_json(name, **changes), tensors)
+
+
+def handed_folder(name, folder):
+    """`pruned_folder`; its Llama as `jaxprune shrink` halves it."""
+    if name != "llama":
+        return pruned_folder(name, folder)
+    larger = pruned_folder(name, folder.with_name("larger"))
+    halves = ("--ffn", "0.5", "--heads", "0.5", "--speed-rounds", "0")
+    assert cli.main(["shrink", str(larger), str(folder), *halves]) == 0
+    return folder

@@ -18,7 +18,7 @@ from jaxprune.lm.export.maxtext_checkpoint import export_maxtext
 from jaxprune.lm.export.trained_weights import save_from_maxtext
 from tests.support import tiny_hf
 from tests.support.tiny_cli import logits, nats
-from tests.support.trainer_folders import CHANGES, pruned_folder
+from tests.support.trainer_folders import CHANGES, handed_folder
 
 maxtext = pytest.importorskip("maxtext")
 pytestmark = [
@@ -84,7 +84,7 @@ def model_of(config):
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_its_logits_are_those_of_the_directory(name, tmp_path):
-    folder, tokens = pruned_folder(name, tmp_path / "model"), TOKENS[:, :-1]
+    folder, tokens = handed_folder(name, tmp_path / "model"), TOKENS[:, :-1]
     result = export_maxtext(folder, tmp_path / "student")
     text = (tmp_path / "student" / "student.yml").read_text()
     overrides = yaml.safe_load(text)["student_overrides"]
@@ -114,7 +114,7 @@ def batches(*_, **__):
 def test_distillation_begins_at_the_directorys_loss_and_comes_back(
     name, tmp_path, monkeypatch
 ):
-    folder = pruned_folder(name, tmp_path / "model")
+    folder = handed_folder(name, tmp_path / "model")
     result = export_maxtext(folder, tmp_path / "student")
     config = read_config(result.overrides, tmp_path, **DISTILLATION)
     with model_of(config) as model:

@@ -14,7 +14,7 @@ from jaxprune.lm.export.trained_weights import save_from_tunix
 from jaxprune.lm.export.tunix_model import load_in_tunix
 from tests.support import tiny_hf
 from tests.support.tiny_cli import logits, nats
-from tests.support.trainer_folders import CHANGES, pruned_folder
+from tests.support.trainer_folders import CHANGES, handed_folder
 
 peft_trainer = pytest.importorskip("tunix.sft.peft_trainer")
 distillation = pytest.importorskip("tunix.distillation.distillation_trainer")
@@ -33,7 +33,7 @@ TOKENS = tiny_hf.tokens(2, 24)
 
 @pytest.fixture(scope="module", params=CHANGES)
 def folder(request, tmp_path_factory):
-    return pruned_folder(request.param, tmp_path_factory.mktemp("tunix") / "model")
+    return handed_folder(request.param, tmp_path_factory.mktemp("tunix") / "model")
 
 
 def inputs(tokens):
