@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune.arrays.messages import listed
+from jaxprune.arrays.messages import first_line, listed
 from jaxprune.arrays.rules import Rule, check, error, finds_none
 from jaxprune.torch import conversion
 from jaxprune.torch.environment import (
@@ -206,36 +206,49 @@ def _wrapped(arrays: Any) -> Any:
     return jax.tree.map(lambda x: TracedTensor(jax.numpy.asarray(x), env), arrays)
 
 
-def _failing_module(fn: ModuleFunction, params: Mapping[str, Any], batch: Any) -> str:
-    """The innermost submodule in which a trace fails, by name; empty for the root."""
+@contextlib.contextmanager
+def running_parts(module: Any) -> Iterator[list[str]]:
+    """Notes which parts of a module run: for errors, since the hooks cost time.
+
+    Args:
+      module: torch module.
+
+    Yields:
+      Names of the parts that run, the innermost last; after a failure those of the
+      parts that did not end. The module itself has the name "".
+    """
     running: list[str] = []
-    environment().running = running  # for what is noted while it runs
+
+    def leave(*_: Any) -> None:  # what it returned would be taken for the output
+        running.pop()
+
     handles = []
-    for name, part in fn.module.named_modules():
-
-        def enter(_: Any, __: Any, name: str = name) -> None:
-            running.append(name)
-
-        def leave(_: Any, __: Any, ___: Any) -> None:
-            running.pop()  # not reached by the ones that fail
-
+    for name, part in module.named_modules():
         handles += [
-            part.register_forward_pre_hook(enter),
-            part.register_forward_hook(leave),
+            part.register_forward_pre_hook(lambda *_, name=name: running.append(name)),
+            part.register_forward_hook(leave),  # not reached by the ones that fail
         ]
     try:
-        # What is left of the stack when it fails are the parts that did not end.
-        with environment().watching_views():
-            jax.eval_shape(fn, params, batch)
-    except Limit as failure:
-        if failure.place is not None:
-            return failure.place
-    except Exception:
-        return running[-1] if running else ""
+        yield running
     finally:
-        environment().running = ()
         for handle in handles:
             handle.remove()
+
+
+def _failing_module(fn: ModuleFunction, params: Mapping[str, Any], batch: Any) -> str:
+    """The innermost submodule in which a trace fails, by name; empty for the root."""
+    with running_parts(fn.module) as running:
+        environment().running = running  # for what is noted while it runs
+        try:
+            with environment().watching_views():
+                jax.eval_shape(fn, params, batch)
+        except Limit as failure:
+            if failure.place is not None:
+                return failure.place
+        except Exception:
+            pass  # the same as before, with the hooks
+        finally:
+            environment().running = ()
     return running[-1] if running else ""
 
 
@@ -251,12 +264,11 @@ def _explained(failure: Exception, place: str) -> Exception:
     # JAX names its own reasons, and torchax an operation that it has not.
     rule = _LACKING if missing else _BY_VALUES if by_values else _UNTRACEABLE
     rule = failure.rule if isinstance(failure, Limit) else rule
-    reason = str(failure).strip().splitlines() or [""]
     return error(
         rule,
         operation=getattr(failure, "operation", "its Python code"),
         place=place or "the module itself",
-        reason=f"{type(failure).__name__}: {reason[0]}",
+        reason=f"{type(failure).__name__}: {first_line(failure)}",
     )
 
 

@@ -225,7 +225,7 @@ def test_a_processor_that_makes_only_tensors_of_torch_reads_pictures(
         pixels = [np.asarray(image, np.float32).transpose(2, 0, 1) for image in images]
         return {"pixel_values": torch.tensor(np.stack(pixels))}
 
-    monkeypatch.setattr(media_samples, "_processor", lambda *_: processor)
+    monkeypatch.setattr(media_samples, "load_reader", lambda *_: processor)
     module = types.SimpleNamespace(main_input_name="pixel_values", config=None)
     model = TorchModel(None, module, ())
     samples, files = media_samples.read_folder(place / "pictures", model, 3)

@@ -18,7 +18,7 @@ from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.models import hf
 from jaxprune.lm.texts import text_files
-from jaxprune.lm.torch_models.opening import TorchModel, silent_transformers
+from jaxprune.lm.torch_models.opening import TorchModel, load_reader
 from jaxprune.lm.torch_models.samples import Measured, Samples
 
 _MASKED = 0.15  # share of the tokens, as BERT was trained
@@ -230,18 +230,8 @@ def _task(model: TorchModel, mask: int | None) -> str:
 
 
 def _load_tokenizer(model: TorchModel) -> Any:
-    path = model.source.path
-    with silent_transformers():
-        try:
-            return transformers.AutoTokenizer.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, ImportError, KeyError, TypeError) as failure:
-            reason = (str(failure).strip().splitlines() or [""])[0]
-            raise ValueError(
-                f"a text needs the model's tokenizer, but '{path}' has none that "
-                f"transformers can load ({reason}); give token ids as .npy"
-            ) from failure
+    loader = transformers.AutoTokenizer
+    return load_reader(loader, model, "a text", "tokenizer", "token ids as .npy")
 
 
 def _plain_tokenizer(model: TorchModel, made: Any) -> hf.Tokenizer:
