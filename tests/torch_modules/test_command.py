@@ -68,6 +68,7 @@ def place(tmp_path_factory):
     tiny_transformers.bert(root / "bert")
     tiny_transformers.vit(root / "vit")
     tiny_transformers.t5(root / "t5")
+    tiny_transformers.clip(root / "clip")
     (root / "text.txt").write_text(tiny_transformers.text())
     tiny_transformers.pictures(root / "pictures")
     return root
@@ -438,6 +439,10 @@ SHRINK = ["shrink", "bert", "out", "--calibration", "text.txt"]
         (
             ["prune", "vit", "out", *PRUNE[3:]],
             "texts are for models that take tokens alone, but ViTForImage",
+        ),
+        (
+            ["prune", "clip", "out", *PRUNE[3:]],
+            "tokens alone, but CLIPModel takes input_ids and more; give a folder",
         ),
         (
             ["prune", "bert", "out", *PRUNE[3:6], "pictures"],

@@ -14,7 +14,7 @@ import torch
 import transformers
 from jaxtyping import Int
 
-from jaxprune.arrays.rules import Rule, check
+from jaxprune.arrays.rules import Rule, check, error
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.models import hf
 from jaxprune.lm.texts import text_files
@@ -212,11 +212,21 @@ def text_reader(model: TorchModel, files: tuple[Path, ...]) -> TextReader:
         before=before,
         after=after,
         mask=mask,
-        vocab_size=module.get_input_embeddings().num_embeddings,
+        vocab_size=_vocab_size(model),
         longest=_longest(module),
         task=task,
         start=start,
     )
+
+
+def _vocab_size(model: TorchModel) -> int:
+    try:
+        size: int = model.module.get_input_embeddings().num_embeddings
+    except (NotImplementedError, AttributeError) as failure:
+        # CLIP has a tower for texts, whose embeddings are not those of the model.
+        names = "input_ids and more"
+        raise error(_TAKES_TOKENS, class_name=model.class_name, name=names) from failure
+    return size
 
 
 def _task(model: TorchModel, mask: int | None) -> str:
