@@ -3,7 +3,6 @@
 import copy
 import types
 
-import jax
 import numpy as np
 import pytest
 
