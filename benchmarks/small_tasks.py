@@ -54,7 +54,6 @@ class Config:
       seeds: number of seeds, of initialisation and batches.
       steps: number of steps of training.
       retraining: number of steps after pruning.
-      batch_size: examples in a batch.
     """
 
     out: Path = Path("docs/results/small_tasks.csv")
@@ -72,7 +71,6 @@ class Config:
     seeds: int = 3
     steps: int = 400
     retraining: int = 100
-    batch_size: int = 64
 
 
 class Variant(NamedTuple):
@@ -167,15 +165,13 @@ def _optimizer(
     return optax.sgd(rate, momentum=0.9)
 
 
-def _fit(
-    config: Config, task: Task, tx: Any, params: Any, key: jax.Array, steps: int
-) -> Any:
+def _fit(task: Task, tx: Any, params: Any, key: jax.Array, steps: int) -> Any:
     """Parameters and state after so many steps."""
     inputs, targets = (jnp.asarray(part) for part in task.train)
 
     def step(carry: Any, step_key: jax.Array) -> Any:
         params, state = carry
-        examples = jax.random.randint(step_key, (config.batch_size,), 0, len(inputs))
+        examples = jax.random.randint(step_key, (task.batch,), 0, len(inputs))
         gradients = jax.grad(lambda p: loss_and_accuracy(task, p, batch)[0])
         batch = inputs[examples], targets[examples]
         updates, state = tx.update(gradients(params), state, params)
@@ -194,7 +190,7 @@ def _train(config: Config, variant: Variant, task: Task, key: jax.Array) -> Trai
         jp.track_importance(),
     )
     init_key, step_key = jax.random.split(key)
-    params, state = _fit(config, task, tx, task.init(init_key), step_key, config.steps)
+    params, state = _fit(task, tx, task.init(init_key), step_key, config.steps)
     scores = {name: getattr(jp.scores, name)(params, state) for name in CRITERIA}
     return Trained(params, scores, _measured(task, params, task.held_out))
 
@@ -222,7 +218,7 @@ def _pruned(
     tx = jp.keep_masks(_optimizer(task, variant, config.retraining, 0.3), masks)
     # The same batches for all cells of a seed: what differs is the mask alone.
     key = jax.random.fold_in(jax.random.key(1), seed)
-    retrained, _ = _fit(config, task, tx, params, key, config.retraining)
+    retrained, _ = _fit(task, tx, params, key, config.retraining)
     loss, accuracy = _measured(task, params, task.held_out)
     retrained_loss, retrained_accuracy = _measured(task, retrained, task.held_out)
     return {

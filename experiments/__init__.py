@@ -14,4 +14,5 @@ __all__ = [
     "report",
     "scaled_down_llm",
     "tasks",
+    "trained_mixture",
 ]

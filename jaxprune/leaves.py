@@ -43,6 +43,9 @@ _UNPRUNABLE = {
     "a depthwise convolution": rf"(^|[/_])(dw_?conv|depthwise(_conv)?(_?[123]d)?"
     rf"|conv_?dw)\d*{_HERE}",
 }
+# Of Mamba and Qwen3-Next: (taps, 1, channels), in torch (channels, 1, taps).
+_SHORT_CONVOLUTION = rf"(^|[/_])conv_?1d\d*{_HERE}"
+_MOST_TAPS = 8
 
 
 def prunable(name: str, leaf: Any) -> bool:
@@ -57,7 +60,8 @@ def prunable(name: str, leaf: Any) -> bool:
 
     Kernels of depthwise convolutions have few weights for what they do, and are left
     dense where they are named so ("dwconv", "depthwise", "conv_dw"): no shape tells
-    them from a first convolution of gray pictures, (3, 3, 1, channels).
+    them from a first convolution of gray pictures, (3, 3, 1, channels). So are kernels
+    of at most 8 taps named "conv1d" with one input, as state space models have them.
 
     Args:
       name: path name of the leaf.
@@ -81,6 +85,8 @@ def why_unprunable(name: str, leaf: Any) -> str | None:
     """Why the default rule leaves a leaf alone, as "one axis"; None if it does not."""
     if why := _why_no_matrix(leaf):
         return why
+    if _is_short_convolution(name, leaf):
+        return "one input and few taps"
     what = _named_as(name)
     return None if what is None else f"named as {what}"
 
@@ -97,12 +103,24 @@ def is_kept_by_name(name: str) -> bool:
     return _named_as(name) is not None
 
 
-def _named_as(name: str) -> str | None:
-    """What a name speaks of that is left alone, as "a bias", or None."""
-    # Words by underscores: "LayerNorm" has two, and so has "LMHead".
+def _split_words(name: str) -> str:
+    """A name in lower case, its words apart by underscores, its parts by slashes."""
+    # "LayerNorm" has two words, and so has "LMHead".
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
     # Torch's names have dots: "bert.embeddings.word_embeddings.weight".
-    name = name.lower().replace("-", "_").replace(".", "/")
+    return name.lower().replace("-", "_").replace(".", "/")
+
+
+def _is_short_convolution(name: str, leaf: Any) -> bool:
+    """Whether a leaf is a depthwise kernel over time, of a few taps."""
+    taps = min((size for size in leaf.shape if size > 1), default=1)
+    few = leaf.ndim > 2 and 1 in leaf.shape and taps <= _MOST_TAPS
+    return few and re.search(_SHORT_CONVOLUTION, _split_words(name)) is not None
+
+
+def _named_as(name: str) -> str | None:
+    """What a name speaks of that is left alone, as "a bias", or None."""
+    name = _split_words(name)
     for what, words in _UNPRUNABLE.items():
         if re.search(words, name):
             return what

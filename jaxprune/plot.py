@@ -37,6 +37,8 @@ def __dir__() -> list[str]:
 def sparsity_curve(sweep: Sweep, *, axes: "Axes | None" = None) -> "Axes":
     """What a sweep measured against the share removed, a line a criterion.
 
+    Of several allocations each has its line.
+
     Retrained models are drawn full, those right after pruning dashed.
 
     Args:
@@ -60,17 +62,15 @@ def sparsity_curve(sweep: Sweep, *, axes: "Axes | None" = None) -> "Axes":
     """
     axes = _axes(axes)
     axes.axhline(sweep.dense, color="grey", linewidth=1, linestyle=":", label="dense")
-    criteria = dict.fromkeys(cell.criterion for cell in sweep.cells)
-    for number, criterion in enumerate(criteria):
-        cells = [cell for cell in sweep.cells if cell.criterion == criterion]
+    for number, (name, cells) in enumerate(sweep.curves.items()):
         shares = [100 * cell.removed for cell in cells]
         style: Any = {"color": f"C{number}", "marker": _MARKERS[number % len(_MARKERS)]}
         retrained = [cell.retrained for cell in cells if cell.retrained is not None]
         pruned = [cell.value for cell in cells]
-        label = criterion
+        label = name
         if retrained:
-            axes.plot(shares, retrained, label=f"{criterion}, retrained", **style)
-            label = f"{criterion}, pruned"
+            axes.plot(shares, retrained, label=f"{name}, retrained", **style)
+            label = f"{name}, pruned"
         dash = "--" if retrained else "-"
         axes.plot(shares, pruned, dash, label=label, **style)
     axes.set_xlabel("weights removed (%)")

@@ -17,6 +17,7 @@ __all__ = [
     "figures",
     "findings",
     "life_cycle",
+    "mixture_table",
     "other_text",
     "plots",
     "provenance",

@@ -2,6 +2,7 @@
 
 __all__ = [
     "dense_models",
+    "expert_mixture",
     "finetuning",
     "language_model",
     "language_task",

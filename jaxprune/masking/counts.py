@@ -226,7 +226,10 @@ _AGREEMENT = (
         "write {{glob: share}}, or one number for all",
     ),
     Rule(
-        lambda v: not isinstance(v.sparsity, Mapping) or isinstance(v.rule, Layer),
+        # Shares by leaf leave nothing to share out, by one ranking neither.
+        lambda v: (
+            not isinstance(v.sparsity, Mapping) or isinstance(v.rule, Layer | Global)
+        ),
         "allocation={rule} needs one sparsity to share out, but sparsity={sparsity} "
         "gives shares by leaf",
         "leave the allocation out",

@@ -55,7 +55,7 @@ def make(
     scores: Scores,
     sparsity: float | Mapping[str, float] | None = None,
     *,
-    allocation: Allocation = "layer",
+    allocation: Allocation = "global",
     pattern: Pattern | str = "unstructured",
     axes: Axes | Mapping[str, Axes] | None = None,
 ) -> Masks:

@@ -28,7 +28,7 @@ def prune(
     scores: Scores,
     sparsity: float | Mapping[str, float] | None = None,
     *,
-    allocation: Allocation = "layer",
+    allocation: Allocation = "global",
     pattern: Pattern | str = "unstructured",
     axes: Axes | Mapping[str, Axes] | None = None,
     donate: bool = False,
@@ -46,10 +46,11 @@ def prune(
       scores: scores of these parameters; higher is kept.
       sparsity: the share to remove, in [0, 1), or {glob on the path name: share}. None
         where the pattern fixes it. Static under `jit`.
-      allocation: rule that shares it out: "layer" removes the share from each leaf,
-        "matrix" from each matrix of a stacked leaf, "global" ranks all leaves together,
+      allocation: rule that shares it out: "global" ranks all leaves together, "layer"
+        removes the share from each leaf, "matrix" from each matrix of a stacked leaf,
         "erk", or a value of `jp.allocation`; also {glob: share} in the place of a
-        sparsity.
+        sparsity. Shares by leaf, and a pattern that fixes them, leave nothing to share
+        out.
       pattern: which weights are pruned together: a value of `jp.patterns`, or its name
         such as "2:4".
       axes: which axes are input and output; Flax's [..., in, out] by default.

@@ -105,7 +105,8 @@ def leaf_quotas(
         return _matrix_quotas(names, leaves, units.matrix_axes, share, units.pattern)
     sizes = units.sizes
     check(_COUNTABLE, sizes=dict(zip(names, sizes, strict=True)), way=_BY_MATRIX)
-    if isinstance(parsed, Global) and not isinstance(share, Mapping):
+    free = isinstance(parsed, Global) and units.pattern.sparsity is None
+    if free and not isinstance(share, Mapping):
         # One number for all leaves: what each keeps is known when they are ranked.
         kept = [counts.kept_units(share, sum(sizes))]
         if sum(sizes) and not kept[0]:
@@ -114,7 +115,7 @@ def leaf_quotas(
                 stacklevel=4,
             )
         return Quotas(kept, together=True, axes=leaf_axes)
-    if isinstance(parsed, Layer):
+    if isinstance(parsed, Layer | Global):
         pruned = counts.by_leaf(share, names, sizes)
     else:
         # A rule reads matrices, so it needs axes where the pattern needs none.

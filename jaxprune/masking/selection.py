@@ -7,13 +7,16 @@ All that can be refused is refused here, for all leaves at once. From the thresh
 import functools
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes, check_axes
+from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import check, finds_none
 from jaxprune.arrays.topk import thresholds
 from jaxprune.masking import allocation, counts, patterns
@@ -53,6 +56,10 @@ def select(
     check_heads(tree.named_leaves(scores), axes, rule, [pattern])
     quotas = leaf_quotas(LeafUnits(named, pattern, axes), sparsity, rule)
     leaves = list(named.values())
+    if quotas.together and not any(isinstance(x, jax.core.Tracer) for x in leaves):
+        selections = list(_selections(leaves, quotas, pattern))
+        _warn_of_emptied(list(named), selections)
+        return iter(selections)
     if quotas.stacks is None:
         return _selections(leaves, quotas, pattern)
     rows = zip(leaves, quotas.axes, quotas.stacks, quotas.kept, strict=True)
@@ -146,6 +153,28 @@ def _selections(
         cuts = thresholds.cut_each(unit_scores, quotas.kept)
     for units, cut, axes in zip(unit_scores, cuts, quotas.axes, strict=True):
         yield Selection(units, cut, axes)
+
+
+def _warn_of_emptied(names: Sequence[str], selections: Sequence[Selection]) -> None:
+    """Names leaves of which one ranking leaves nothing: such a layer passes nothing."""
+    # All are started before the first answer is waited for.
+    flags = [_keeps_any(selection.units, selection.cut) for selection in selections]
+    if any(isinstance(flag, jax.core.Tracer) for flag in flags):
+        return  # constants of a function that is traced
+    kept = jax.device_get(flags)
+    pairs = zip(names, selections, kept, strict=True)
+    emptied = [name for name, s, keeps in pairs if s.units.size and not keeps]
+    if emptied and len(emptied) < len(names):
+        warnings.warn(
+            f"one ranking of all leaves leaves nothing of {listed(emptied)}; rank each "
+            "by itself with allocation='layer', or remove less",
+            stacklevel=4,
+        )
+
+
+@jax.jit
+def _keeps_any(units: jax.Array, cut: thresholds.Cut) -> jax.Array:
+    return jnp.any(thresholds.above_cut(units, cut))
 
 
 def _units(leaf: jax.Array, pattern: Pattern, axes: Axes) -> jax.Array:

@@ -1,5 +1,6 @@
-"""How good a model is at several sparsities, by several criteria: one table."""
+"""How good a model is at several sparsities, criteria and allocations: one table."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ class Cell(NamedTuple):
 
     Attributes:
       criterion: name of the scores.
+      allocation: rule that shared the sparsity out.
       sparsity: share of the weights with scores that was to be removed.
       removed: share of them that is zero.
       value: what `evaluate` says right after pruning.
@@ -37,6 +39,7 @@ class Cell(NamedTuple):
     """
 
     criterion: str
+    allocation: Allocation
     sparsity: float
     removed: float
     value: float
@@ -54,14 +57,32 @@ class Sweep(NamedTuple):
     dense: float
     cells: tuple[Cell, ...]
 
+    @property
+    def allocations(self) -> list[str]:
+        """The allocations that were compared, as text."""
+        return list(dict.fromkeys(str(cell.allocation) for cell in self.cells))
+
+    @property
+    def curves(self) -> dict[str, list[Cell]]:
+        """The cells of each criterion, and allocation where there are several."""
+        curves: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            several = len(self.allocations) > 1
+            name = f"{cell.criterion}, {cell.allocation}" if several else cell.criterion
+            curves.setdefault(name, []).append(cell)
+        return curves
+
     def __str__(self) -> str:
         """A row a model, the dense one first."""
-        head = ["criterion", "sparsity", "pruned", "retrained"]
-        rows = [head, ["dense", "0%", f"{self.dense:.4g}", ""]]
+        head = ["criterion", "allocation", "sparsity", "pruned", "retrained"]
+        rows = [head, ["dense", "", "0%", f"{self.dense:.4g}", ""]]
         for cell in self.cells:
             after = "" if cell.retrained is None else f"{cell.retrained:.4g}"
-            share = f"{cell.removed:.1%}"
-            rows.append([cell.criterion, share, f"{cell.value:.4g}", after])
+            names = [cell.criterion, str(cell.allocation)]
+            rows.append([*names, f"{cell.removed:.1%}", f"{cell.value:.4g}", after])
+        if len(self.allocations) == 1:
+            # All rows would say the same.
+            rows = [[row[0], *row[2:]] for row in rows]
         return columns(rows, right=True)
 
 
@@ -71,18 +92,23 @@ def sweep(
     evaluate: Callable[[Params], Any],
     *,
     sparsities: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
-    allocation: Allocation = "global",
+    allocation: Allocation | Sequence[Allocation] = "global",
     pattern: Pattern | str = "unstructured",
     retrain: Callable[[Params, Masks], Params] | None = None,
 ) -> Sweep:
     """Prunes by each criterion to each sparsity, and evaluates each model.
+
+    Which allocation is best differs between networks: `allocation=("layer", "global",
+    "erk")` with the loss on a batch as `evaluate` tells, and the cell says what to give
+    `masks.make`.
 
     Args:
       params: the parameters, a pytree of arrays.
       scores: scores of these parameters by the name of their criterion.
       evaluate: function of parameters to one number, such as a loss or an accuracy.
       sparsities: shares to remove, each in [0, 1).
-      allocation: rule that shares a sparsity out between leaves; see `jp.prune`.
+      allocation: rule that shares a sparsity out between leaves, or several to
+        compare; see `jp.prune`.
       pattern: which weights are pruned together; see `jp.prune`.
       retrain: function of pruned parameters and their masks to trained parameters,
         which are evaluated as well; see `jp.keep_masks`.
@@ -108,15 +134,15 @@ def sweep(
     """
     check(_RULES, scores=scores, sparsities=sparsities)
     dense = float(evaluate(params))
+    allocations = allocation if isinstance(allocation, list | tuple) else [allocation]
     cells = []
-    for criterion, tree in scores.items():
-        for share in sparsities:
-            masks = masks_.make(tree, share, allocation=allocation, pattern=pattern)
-            pruned = masks_.apply(params, masks)
-            value = float(evaluate(pruned))
-            retrained = None
-            if retrain is not None:
-                retrained = float(evaluate(retrain(pruned, masks)))
-            removed = measure_sparsity(masks).total
-            cells.append(Cell(criterion, float(share), removed, value, retrained))
+    for criterion, rule, share in itertools.product(scores, allocations, sparsities):
+        masks = masks_.make(scores[criterion], share, allocation=rule, pattern=pattern)
+        pruned = masks_.apply(params, masks)
+        value = float(evaluate(pruned))
+        retrained = None
+        if retrain is not None:
+            retrained = float(evaluate(retrain(pruned, masks)))
+        removed = measure_sparsity(masks).total
+        cells.append(Cell(criterion, rule, float(share), removed, value, retrained))
     return Sweep(dense, tuple(cells))

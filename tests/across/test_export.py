@@ -77,3 +77,29 @@ def test_onnxruntime_computes_it(name, rows):
     session = runtime.InferenceSession(written.SerializeToString())
     (result,) = session.run(None, {session.get_inputs()[0].name: np.asarray(X)})
     np.testing.assert_allclose(result, jnp.asarray(fn(params, X)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.clients
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["pruned", "shrunk"])
+def test_litert_computes_it(name):
+    tensorflow = pytest.importorskip("tensorflow")
+    jax2tf = pytest.importorskip("jax.experimental.jax2tf")
+    lite = tensorflow.lite
+    fn, params = smaller(name)
+    signature = [tensorflow.TensorSpec(X.shape, "float32")]
+    converted = tensorflow.function(
+        jax2tf.convert(lambda x: fn(params, x)),
+        input_signature=signature,
+        autograph=False,
+    )
+    converter = lite.TFLiteConverter.from_concrete_functions(
+        [converted.get_concrete_function()], converted
+    )
+    interpreter = lite.Interpreter(model_content=converter.convert())
+    interpreter.allocate_tensors()
+    [source], [sink] = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.set_tensor(source["index"], np.asarray(X))
+    interpreter.invoke()
+    result = interpreter.get_tensor(sink["index"])
+    np.testing.assert_allclose(result, fn(params, X), rtol=1e-4, atol=1e-5)

@@ -37,8 +37,10 @@ def test_what_nnx_wraps_is_called_as_what_it_wraps():
     state = nnx.State({"a": {"value": nnx.Param(ONES)}, "b": nnx.Param([ONES, ONES])})
     assert jp.tree.names(state) == ["a/value", "b/0", "b/1"]
     assert jp.tree.names(nnx.as_pure(state)) == jp.tree.names(state)
-    masks = jp.masks.make(jp.scores.magnitude(state), 0.5)
-    pruned = jp.prune(nnx.as_pure(state), jp.scores.magnitude(state), 0.5)
+    masks = jp.masks.make(jp.scores.magnitude(state), 0.5, allocation="layer")
+    pruned = jp.prune(
+        nnx.as_pure(state), jp.scores.magnitude(state), 0.5, allocation="layer"
+    )
     assert same_bits(jp.masks.apply(nnx.as_pure(state), masks), pruned)
 
 
@@ -87,7 +89,7 @@ def test_what_wraps_one_array_without_a_key_is_no_part_of_its_name():
     assert jp.tree.names(params) == bare
     pruned = [row.name for row in jp.tree.explain(params) if row.pruned]
     assert pruned == ["mlp/0", "mlp/1/0"]
-    masks = jp.masks.make(jp.scores.magnitude(params), 0.5)
+    masks = jp.masks.make(jp.scores.magnitude(params), 0.5, allocation="layer")
     assert jp.tree.names(masks) == bare
     assert isinstance(masks["ln"]["weight"].array, optax.MaskedNode)
     unwrapped = {"mlp": [ONES, Pair(ONES)], "ln": {"weight": ONES}}

@@ -112,3 +112,19 @@ def test_keras():
     params = {v.path: v.value for v in model.trainable_variables}
     pruned = [row.name for row in jp.tree.explain(params) if row.pruned]
     assert pruned == ["net/up/kernel"]
+
+
+def test_depthwise_kernels_of_mobilenet_are_left_dense():
+    keras = pytest.importorskip("keras")
+    net = keras.applications.MobileNet((32, 32, 3), alpha=0.25, weights=None)
+    params = {v.path: v.value for v in net.trainable_variables}
+    rows = jp.tree.explain(params)
+    depthwise = {
+        layer.kernel.path
+        for layer in net.layers
+        if isinstance(layer, keras.layers.DepthwiseConv2D)
+    }
+    assert len(depthwise) == 13
+    why = "named as a depthwise convolution"
+    assert {row.name for row in rows if row.why == why} == depthwise
+    assert sum(row.pruned for row in rows) == 15  # first, 13 that join channels, head

@@ -66,6 +66,30 @@ def test_depthwise_convolutions_are_left_dense_where_they_are_named_so(name):
     assert row.why == why
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "why"),
+    [
+        (
+            "mixer/conv1d/kernel",
+            (4, 1, 96),
+            "one input and few taps",
+        ),  # bonsai's Mamba 2
+        (
+            "layers.0.mixer.conv1d.weight",
+            (96, 1, 4),
+            "one input and few taps",
+        ),  # torch's
+        ("conv1d/kernel", (4, 12, 1, 96), "one input and few taps"),  # stacked layers
+        ("conv1d/kernel", (3, 16, 32), ""),  # joins its inputs
+        ("conv1d/kernel", (512, 1, 64), ""),  # of a wave form
+        ("conv1/kernel", (3, 3, 1, 32), ""),  # of gray pictures
+    ],
+)
+def test_kernels_of_a_few_taps_over_time_are_left_dense(name, shape, why):
+    [row] = jp.tree.explain({name: ones(*shape)})
+    assert row.why == why
+
+
 def test_names_of_torch_speak_as_those_of_a_tree():
     names = {
         "bert.embeddings.word_embeddings.weight": "named as an embedding",

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 
-from benchmarks import small_tables, small_tasks
+from benchmarks import small_models, small_tables, small_tasks
 
 CASE = {"network": "mlp", "optimizer": "adam", "norm": "True", "sparsity": "0.9"}
 
@@ -29,6 +31,19 @@ def test_ranks_and_regrets_are_those_of_the_mean_over_seeds():
         ("magnitude", "global"): (1, 0, 0),
         ("obd", "erk"): (2, 0.5, 0.5),
     }
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_convolution_of_shifted_pictures_is_that_of_jax(stride):
+    image_key, kernel_key = jax.random.split(jax.random.key(0))
+    images = jax.random.normal(image_key, (3, 8, 8, 5))
+    kernel = jax.random.normal(kernel_key, (3, 3, 5, 7))
+    result = small_models._convolution(images, kernel, stride=stride)
+    names = ("NHWC", "HWIO", "NHWC")
+    expected = jax.lax.conv_general_dilated(
+        images, kernel, (stride, stride), "SAME", dimension_numbers=names
+    )
+    np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
 def test_the_measured_allocation_is_chosen_on_the_calibration_batch():
@@ -57,7 +72,6 @@ def test_rows_that_are_there_are_not_made_again(tmp_path, monkeypatch, capsys):
         seeds=2,
         steps=4,
         retraining=2,
-        batch_size=8,
     )
     small_tasks.main(config)
     rows = small_tables.read(config.out)

@@ -1,5 +1,7 @@
 """Leaves, shares and masks at the edge of what the masks are made for."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +40,8 @@ def test_heads_whose_other_half_is_left_out_need_axes():
     own = jp.masks.make(part, pattern="2:4", axes={"*": axes})["query"]["kernel"]
     whole = jp.masks.make(jp.scores.magnitude(ATTENTION), pattern="2:4")
     np.testing.assert_array_equal(own, whole["query"]["kernel"])
-    assert jp.masks.make(part, 0.5)["key"]["kernel"].sum() == 32
+    by_leaf = jp.masks.make(part, 0.5, allocation="layer")
+    assert by_leaf["key"]["kernel"].sum() == 32
 
 
 def test_axes_are_integers():
@@ -195,3 +198,15 @@ def test_a_name_with_brackets_is_named_as_it_is():
     assert jp.sparsity(jp.masks.make(params, {"layers[0]": 0.25})).total == 0.25
     rule = jp.tree.excluding("layers[0]")
     assert not rule("layers[0]", params["layers[0]"])
+
+
+def test_a_leaf_that_one_ranking_empties_is_named():
+    scores = {"small": jnp.arange(8.0), "large": 10 + jnp.arange(24.0)}
+    with pytest.warns(UserWarning, match=r"nothing of 'small'; rank each by itself"):
+        masks = jp.masks.make(scores, 0.5)
+    assert not masks["small"].any()
+    with pytest.warns(UserWarning, match=r"nothing of 'small'; rank each by itself"):
+        jp.prune(scores, scores, 0.25)  # to the last weight of it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert jp.masks.make(scores, 0.2)["small"].sum() == 2

@@ -95,8 +95,9 @@ def test_unprunable_leaves_come_back_as_the_same_objects():
 def test_every_kind_of_tree_is_pruned_in_its_own_kind(name):
     params = containers()[name]
     scores = jp.scores.magnitude(params, prunable=everything)
-    masks = jp.masks.make(scores, 0.6)
-    for out in (jp.prune(params, scores, 0.6), jp.masks.apply(params, masks)):
+    masks = jp.masks.make(scores, 0.6, allocation="layer")
+    pruned = jp.prune(params, scores, 0.6, allocation="layer")
+    for out in (pruned, jp.masks.apply(params, masks)):
         assert jax.tree.structure(out) == jax.tree.structure(params)
         assert type(out) is type(params)
         zeros = [int((np.asarray(x) == 0).sum()) for x in jax.tree.leaves(out)]

@@ -125,7 +125,8 @@ def test_heads_of_flax_are_outputs_on_the_way_in_and_inputs_on_the_way_out(patte
         params, prunable=lambda name, leaf: name.endswith("kernel")
     )
     sparsity = None if pattern == "2:4" else 0.5
-    masks = jp.masks.make(scores, sparsity, pattern=pattern)["attention"]
+    masks = jp.masks.make(scores, sparsity, allocation="layer", pattern=pattern)
+    masks = masks["attention"]
     for name in ("query", "key", "value", "out"):
         own = matrix(name, scores["attention"][name]["kernel"])
         expected = KEEP[pattern](own)

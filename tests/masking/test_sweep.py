@@ -50,6 +50,22 @@ def test_allocation_and_pattern_are_those_of_prune():
     assert cell.value == pytest.approx(total(by_hand), rel=1e-6)
 
 
+def test_allocations_are_compared_each_as_prune_takes_it():
+    magnitude = {"magnitude": SCORES["magnitude"]}
+    rules = ("layer", "global")
+    swept = jp.sweep(PARAMS, magnitude, total, sparsities=[0.5], allocation=rules)
+    by_hand = [
+        total(jp.prune(PARAMS, SCORES["magnitude"], 0.5, allocation=rule))
+        for rule in rules
+    ]
+    assert [cell.value for cell in swept.cells] == pytest.approx(by_hand, rel=1e-6)
+    assert by_hand[0] != by_hand[1]
+    rows = [line.split()[:2] for line in str(swept).splitlines()[2:]]
+    assert rows == [["magnitude", "layer"], ["magnitude", "global"]]
+    labels = {line.get_label() for line in jp.plot.sparsity_curve(swept).lines}
+    assert labels == {"dense", "magnitude, layer", "magnitude, global"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 
 import jaxprune as jp
@@ -68,3 +69,47 @@ def test_the_page_restores_what_lies_on_a_mesh(tmp_path, kind, inside, grow):
             resume()
     else:
         resume()
+
+
+@pytest.mark.parametrize("name", ["gradual", "keep_masks"])
+def test_an_nnx_optimizer_goes_on_with_the_same_bits_on_eight_devices(tmp_path, name):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    kernel = nnx.initializers.lecun_normal()
+    draw = nnx.with_partitioning(kernel, ("data", "model"))
+    checkered = np.indices((16, 8)).sum(0) % 2 == 0
+    x = jnp.ones((8, 16))
+
+    def begin():
+        model = nnx.Linear(16, 8, kernel_init=draw, rngs=nnx.Rngs(0))
+        if name == "gradual":
+            tx = jp.gradual(optax.adam(1e-2), {1: 0.25, 5: 0.5})
+        else:
+            tx = jp.keep_masks(optax.adam(1e-2), {"kernel": checkered, "bias": None})
+        tx = optax.chain(tx, jp.track_importance())
+        return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            return jnp.mean((model(x) - 1.0) ** 2)
+
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    with jax.set_mesh(mesh), ocp.StandardCheckpointer() as checkpointer:
+        run, resumed = begin(), begin()
+        for _ in range(3):
+            step(*run)
+        checkpointer.save(tmp_path / "step_3", nnx.state(run))
+        checkpointer.wait_until_finished()
+        state = checkpointer.restore(tmp_path / "step_3", nnx.state(resumed))
+        nnx.update(resumed, state)
+        for _ in range(4):
+            step(*run)
+            step(*resumed)
+    assert same_bits(nnx.state(run), nnx.state(resumed))
+    model, optimizer = resumed
+    masks = jp.masks.get(optimizer)
+    average = jp.get_importance(optimizer).weight["kernel"]
+    for leaf in (masks["kernel"], average):
+        assert leaf[...].sharding == model.kernel[...].sharding
+    assert jp.sparsity(nnx.state(model, nnx.Param), masks).total == 0.5

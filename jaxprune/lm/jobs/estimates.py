@@ -26,6 +26,7 @@ _COMPILING = 15.0  # seconds of every job that runs the model
 _PROGRAMS = 150_000_000  # bytes of what is compiled
 _REACHED = 0.5  # how much of a lone product's rate a model reaches
 _STREAMED = 15e-9  # seconds a weight: read, ranked, written, summed up
+_CHUNK = 2**27  # bytes of the logits that a loss holds at a time
 _SIDE = 1024  # of the product that is timed
 
 
@@ -54,6 +55,7 @@ class Work(NamedTuple):
       weights: bytes of the parameters in memory.
       tokens: number of tokens that are calibrated on.
       evaluated: number of tokens that are evaluated, at one stage.
+      trained: number of tokens of all sequences that are trained on.
       wide: bytes of a token's activations.
       scores: bytes of a token's predictions.
     """
@@ -65,6 +67,7 @@ class Work(NamedTuple):
     weights: int
     tokens: int
     evaluated: int
+    trained: int
     wide: int
     scores: int
 
@@ -99,6 +102,7 @@ def count_work(calibration: Calibration, model: LoadedModel, texts: JobTexts) ->
         weights=sum(leaf.size * leaf.dtype.itemsize for leaf in named.values()),
         tokens=drawn + calibration.self_sequences * calibration.length,
         evaluated=sum(windows.tokens.size for windows in texts.windows.values()),
+        trained=texts.trained_tokens,
         wide=config.width * np.dtype(config.dtype).itemsize,
         scores=4 * config.vocab_size,
     )
@@ -116,12 +120,18 @@ def recovery_needs(
     """FLOPs of the training afterwards, and bytes of what it holds."""
     if not recovery.recover_steps:
         return 0.0, 0
-    teacher = recovery.recover_by == "distillation"
-    # Forward and back, and the teacher's forward.
-    passes = recovery.recover_steps * (4 if teacher else 3)
-    trained = 16 * work.parameters  # float32: weights, gradients, two moments
-    memory = trained + (work.weights if teacher else 0)
-    return work.forward(passes * calibration.batch * calibration.length), memory
+    # The dense model is in each step where its predictions are not kept.
+    teacher = recovery.recover_by == "distillation" and not recovery.top
+    # Forward, forward again and back, and the teacher's forward.
+    passes = recovery.recover_steps * (5 if teacher else 4)
+    tokens = passes * calibration.batch * calibration.length
+    if recovery.top:
+        tokens += recovery.followed_tokens(work.trained)
+    memory = 16 * work.parameters  # float32: weights, gradients, two moments
+    # Logits, those without the likeliest, and the gradients of both.
+    logits = calibration.batch * calibration.length * work.scores
+    memory += 4 * min(logits, _CHUNK)
+    return work.forward(tokens), memory + (work.weights if teacher else 0)
 
 
 def statistics_flops(work: Work) -> float:

@@ -54,6 +54,11 @@ class JobTexts(NamedTuple):
         return [] if self.drawn is None else self.drawn.counts
 
     @property
+    def trained_tokens(self) -> int:
+        """Number of tokens of all sequences that are trained on afterwards."""
+        return 0 if self.training is None else self.training.size
+
+    @property
     def sequences(self) -> Int[np.ndarray, "sequences length"]:
         """All that is calibrated on, the texts in turn."""
         parts = [] if self.drawn is None else list(self.drawn.parts)
@@ -94,7 +99,7 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
     calibration, evaluation, recovery = job.calibration, job.evaluation, job.recovery
     trained: tuple[Path, ...] = ()
     if recovery.recover_steps:
-        trained = recovery.recover_text or calibration.files
+        trained = recovery.trained_files or calibration.files
     paths = (*calibration.files, *evaluation.evaluate, *trained)
     reads = bool(paths or calibration.self_sequences)
     check(_RULES, reads=reads, length=calibration.length, context=config.context)
@@ -311,6 +316,8 @@ def draw_training(
     """
     body = calibration.length - (bos is not None)  # tokens of the text
     used = recovery.recover_steps * calibration.batch  # each once, if there are
+    # What the model wrote itself has the share of a text.
+    used = math.ceil(used * len(trained) / (len(trained) + recovery.own_text))
     share = math.ceil(used / len(trained))
     available = min(text.room(body, share) for text in trained)
     number = max(len(trained), min(available * len(trained), used))

@@ -173,6 +173,7 @@ class ModelTransformation(Transformation[AnyJob, LoadedModel]):
                 settings,
                 self.job.calibration,
                 sequences,
+                self.texts.written,
                 change.model,
                 functools.partial(self.teacher, change),
                 change.matrices,

@@ -34,15 +34,20 @@ def refuse_done(job: Job, command: str) -> None:
 
 
 def check_room(
-    job: Job, recovery: Recovery, source: CheckpointDir, copies: int
+    job: Job,
+    recovery: Recovery,
+    source: CheckpointDir,
+    copies: int,
+    trained_tokens: int = 0,
 ) -> None:
     """Refuses, before a long job, a disk without room for the result and progress.
 
     Args:
       job: place of the result and of the progress.
-      recovery: training whose checkpoints take room too.
+      recovery: training whose progress takes room too.
       source: directory of the dense model.
       copies: number of copies of the model that are written, the result included.
+      trained_tokens: number of tokens of all sequences that are trained on.
 
     Raises:
       OSError: the disk has less room.
@@ -51,18 +56,24 @@ def check_room(
     # What an earlier run left there is written again, or replaced.
     before = [job.work, out.with_name(f".{out.name}.partial")]
     written = sum(map(atomic.bytes_in, before))
-    needed = source.size * copies + checkpoint_bytes(recovery, source)
+    needed = source.size * copies
+    needed += recovery_bytes(recovery, source, trained_tokens)
     atomic.check_room(job.out, needed - written)
 
 
-def checkpoint_bytes(recovery: Recovery, source: CheckpointDir) -> int:
-    """Bytes that the checkpoints of a recovery may take: two of them."""
+def recovery_bytes(
+    recovery: Recovery, source: CheckpointDir, trained_tokens: int
+) -> int:
+    """Bytes that the dense model's predictions and two checkpoints may take."""
+    # float32 and int32 of each token, and float32 of all others together.
+    token_bytes = 8 * recovery.top + 4 if recovery.top else 0
+    predictions = recovery.followed_tokens(trained_tokens) * token_bytes
     if not recovery.recover_steps or recovery.trained == "norms":
-        return 0
+        return predictions
     # In float32 the weights; AdamW's moments are of small factors under "lora".
     weight_bytes = 4 if recovery.trained == "lora" else 12
     sizes = (math.prod(info.shape) for info in source.tensors.values())
-    return 2 * weight_bytes * sum(sizes)
+    return predictions + 2 * weight_bytes * sum(sizes)
 
 
 def job_facts(

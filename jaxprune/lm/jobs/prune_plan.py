@@ -157,7 +157,7 @@ def _needs(pruning: ModelPruning) -> Needs:
     )
     source = pruning.source
     disk = (3 if job.solver.refine else 2) * source.size
-    disk += progress_dir.checkpoint_bytes(job.recovery, source)
+    disk += progress_dir.recovery_bytes(job.recovery, source, work.trained)
     return Needs(int(peak), estimates.seconds(flops + solving + training), disk)
 
 

@@ -209,7 +209,7 @@ def check_prune(job: PruneJob) -> passes.Pass:
     chosen = check_pruning(job)
     # Last, since it looks at the disk.
     text_files.check_text_files(
-        (*job.calibration.files, *job.evaluation.evaluate, *job.recovery.recover_text)
+        (*job.calibration.files, *job.evaluation.evaluate, *job.recovery.trained_files)
     )
     rewrite.check_place(job.out, job.model, overwrite=job.overwrite)
     return chosen

@@ -1,5 +1,6 @@
 """Recovery of a pruned or smaller model: training on a text, or distillation."""
 
+import math
 from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxprune import leaves
 from jaxprune.arrays import tree
 from jaxprune.arrays.console_progress import Progress
-from jaxprune.lm.jobs.settings import Calibration, Recovery
+from jaxprune.lm.jobs.settings import SELF, Calibration, Recovery
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.loaded_model import LoadedModel
-from jaxprune.lm.recovery import distill, retrain
+from jaxprune.lm.recovery import distill, predictions, retrain
 
 _RANK = 16  # of "lora"
 
@@ -24,6 +25,7 @@ def recover(
     recovery: Recovery,
     calibration: Calibration,
     sequences: Int[np.ndarray, "sequences length"],
+    written: Int[np.ndarray, "written length"] | None,
     model: LoadedModel,
     teacher: Callable[[], Decoder],
     matrices: Set[str],
@@ -36,7 +38,8 @@ def recover(
     Args:
       recovery: steps, learning rate, loss and which leaves are trained.
       calibration: settings whose batch and seed count.
-      sequences: int32 tokens that are trained on.
+      sequences: int32 tokens of texts that are trained on.
+      written: int32 tokens that the model before wrote itself, if it did.
       model: model that is trained.
       teacher: function that gives the model before; called by a distillation alone.
       matrices: names of the leaves that "matrices" and "lora" mean.
@@ -46,10 +49,8 @@ def recover(
       The model, the names of the leaves that moved, and a JSON-able record.
     """
     names = _trained_leaves(model, recovery, matrices)
-    distils = recovery.recover_by == "distillation"
-    loss = None  # that of the text
-    if distils:
-        loss = distill.from_teacher(teacher(), hidden=recovery.recover_hidden)
+    sequences, shares = _sequences_and_shares(recovery, sequences, written)
+    loss = _loss(recovery, calibration, sequences, shares, teacher, work)
     settings = retrain.Settings(
         steps=recovery.recover_steps,
         learning_rate=recovery.recover_learning_rate,
@@ -57,8 +58,10 @@ def recover(
         seed=calibration.seed,
         rank=_RANK if recovery.trained == "lora" else None,
     )
-    title = "distilling" if distils else "retraining"
-    with Progress(settings.steps, title, unit="step", leave=False) as progress:
+    title = {"distillation": "distilling", "retraining": "retraining"}
+    with Progress(
+        settings.steps, title[recovery.recover_by], unit="step", leave=False
+    ) as progress:
 
         def tick(steps: int, loss: float) -> None:
             progress.note(f"loss {loss:.3f}")
@@ -79,19 +82,66 @@ def recover(
     return trained, names, _record(recovery, calibration, losses)
 
 
+def _sequences_and_shares(
+    recovery: Recovery,
+    sequences: Int[np.ndarray, "sequences length"],
+    written: Int[np.ndarray, "written length"] | None,
+) -> tuple[Int[np.ndarray, "all length"], Float[np.ndarray, "all"]]:
+    """All that is trained on, and how much of each sequence's loss is its text."""
+    shares = np.full(len(sequences), recovery.recover_text_share)
+    if written is None or not recovery.own_text:
+        return sequences, shares
+    number = math.ceil(len(sequences) / len(recovery.trained_files))
+    repeated = np.resize(written, (number, written.shape[1]))  # as many as a text has
+    # To learn what the model wrote itself would sharpen what it predicts.
+    shares = np.concatenate([shares, np.zeros(number)])
+    return np.concatenate([sequences, repeated]), shares
+
+
+def _loss(
+    recovery: Recovery,
+    calibration: Calibration,
+    sequences: Int[np.ndarray, "sequences length"],
+    shares: Float[np.ndarray, "sequences"],
+    teacher: Callable[[], Decoder],
+    work: Path,
+) -> retrain.Loss:
+    """What is made small; the teacher is let go where its predictions are kept."""
+    if recovery.recover_by == "retraining":
+        return retrain.from_text()
+    if not recovery.top:
+        return distill.from_teacher(teacher(), hidden=recovery.recover_hidden)
+    shown = Progress(len(sequences), "predicting", unit="sequence", leave=False)
+    with shown as progress:
+        kept = predictions.keep_predictions(
+            teacher(),
+            sequences,
+            work / "predictions",
+            top=recovery.top,
+            batch=calibration.batch,
+            progress=progress.update,
+        )
+    return predictions.from_predictions(kept, text=shares)
+
+
 def _record(
     recovery: Recovery, calibration: Calibration, losses: list[float]
 ) -> dict[str, Any]:
-    record = {
+    texts = [path.name for path in recovery.trained_files or calibration.files]
+    record: dict[str, Any] = {
         "steps": recovery.recover_steps,
         "learning_rate": recovery.recover_learning_rate,
         "batch": calibration.batch,
         "trained": recovery.trained,
-        "texts": [path.name for path in recovery.recover_text or calibration.files],
+        "texts": [*texts, str(SELF)] if recovery.own_text else texts,
         "losses": losses,
     }
     if recovery.recover_hidden:  # the record has what was used
         record["hidden"] = recovery.recover_hidden
+    if recovery.top:
+        record["top"] = recovery.top
+    if recovery.recover_text_share:
+        record["text_share"] = recovery.recover_text_share
     return record
 
 

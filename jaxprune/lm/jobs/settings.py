@@ -5,6 +5,7 @@ command shows each group under its title, and takes each option by its name alon
 """
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -17,6 +18,7 @@ from jaxprune.lm.jobs.option_types import (
     UNSET,
     Count,
     Files,
+    MaybeCount,
     MaybeText,
     ModelPath,
     Names,
@@ -32,6 +34,9 @@ SELF = Path("self")
 CONTEXT, WINDOWS = 512, 16
 """Of every subcommand that measures a perplexity: tokens of a window, windows of a
 text. So the same model has the same perplexity on the same text in all of them."""
+
+TOP = 64
+"""Likeliest tokens of a prediction that a distillation keeps."""
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 Trained: TypeAlias = Literal["all", "matrices", "norms", "lora"]
@@ -147,7 +152,9 @@ class Recovery:
       recover_by: "distillation" brings the next-token distributions of what is left
         back to those of the model before (KL divergence); "retraining" learns to
         predict the texts.
-      recover_text: texts for that; those that are calibrated on if left out.
+      recover_text: texts for that; those that are calibrated on if left out. The word
+        "self" beside them stands for what --calibration self wrote, in as many
+        sequences as each text has.
       recover_learning_rate: the learning rate of the first step; it falls to zero.
       recover_train: what is trained: all parameters, the matrices that were pruned (of
         a smaller model, those of its layers), norms and biases, or those matrices by
@@ -156,6 +163,12 @@ class Recovery:
       recover_hidden: the weight of the last hidden states in the loss of a
         distillation, where the predictions weigh 1: their squared distance over the
         dense ones' squared norm.
+      recover_top: how many of the likeliest tokens of each of the dense model's
+        predictions a distillation keeps on disk, 64 if left out, with the sum of all
+        others: the dense model then runs once and is not held. 0 holds it and takes all
+        of its predictions in every step, as --recover-hidden does.
+      recover_text_share: how much of the loss of a distillation is learning to predict
+        the texts, from 0 to 1; what the model wrote itself is distilled alone.
     """
 
     recover_steps: Count = 0
@@ -164,6 +177,32 @@ class Recovery:
     recover_learning_rate: Number = 3e-5
     recover_train: Annotated[Trained | None, choice_of(Trained), UNSET] = None
     recover_hidden: Number = 0.0
+    recover_top: MaybeCount = None
+    recover_text_share: Number = 0.0
+
+    @property
+    def trained_files(self) -> tuple[Path, ...]:
+        """The texts that are trained on, without what the model writes itself."""
+        return tuple(path for path in self.recover_text if path != SELF)
+
+    @property
+    def own_text(self) -> bool:
+        """Whether what the model wrote itself is trained on too."""
+        return SELF in self.recover_text
+
+    @property
+    def top(self) -> int:
+        """Number of tokens that are kept of a prediction; 0 where none is kept."""
+        if not self.recover_steps or self.recover_by != "distillation":
+            return 0
+        if self.recover_hidden:  # its loss reads the dense model's states
+            return 0
+        return TOP if self.recover_top is None else self.recover_top
+
+    def followed_tokens(self, trained_tokens: int) -> int:
+        """Number of tokens whose predictions are kept, by that of the texts' tokens."""
+        texts = max(1, len(self.trained_files))
+        return math.ceil(trained_tokens * (1 + self.own_text / texts))
 
     @property
     def trained(self) -> Trained:
@@ -226,13 +265,56 @@ RULES = (
         idle_without(Recovery, option, "recover_steps", _STEPS)
         for option in (
             *("recover_text", "recover_train", "recover_hidden"),
-            *("recover_learning_rate", "recover_by"),
+            *("recover_learning_rate", "recover_by", "recover_top"),
+            "recover_text_share",
         )
     ),
     Rule(
         lambda v: not v.recover_hidden or v.recover_by == "distillation",
         "--recover-hidden compares with the model before, so it needs --recover-by "
         "distillation",
+    ),
+    at_least("recover_top", 0),
+    Rule(
+        lambda v: v.recover_top is None or v.recover_by == "distillation",
+        "--recover-top is of the dense model's predictions, so it needs --recover-by "
+        "distillation",
+    ),
+    within(
+        "recover_text_share",
+        0,
+        1,
+        "--recover-text-share must be from 0 to 1, got {recover_text_share}",
+    ),
+    Rule(
+        lambda v: v.recover_by == "distillation" or not v.recover_text_share,
+        "--recover-text-share is beside the dense model's predictions, so it needs "
+        "--recover-by distillation",
+    ),
+    Rule(
+        lambda v: (
+            not v.recover_text_share or (v.recover_top != 0 and not v.recover_hidden)
+        ),
+        "--recover-text-share stands beside predictions that are kept; leave "
+        "--recover-hidden out, and --recover-top at 1 or more",
+    ),
+    Rule(
+        lambda v: SELF not in v.recover_text or v.self_sequences,
+        "--recover-text self is what --calibration self wrote; give that too",
+    ),
+    Rule(
+        lambda v: set(v.recover_text) != {SELF},
+        "--recover-text self stands beside texts; give a FILE too",
+    ),
+    Rule(
+        lambda v: SELF not in v.recover_text or v.recover_by == "distillation",
+        "--recover-text self is followed, not learned, so it needs --recover-by "
+        "distillation",
+    ),
+    Rule(
+        lambda v: not (v.recover_hidden and v.recover_top),
+        "--recover-hidden compares with the dense model's states, which --recover-top "
+        "does not keep; leave one out",
     ),
     Rule(
         lambda v: v.metric is None or v.through_torch,

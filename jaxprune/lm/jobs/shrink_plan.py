@@ -125,7 +125,8 @@ def _needs(
         flops += 4 * once + 2 * estimates.statistics_flops(work)
     if removal.search:  # three ways for heads, then one for each layer that may go
         flops += once * total
-    disk = source.size + progress_dir.checkpoint_bytes(job.recovery, source)
+    disk = source.size
+    disk += progress_dir.recovery_bytes(job.recovery, source, work.trained)
     if removal.unequal:
         flops += once * unequal.passes_of_judge(total)
         # All sizes of the matrices that units go out by, each about half as large.

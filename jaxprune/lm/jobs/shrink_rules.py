@@ -171,7 +171,7 @@ RULES = (
 def check_shrink(job: ShrinkJob) -> None:
     """Refuses what can be refused without opening the model."""
     files = job.calibration.files
-    paths = (*files, *job.evaluation.evaluate, *job.recovery.recover_text)
+    paths = (*files, *job.evaluation.evaluate, *job.recovery.trained_files)
     check(
         RULES,
         **option_values(job),

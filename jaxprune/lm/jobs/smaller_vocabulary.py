@@ -84,7 +84,7 @@ def _split_anew(
     drawn = inputs.draw_calibration(calibrating, calibration, begins, most)
     training = None
     if texts.training is not None:
-        paths = job.recovery.recover_text or calibrating.files
+        paths = job.recovery.trained_files or calibrating.files
         trained = [text_files.read_text(path, tokenizer, size) for path in paths]
         # Without the ends that are held out of those that are calibrated on.
         trained = inputs.without_rows(trained, calibration, ())

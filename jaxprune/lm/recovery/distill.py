@@ -39,6 +39,13 @@ _RULES = (
     ),
 )
 
+SAME_VOCABULARY = Rule(
+    lambda v: v.teacher == v.student,
+    "a teacher must have the vocabulary of its student, got {teacher} and {student} "
+    "tokens; distil from the model that was made smaller",
+)
+"""What any teacher and student keep, by the sizes of their vocabularies."""
+
 
 def divergence(
     teacher: Decoder,
@@ -122,7 +129,8 @@ def from_teacher(
         teacher = nnx.merge(graphdef, params)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (batch, length - 1)
         t, _ = teacher.states(teacher.embed(inputs))  # (batch, length - 1, width)
-        s, _ = student.states(student.embed(inputs))
+        # Activations of all layers would take more than the parameters.
+        s, _ = student.states(student.embed(inputs), remat=True)
         value = divergence_of_states(
             teacher, student, t, s, temperature=temperature
         ).mean()
@@ -175,12 +183,7 @@ def divergence_of_states(
       ValueError: the vocabularies differ.
     """
     vocab = teacher.config.vocab_size
-    if vocab != student.config.vocab_size:
-        raise ValueError(
-            f"a teacher must have the vocabulary of its student, got {vocab} and "
-            f"{student.config.vocab_size} tokens; distil from the model that was made "
-            "smaller"
-        )
+    rules.check(SAME_VOCABULARY, teacher=vocab, student=student.config.vocab_size)
 
     def kl(t: Float[Array, "batch width"], s: Float[Array, "batch width"]) -> Array:
         log_p = jax.nn.log_softmax(teacher.logits(t) / temperature)  # (batch, vocab)

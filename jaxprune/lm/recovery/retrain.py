@@ -24,7 +24,7 @@ from jaxprune.arrays import placement, rules, tree
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule
 from jaxprune.contrib.lora import lora
-from jaxprune.lm.models.decoder.model import Decoder, loss_per_token
+from jaxprune.lm.models.decoder.model import Decoder, cross_entropy
 from jaxprune.lm.recovery.checkpoints import Checkpoints
 from jaxprune.posttraining import fingerprint
 from jaxprune.training.keep_masks import keep_masks
@@ -55,20 +55,26 @@ class Loss(NamedTuple):
 
     Attributes:
       name: name that tells it from others.
-      fn: function of the model, `arrays` and tokens (batch, length) to a scalar.
+      fn: function of the model, arrays and tokens (batch, length) to a scalar.
       arrays: arrays that it reads besides, handed to the compiled step.
+      read: function of the numbers of a step's sequences to the arrays, where each
+        sequence has arrays of its own, too many to be held; its `name` then tells
+        them from others.
     """
 
     name: str
     fn: Callable[[Decoder, Any, jax.Array], jax.Array]
     arrays: Any = None
+    read: Callable[[np.ndarray], Any] | None = None
 
 
 def from_text() -> Loss:
     """The cross entropy of the text's own tokens."""
 
     def loss(model: Decoder, _: Any, tokens: jax.Array) -> jax.Array:
-        return loss_per_token(model, tokens[:, :-1], tokens[:, 1:]).mean()
+        # Activations of all layers would take more than the parameters.
+        states, _ = model.states(model.embed(tokens[:, :-1]), remat=True)
+        return cross_entropy(model, states, tokens[:, 1:]).mean()
 
     return Loss("text", loss)
 
@@ -155,7 +161,8 @@ def retrain(
             progress(done, losses[-1])
     state = placement.committed(state)  # else the first step is compiled twice
     for rows in _order(len(sequences), settings)[len(losses) :]:
-        *state, value = step(*state, frozen, loss.arrays, sequences[rows])
+        arrays = loss.arrays if loss.read is None else loss.read(rows)
+        *state, value = step(*state, frozen, arrays, sequences[rows])
         losses.append(float(value))
         rules.check([_FINITE], loss=losses[-1], step=len(losses))
         if checkpoints is not None and checkpoints.due():

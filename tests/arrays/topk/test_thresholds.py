@@ -12,6 +12,8 @@ import jaxprune as jp
 from tests.support import oracles
 from tests.support.trajectories import array
 
+pytestmark = pytest.mark.filterwarnings("ignore:one ranking of all leaves leaves")
+
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (0, 4), (2, 3, 4)]  # few, for few compilations
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 KINDS = [
@@ -64,7 +66,8 @@ def assert_same(masks, expected):
 @given(st.lists(leaf, min_size=1, max_size=3), st.sampled_from(SPARSITIES))
 def test_layer_scope_keeps_what_the_oracle_keeps(leaves, sparsity):
     expected = oracles.keep_layer([array(x) for x in leaves], sparsity)
-    assert_same(jp.masks.make(trees(leaves), sparsity), expected)
+    masks = jp.masks.make(trees(leaves), sparsity, allocation="layer")
+    assert_same(masks, expected)
 
 
 @pytest.mark.full

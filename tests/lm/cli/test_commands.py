@@ -124,6 +124,31 @@ RECOVERED = ("--recover-steps", "2", "--recover-text", "a.txt")
             "needs --recover-by distillation",
         ),
         (
+            refused(
+                *(*CALIBRATED, *HALF, *RECOVERED, "--recover-hidden", "1"),
+                *("--recover-top", "8"),
+            ),
+            "--recover-top does not keep; leave one out",
+        ),
+        (
+            refused(*CALIBRATED, *HALF, *RECOVERED, "self"),
+            "what --calibration self wrote; give that too",
+        ),
+        (
+            refused(
+                *("--calibration", "a.txt", "self", *CALIBRATED[2:], *HALF),
+                *("--recover-steps", "2", "--recover-text", "self"),
+            ),
+            "give a FILE too",
+        ),
+        (
+            refused(
+                *(*CALIBRATED, *HALF, *RECOVERED, "--recover-text-share", "0.5"),
+                *("--recover-top", "0"),
+            ),
+            "--recover-top at 1 or more",
+        ),
+        (
             refused(*HALF, "--method", "magnitude", *RECOVERED),
             "does no --recover-steps",
         ),

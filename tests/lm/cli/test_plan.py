@@ -187,15 +187,23 @@ def test_a_short_context_shortens_windows_that_nobody_asked_for(place, capsys):
     assert (code, found["texts"]["a.txt"]["context"]) == (0, 64)
 
 
-def test_a_plan_counts_the_checkpoints_of_a_recovery(place, tmp_path, capsys):
+def test_a_plan_counts_checkpoints_and_predictions_of_a_recovery(
+    place, tmp_path, capsys
+):
     words = ["prune", place / "model", tmp_path / "out", *HALF, "--plan"]
     words += ["--calibration", place / "a.txt", *SMALL]
-    plain, taught = (
+    plain, taught, kept = (
         run(capsys, *words, *more)[1]["disk_bytes"]
-        for more in ([], ["--recover-steps", "5"])
+        for more in (
+            [],
+            ["--recover-steps", "5", "--recover-top", "0"],
+            ["--recover-steps", "5"],
+        )
     )
     size = sum(value.size for value in tiny_cli.tensors().values())
     assert taught - plain == 2 * 12 * size
+    # 5 steps of 4 sequences of 16 tokens, of each 64 likeliest and all others.
+    assert kept - taught == 5 * 4 * 16 * (64 * 8 + 4)
 
 
 def test_a_text_that_is_evaluated_and_trained_on_is_told(place, tmp_path, capsys):

@@ -15,6 +15,7 @@ from jaxprune.lm import cli
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.jobs import model_pruning as command
 from jaxprune.lm.models import hf
+from jaxprune.lm.recovery import predictions
 from jaxprune.lm.texts.self_calibration import self_calibration
 
 __all__ = ["place"]
@@ -42,6 +43,29 @@ def test_a_distillation_leaves_the_zeros_of_an_earlier_job(capsys, place):
         if "self_attn" in name:
             np.testing.assert_array_equal(after[name] == 0, before[name] == 0)
             assert (after[name] != before[name]).any()
+
+
+@pytest.mark.full
+def test_texts_are_learned_beside_own_text_that_is_followed(capsys, place, monkeypatch):
+    texts = []
+
+    keep = predictions.from_predictions
+    monkeypatch.setattr(
+        predictions,
+        "from_predictions",
+        lambda kept, text: texts.append((kept, text)) or keep(kept, text=text),
+    )
+    more = ["--calibration", place / "b.txt", "self", "--recover-text", place / "a.txt"]
+    more += ["self", "--recover-text-share", "0.75", "--recover-steps", "2"]
+    code, found, _ = prune(capsys, place, "learned", *WANDA, *more)
+    assert code == 0
+    record = found["distillation"]
+    assert (record["texts"], record["text_share"]) == (["a.txt", "self"], 0.75)
+    # 2 steps of 4 sequences: as many of the text as of what the model wrote.
+    ((kept, shares),) = texts
+    np.testing.assert_array_equal(shares, [0.75] * 4 + [0] * 4)
+    assert sum(map(len, kept.ids)) == 8
+    assert np.isfinite(record["losses"]).all()
 
 
 @pytest.fixture(scope="module")

@@ -99,6 +99,26 @@ def test_the_states_have_their_weight_in_the_loss(pair):
     assert found == pytest.approx(apart.mean() + 0.5 * distance.mean(), rel=1e-5)
 
 
+@pytest.mark.full
+def test_layers_that_are_computed_again_give_the_same_gradient(pair):
+    """The loss keeps no activations inside layers; `divergence` keeps them all."""
+    teacher, student = pair
+    loss = distill.from_teacher(teacher)
+    graphdef, params = nnx.split(student)
+
+    def again(params):
+        return loss.fn(nnx.merge(graphdef, params), loss.arrays, SEQUENCES)
+
+    def kept(params):
+        student = nnx.merge(graphdef, params)
+        return distill.divergence(teacher, student, SEQUENCES[:, :-1]).mean()
+
+    assert "remat" in str(jax.make_jaxpr(again)(params))
+    gradients, expected = (jax.jit(jax.grad(fn))(params) for fn in (again, kept))
+    for leaf, other in zip(*map(jax.tree.leaves, (gradients, expected)), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-7)
+
+
 def test_states_of_another_width_are_refused(pair):
     loss = distill.from_teacher(made(0, width=4), hidden=1.0)
     with pytest.raises(ValueError, match="widths 4 and 8; leave hidden at 0"):

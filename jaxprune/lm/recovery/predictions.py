@@ -1,0 +1,238 @@
+"""Distillation from predictions that a teacher made once and that lie on disk.
+
+Of each token's next-token distribution p the largest k probabilities are kept, and the
+sum of all others as one more: k + 1 outcomes. The loss is the divergence of student and
+teacher over these,
+
+  sum over v in top k of p_v (log p_v - log q_v) + p_r (log p_r - log q_r),
+
+with p_r and q_r what the teacher and the student give to all other tokens together.
+Putting outcomes together lowers no divergence below zero and raises none (log sum
+inequality), so it is at most KL(p || q) of the whole vocabulary, and that itself for
+k = vocabulary - 1. So the teacher is not in memory while the student trains.
+
+References:
+  Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in
+  LLMs", 2025, arXiv 2503.16870: a teacher's predictions are kept once; the largest
+  alone, without the others' sum, give a biased teacher. Hübotter et al.,
+  "Reinforcement Learning via Self-Distillation", 2026, arXiv 2601.20802: the largest of
+  a teacher's probabilities with a tail, as here.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxprune.arrays import rules
+from jaxprune.arrays.rules import Rule
+from jaxprune.lm.models.decoder.model import Decoder, map_tokens
+from jaxprune.lm.recovery.distill import SAME_VOCABULARY
+from jaxprune.lm.recovery.retrain import Loss
+from jaxprune.posttraining import fingerprint
+from jaxprune.posttraining.progress import ProgressLog
+
+_RULES = (
+    Rule(
+        lambda v: v.top >= 1 and v.batch >= 1 and v.sequences >= 1 and v.length >= 2,
+        "keep_predictions needs at least one likeliest token, a batch of one, and one "
+        "sequence of 2 tokens, got top={top}, batch={batch} and {sequences} sequences "
+        "of {length}",
+    ),
+)
+_SHARES = Rule(
+    lambda v: (
+        v.shares.shape in ((), (v.sequences,))
+        and bool(np.all((v.shares >= 0) & (v.shares <= 1)))
+    ),
+    "from_predictions needs a share of the text in [0, 1], one or one for each of the "
+    "{sequences} sequences, got {shares}",
+)
+
+
+class Predictions(NamedTuple):
+    """What a teacher predicts after each token of some sequences, on disk.
+
+    Attributes:
+      name: name that tells them from others, by teacher, sequences and number kept.
+      vocab_size: number of tokens of the teacher's vocabulary.
+      ids: the likeliest tokens of each batch of sequences, each int32
+        (batch, length - 1, k), mapped from its file.
+      log_p: their log probabilities, and last that of all other tokens together,
+        each float32 (batch, length - 1, k + 1).
+    """
+
+    name: str
+    vocab_size: int
+    ids: tuple[np.ndarray, ...]
+    log_p: tuple[np.ndarray, ...]
+
+    def rows(self, rows: Int[np.ndarray, " rows"]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and log probabilities of some sequences, read from disk."""
+        size = len(self.ids[0])  # only the last batch may be smaller
+        places = [divmod(int(row), size) for row in rows]
+        return (
+            np.stack([self.ids[batch][row] for batch, row in places]),
+            np.stack([self.log_p[batch][row] for batch, row in places]),
+        )
+
+
+def keep_predictions(
+    teacher: Decoder,
+    sequences: Int[np.ndarray, "sequences length"],
+    directory: Path,
+    *,
+    top: int = 64,
+    batch: int = 4,
+    progress: Callable[[int], Any] = lambda sequences: None,
+) -> Predictions:
+    """Lets a teacher predict every token of some sequences, once, to disk.
+
+    A token takes 8 `top` + 4 bytes. A killed call goes on where it was.
+
+    Args:
+      teacher: model that is followed later.
+      sequences: tokens, int32 (sequences, length).
+      directory: directory of its own.
+      top: number of likeliest tokens that are kept of each prediction, k; at most the
+        vocabulary without one.
+      batch: number of sequences that the teacher sees at once.
+      progress: function that is called after each batch with the number of its
+        sequences.
+
+    Returns:
+      The predictions, for `from_predictions`.
+
+    Raises:
+      ValueError: a number is out of range, or the directory is of another teacher,
+        other sequences or another number.
+    """
+    count, length = sequences.shape
+    rules.check(_RULES, top=top, batch=batch, sequences=count, length=length)
+    graphdef, params = nnx.split(teacher)
+    vocab = teacher.config.vocab_size
+    top = min(top, vocab - 1)
+    start = fingerprint.of_arrays([params, sequences])
+    log = ProgressLog(directory, {"top": top, "batch": batch, "start": start})
+
+    @jax.jit
+    def predict(params: Any, tokens: Int[Array, "batch length"]) -> tuple[Array, Array]:
+        teacher = nnx.merge(graphdef, params)
+        states, _ = teacher.states(teacher.embed(tokens[:, :-1]))
+
+        def likeliest(state: Float[Array, "batch width"]) -> tuple[Array, Array]:
+            logits = teacher.logits(state)  # (batch, vocab)
+            _, ids = jax.lax.top_k(logits, top)  # (batch, k)
+            return ids, log_outcomes(logits, ids)
+
+        return map_tokens(likeliest, (states,), vocab=2 * vocab)
+
+    entries = []
+    for i, first in enumerate(range(0, count, batch)):
+        tokens = sequences[first : first + batch]
+        entry = f"batch_{i:05d}"
+        if log.read(entry) is None:
+            # The last batch is filled up, or it would be another program.
+            ids, log_p = predict(params, np.resize(tokens, (batch, length)))
+            arrays = {"ids": ids, "log_p": log_p}
+            arrays = {k: np.asarray(x)[: len(tokens)] for k, x in arrays.items()}
+            log.write(entry, arrays, {"sequences": len(tokens)})
+        entries.append(entry)
+        progress(len(tokens))
+    return Predictions(
+        f"top {top} of {start}",
+        vocab,
+        tuple(log.array(entry, "ids") for entry in entries),
+        tuple(log.array(entry, "log_p") for entry in entries),
+    )
+
+
+def from_predictions(
+    predictions: Predictions, *, text: float | Float[np.ndarray, " sequences"] = 0.0
+) -> Loss:
+    """The loss of `retrain` that follows what a teacher predicted.
+
+    (1 - text) times the divergence over k + 1 outcomes (see the module) + text times
+    the cross entropy of the text; means over all tokens.
+
+    Args:
+      predictions: what `keep_predictions` gave for the sequences that are trained on,
+        in their order.
+      text: share of the text itself, in [0, 1]: one for all sequences, or one for
+        each, 1 for texts to learn and 0 for texts that the teacher wrote, say.
+
+    Returns:
+      The loss, which reads each step's predictions from disk.
+
+    Raises:
+      ValueError: a share is not in [0, 1], or there are more or fewer than sequences.
+    """
+    count = sum(map(len, predictions.ids))
+    shares = np.asarray(text, np.float32)  # () or (sequences,)
+    rules.check(_SHARES, shares=shares, sequences=count)
+    shares = np.broadcast_to(shares, count)
+
+    def read(rows: Int[np.ndarray, " rows"]) -> Any:
+        return (*predictions.rows(rows), shares[rows])
+
+    def loss(student: Decoder, arrays: Any, tokens: jax.Array) -> jax.Array:
+        # (batch, length - 1, k), (batch, length - 1, k + 1) and (batch,)
+        ids, log_p, share = arrays
+        vocab = student.config.vocab_size
+        rules.check(SAME_VOCABULARY, teacher=predictions.vocab_size, student=vocab)
+        states, _ = student.states(student.embed(tokens[:, :-1]), remat=True)
+
+        def losses(
+            state: Float[Array, "batch width"],
+            target: Int[Array, "batch"],
+            ids: Int[Array, "batch k"],
+            log_p: Float[Array, "batch outcomes"],
+        ) -> tuple[Array, Array]:
+            logits = student.logits(state)  # (batch, vocab)
+            log_q = log_outcomes(logits, ids)  # (batch, k + 1)
+            logit = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+            return (
+                jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1),
+                jax.nn.logsumexp(logits, axis=-1) - logit,
+            )
+
+        # Logits lie beside those without the likeliest.
+        by_token = (states, tokens[:, 1:], ids, log_p)
+        divergence, of_text = map_tokens(losses, by_token, vocab=2 * vocab)
+        if not shares.any():
+            return divergence.mean()
+        return ((1 - share) * divergence.mean(1) + share * of_text.mean(1)).mean()
+
+    mixed = fingerprint.of_arrays([shares])
+    return Loss(f"predictions, {predictions.name}, text {mixed}", loss, read=read)
+
+
+def log_outcomes(
+    logits: Float[Array, "batch vocab"], ids: Int[Array, "batch k"]
+) -> Float[Array, "batch outcomes"]:
+    """Log probabilities of some tokens and, last, of all others together.
+
+    Args:
+      logits: float32 (batch, vocab).
+      ids: different tokens of each row, fewer than the vocabulary, (batch, k).
+
+    Returns:
+      float32 (batch, k + 1); exp of a row sums to one.
+
+    Example:
+      >>> p = jnp.array([[0.5, 0.3, 0.1, 0.1]])
+      >>> jnp.exp(log_outcomes(jnp.log(p), jnp.array([[1, 0]]))).round(2).tolist()
+      [[0.30000001192092896, 0.5, 0.20000000298023224]]
+    """
+    rows = jnp.arange(len(ids))[:, None]  # (batch, 1)
+    # One minus the sum of the likeliest would lose its digits where that is near one.
+    others = logits.at[rows, ids].set(-jnp.inf)  # (batch, vocab)
+    rest = jax.nn.logsumexp(others, axis=-1, keepdims=True)  # (batch, 1)
+    likeliest = jnp.take_along_axis(logits, ids, axis=-1)  # (batch, k)
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # (batch, 1)
+    return jnp.concatenate([likeliest, rest], axis=-1) - total
