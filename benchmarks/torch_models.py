@@ -90,7 +90,7 @@ def package_steps(name: str, row: dict[str, Any]) -> None:
 
     row["stopped_at"] = "forward"
     reference = comparison.outputs(module, example)
-    difference = comparison.relative_difference(jax.jit(fn)(params, batch), reference)
+    difference = comparison.module_difference(jax.jit(fn)(params, batch), reference)
     row["forward_error"] = f"{difference:.1e}"
 
     row["stopped_at"] = "trace"

@@ -22,6 +22,11 @@ def one_line(text: str, most: int = 80) -> str:
     return line if len(line) <= most else f"{line[:most]} …"
 
 
+def first_line(failure: BaseException) -> str:
+    """The first line of what an exception of another package says, or nothing."""
+    return (str(failure).strip().splitlines() or [""])[0]
+
+
 def columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
     """A table of plain text.
 

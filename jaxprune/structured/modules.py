@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxprune.arrays import tree
+from jaxprune.arrays.messages import first_line
 from jaxprune.arrays.rules import Rule, check, error
 from jaxprune.structured.cut import LeafCut
+from jaxprune.structured.output_difference import relative_difference
 
 Attributes = Mapping[tuple[str, str], Any]
 """(path of a part of the module, name of its attribute) to a value."""
@@ -91,9 +92,9 @@ def smaller_module(
             call_it = call or (lambda module, x: module(x))
             output = call_it(frame.callable(small, result.params), batch)
         except Exception as failure:  # whatever a class raises for a wrong size
-            reason = reason or (str(failure).strip().splitlines() or [""])[0]
+            reason = reason or first_line(failure)
             continue
-        difference = _relative_difference(output, reference)
+        difference = relative_difference(output, reference)
         if difference <= _TOLERANCE:
             # Anew, as a call moves running averages and counts of random numbers.
             return frame.built(model, arrays, {**layers, **chosen})
@@ -202,22 +203,6 @@ def _choices(tried: Attributes) -> Iterator[dict[tuple[str, str], Any]]:
             subset = {key: value for key, value in tried.items() if key[1] in chosen}
             if subset != likely:
                 yield subset
-
-
-def _relative_difference(output: Any, reference: Any) -> float:
-    """The largest difference of two trees of arrays, relative to the largest entry."""
-    pairs: list[Any] = [jax.tree.leaves(x) for x in (output, reference)]
-    if [np.shape(x) for x in pairs[0]] != [np.shape(x) for x in pairs[1]]:
-        return math.inf
-    differences = [0.0]
-    for result, expected in zip(*pairs, strict=True):
-        first, second = (np.asarray(x, np.float64) for x in (result, expected))
-        finite = second[np.isfinite(second)]  # masked logits are no numbers
-        scale = max(float(np.abs(finite).max(initial=0)), 1e-30)
-        unequal = first != second
-        gap = float(np.abs(first[unequal] - second[unequal]).max(initial=0)) / scale
-        differences.append(gap if math.isfinite(gap) else math.inf)
-    return max(differences)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ Where it does not, an attribute that holds a size was not set, or cannot be: the
 names the first part of the module whose output differs or that fails.
 """
 
+import contextlib
 import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -11,12 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune.arrays.messages import listed
+from jaxprune.arrays.messages import first_line, listed
 from jaxprune.arrays.rules import Rule, error
 from jaxprune.graph.axis_groups import AxisGroup
+from jaxprune.structured.output_difference import relative_difference
 from jaxprune.torch import conversion
 from jaxprune.torch.environment import torch, torch_tree
-from jaxprune.torch.module_function import arguments, evaluating
+from jaxprune.torch.module_function import arguments, evaluating, running_parts
 
 TOLERANCE = 1e-5
 """Largest difference, relative to the largest entry, of outputs in 32 bits."""
@@ -64,10 +66,9 @@ def check_equal_outputs(
     try:
         results = outputs(small, example)
     except Exception as failure:
-        reason = (str(failure).strip().splitlines() or [""])[0]
-        trouble = _Trouble(_failing_part(small, example), reason)
+        trouble = _Trouble(_failing_part(small, example), first_line(failure))
         raise _refusal(trouble, groups) from failure
-    difference = relative_difference(results, reference)
+    difference = module_difference(results, reference)
     # Half precision rounds the two, whose sums are of other lengths, apart.
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(reference)]
     epsilons = [
@@ -97,7 +98,7 @@ def _equal_in_64_bits(
         torch_tree.tree_map(_wide, dict(zeroed)),
     )
     results = outputs(copy.deepcopy(small).double(), wide_example)
-    return relative_difference(results, reference) <= TOLERANCE
+    return module_difference(results, reference) <= TOLERANCE
 
 
 def _wide(value: Any) -> Any:
@@ -122,56 +123,28 @@ def outputs(module: Any, example: Any, tensors: Mapping[str, Any] | None = None)
     return conversion.as_result(result)
 
 
-def relative_difference(results: Any, reference: Any) -> float:
-    """The largest difference of two trees of arrays, relative to the largest entry.
+def module_difference(results: Any, reference: Any) -> float:
+    """The largest difference of what two modules give, relative to the largest entry.
 
     Args:
       results: pytree of arrays.
-      reference: pytree of arrays, of the same structure.
+      reference: pytree of arrays.
 
     Returns:
-      The largest over the leaves; infinite where shapes or structures differ.
+      See `relative_difference`; infinite too where structures differ.
     """
     structures: list[Any] = [jax.tree.structure(x) for x in (results, reference)]
     # A model that returns fewer values for another size would be compared in part.
     if structures[0] != structures[1]:
         return float("inf")
-    pairs = zip(jax.tree.leaves(results), jax.tree.leaves(reference), strict=True)
-    return max((_leaf_difference(*pair) for pair in pairs), default=0.0)
-
-
-def _leaf_difference(result: Any, reference: Any) -> float:
-    first, second = (np.asarray(x, np.float64) for x in (result, reference))
-    if first.shape != second.shape:
-        return float("inf")
-    # Masked logits are minus infinity in both.
-    finite = np.isfinite(second)
-    if (finite != np.isfinite(first)).any():
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    # Relative to the leaf: logits and pooled states differ in size.
-    scale = max(float(np.abs(second[finite]).max()), 1e-30)
-    return float(np.abs(first - second)[finite].max()) / scale
+    return relative_difference(results, reference)
 
 
 def _failing_part(module: Any, example: Any) -> str:
     """The innermost part of a module that fails, where it is known."""
-    running: list[str] = []
-    handles = []
-    for name, part in module.named_modules():
-        handles += [
-            part.register_forward_pre_hook(lambda *_, name=name: running.append(name)),
-            part.register_forward_hook(lambda *_: running.pop() and None),
-        ]
-    try:
+    with running_parts(module) as running, contextlib.suppress(Exception):
         outputs(module, example)
-    except Exception:
-        return running[-1] if running else ""
-    finally:
-        for handle in handles:
-            handle.remove()
-    return ""
+    return running[-1] if running else ""
 
 
 def _differing_part(
@@ -181,7 +154,7 @@ def _differing_part(
     # In the order in which parts end, so the first that differs is the innermost.
     small_outputs = _outputs_by_part(small, example, None)
     for name, reference in _outputs_by_part(module, example, zeroed).items():
-        difference = relative_difference(small_outputs.get(name), reference)
+        difference = module_difference(small_outputs.get(name), reference)
         if TOLERANCE < difference < float("inf"):
             return name
     return ""

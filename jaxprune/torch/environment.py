@@ -8,7 +8,7 @@ Differences of `Environment` from torchax's own:
 1. A tensor that the module keeps or makes on the CPU, and that meets a traced one, is a
    constant of the program; torchax refuses to mix them.
 2. An operation that fails says its name, so that an error can name it.
-3. The grouped product of mixtures of experts is there, as JAX's ragged product.
+3. Some operations that it lacks, or gets wrong, are there (`operations`).
 4. What torchax would get wrong without a word is refused: random numbers, results that
    are written to `out=`, and, where it is watched, writes into views (`views`).
 """
@@ -16,14 +16,15 @@ Differences of `Environment` from torchax's own:
 import contextlib
 import functools
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxprune.arrays.rules import Rule
 from jaxprune.torch import views
+from jaxprune.torch.operations import OPERATIONS
 from jaxprune.torch.views import Limit
 
 try:
@@ -63,6 +64,22 @@ def _missing_overloads_answered() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _device_not_named() -> Iterator[None]:
+    """Keeps torchax from giving torch a device "jax", which cannot be taken back.
+
+    Afterwards torch would take it for the accelerator of the machine: `torch.compile`
+    and `torch.nn.DataParallel` of any module of the process fail on it.
+    """
+    places = [(torch.utils, "rename_privateuse1_backend")]
+    places += [(torch, "_register_device_module")]
+    with contextlib.ExitStack() as stack:
+        for place, name in places:
+            stack.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, lambda *_: None)
+        yield
+
+
+@contextlib.contextmanager
 def _settings_kept() -> Iterator[None]:
     """Puts back what importing torchax sets for the whole process."""
     variable = "ENABLE_RUNTIME_UPTIME_TELEMETRY"
@@ -80,8 +97,11 @@ def _settings_kept() -> Iterator[None]:
 
 
 def _imported() -> Any:
+    # Who has imported it before may use its device.
+    is_first = "torchax" not in sys.modules
+    device = _device_not_named() if is_first else contextlib.nullcontext()
     try:
-        with _missing_overloads_answered(), _settings_kept():
+        with _missing_overloads_answered(), _settings_kept(), device:
             import torchax
             import torchax.decompositions  # lists the overloads
             import torchax.ops.ops_registry
@@ -92,6 +112,12 @@ def _imported() -> Any:
             f"jp.torch needs the package {missing.name!r}, which is not installed; "
             "pip install '.[torch]'"
         ) from missing
+    if is_first:
+        # Torch imports this when it makes a tensor there; no attribute of torch has it.
+        sys.modules.setdefault("torch.privateuseone", torchax.device_module)
+        # Its tensors say "jax:0", a name that torch then does not know.
+        for tensor_type in (torchax.tensor.Tensor, torchax.view.View):
+            tensor_type.device = property(lambda _: torch.device("privateuseone:0"))
     return torchax
 
 
@@ -130,16 +156,17 @@ class Environment(_Environment):
     def load_ops(self) -> None:
         """Loads torchax's operations, and those that it lacks."""
         super().load_ops()
-        if hasattr(torch.ops.aten, "_grouped_mm"):
-            operation = torch.ops.aten._grouped_mm.default
-            self._ops[operation] = torchax.ops.ops_registry.Operator(
-                operation,
-                _grouped_product,
-                is_jax_function=True,
-                is_user_defined=True,
-                needs_env=False,
-                is_view_op=False,
-            )
+        for name, function in OPERATIONS.items():
+            packet = getattr(torch.ops.aten, name, None)
+            if packet is not None:
+                self._ops[packet.default] = torchax.ops.ops_registry.Operator(
+                    packet.default,
+                    function,
+                    is_jax_function=True,
+                    is_user_defined=True,
+                    needs_env=False,
+                    is_view_op=False,
+                )
 
     def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Runs one operation on JAX arrays.
@@ -180,6 +207,13 @@ class Environment(_Environment):
           TypeError: always.
         """
         raise Limit(_RANDOM)
+
+    def _is_same_device(self, the_tensor: Any, new_device: Any) -> bool:
+        # As torchax has it for the name "jax": modes run on tensors without memory.
+        if new_device == "meta" and isinstance(the_tensor, TracedTensor | TracedView):
+            return True
+        same: bool = super()._is_same_device(the_tensor, new_device)
+        return same
 
     @contextlib.contextmanager
     def watching_views(self) -> Iterator[None]:
@@ -245,27 +279,6 @@ class Environment(_Environment):
 def _traced_leaves(tree: Any) -> list[Any]:
     leaves = torch_tree.tree_leaves(tree)
     return [leaf for leaf in leaves if isinstance(leaf, TracedTensor)]
-
-
-def _grouped_product(
-    rows: jax.Array,
-    weights: jax.Array,
-    ends: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    out_dtype: Any = None,
-) -> jax.Array:
-    """Rows times the weights of their expert: (rows, in), (experts, in, out).
-
-    Only what mixtures of experts call: rows that lie expert by expert, each expert's up
-    to its entry of `ends`.
-    """
-    if ends is None or rows.ndim != 2 or weights.ndim != 3 or bias is not None:
-        raise NotImplementedError(
-            "a grouped product is understood of rows (rows, in), weights (experts, in, "
-            f"out) and the ends of groups, got {rows.shape} and {weights.shape}"
-        )
-    counts = jnp.diff(ends, prepend=0).astype(jnp.int32)  # (experts,)
-    return jax.lax.ragged_dot(rows, weights, counts)  # (rows, out)
 
 
 def operation_name(func: Any) -> str:

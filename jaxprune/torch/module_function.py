@@ -6,6 +6,7 @@ runs as in eval mode, and is left as it was.
 """
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune.arrays.messages import listed
+from jaxprune.arrays.messages import first_line, listed
 from jaxprune.arrays.rules import Rule, check, error, finds_none
 from jaxprune.torch import conversion
 from jaxprune.torch.environment import (
@@ -87,6 +88,7 @@ class ModuleFunction:
             _MODULE,
             module=module,
             is_module=isinstance(module, torch.nn.Module),
+            recorded=_recorded_parts(module),
         )
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         check(
@@ -101,6 +103,10 @@ class ModuleFunction:
             name: conversion.as_array(buffer) for name, buffer in module.named_buffers()
         }
         self.settings = _settings(example)
+        dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
+        # JAX multiplies numbers of several dtypes where torch refuses to.
+        if dtypes and not _float_dtypes(example) <= dtypes:
+            check_in_torch(module, example)
 
     def __call__(self, params: Mapping[str, Any], batch: Any) -> Any:
         """What the module gives, in eval mode.
@@ -141,7 +147,11 @@ class ModuleFunction:
         except Exception as failure:
             # Hooks cost time, so they are set only where there is something to find.
             place = _failing_module(self, params, batch)
-            raise _explained(failure, place) from failure
+            explained, rule = _explained(failure, place)
+            if rule is _UNTRACEABLE:
+                # JAX's reason is a riddle where the example fits not the module.
+                check_in_torch(self.module, example)
+            raise explained from failure
 
 
 @contextlib.contextmanager
@@ -155,10 +165,21 @@ def traced_call() -> Iterator[None]:
         slow_attention(),
         torch.no_grad(),
         environment(),
+        _not_compiled(),
     ):
         # Torch's default integers have 64 bits, and JAX's as many as it is set to.
         warnings.filterwarnings("ignore", "Explicitly requested dtype")
         yield
+
+
+def _not_compiled() -> contextlib.AbstractContextManager[Any]:
+    """What `torch.compile` was put around runs operation by operation."""
+    # Where nothing was compiled, the compiler need not be imported.
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[Any]
+    stance = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -206,40 +227,101 @@ def _wrapped(arrays: Any) -> Any:
     return jax.tree.map(lambda x: TracedTensor(jax.numpy.asarray(x), env), arrays)
 
 
-def _failing_module(fn: ModuleFunction, params: Mapping[str, Any], batch: Any) -> str:
-    """The innermost submodule in which a trace fails, by name; empty for the root."""
+@contextlib.contextmanager
+def running_parts(module: Any) -> Iterator[list[str]]:
+    """Notes which parts of a module run: for errors, since the hooks cost time.
+
+    Args:
+      module: torch module.
+
+    Yields:
+      Names of the parts that run, the innermost last; after a failure those of the
+      parts that did not end. The module itself has the name "".
+    """
     running: list[str] = []
-    environment().running = running  # for what is noted while it runs
+
+    def leave(*_: Any) -> None:  # what it returned would be taken for the output
+        running.pop()
+
     handles = []
-    for name, part in fn.module.named_modules():
-
-        def enter(_: Any, __: Any, name: str = name) -> None:
-            running.append(name)
-
-        def leave(_: Any, __: Any, ___: Any) -> None:
-            running.pop()  # not reached by the ones that fail
-
+    for name, part in module.named_modules():
         handles += [
-            part.register_forward_pre_hook(enter),
-            part.register_forward_hook(leave),
+            part.register_forward_pre_hook(lambda *_, name=name: running.append(name)),
+            part.register_forward_hook(leave),  # not reached by the ones that fail
         ]
     try:
-        # What is left of the stack when it fails are the parts that did not end.
-        with environment().watching_views():
-            jax.eval_shape(fn, params, batch)
-    except Limit as failure:
-        if failure.place is not None:
-            return failure.place
-    except Exception:
-        return running[-1] if running else ""
+        yield running
     finally:
-        environment().running = ()
         for handle in handles:
             handle.remove()
+
+
+def _failing_module(fn: ModuleFunction, params: Mapping[str, Any], batch: Any) -> str:
+    """The innermost submodule in which a trace fails, by name; empty for the root."""
+    with running_parts(fn.module) as running:
+        environment().running = running  # for what is noted while it runs
+        try:
+            with environment().watching_views():
+                jax.eval_shape(fn, params, batch)
+        except Limit as failure:
+            if failure.place is not None:
+                return failure.place
+        except Exception:
+            pass  # the same as before, with the hooks
+        finally:
+            environment().running = ()
     return running[-1] if running else ""
 
 
-def _explained(failure: Exception, place: str) -> Exception:
+def _recorded_parts(module: Any) -> list[str]:
+    """Names of the parts that torch.jit or torch.export made: a program, no layers."""
+    if not isinstance(module, torch.nn.Module):
+        is_program = isinstance(module, torch.export.ExportedProgram)
+        return ["the module itself"] * is_program
+    return [
+        name or "the module itself"
+        for name, part in module.named_modules()
+        # What torch.export made has methods that refuse to set a mode.
+        if isinstance(part, torch.jit.ScriptModule) or "eval" in vars(part)
+    ]
+
+
+def _float_dtypes(example: Any) -> set[Any]:
+    leaves = jax.tree.leaves(example)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+
+
+def _as_tensor(leaf: Any) -> Any:
+    is_array = isinstance(leaf, np.ndarray | jax.Array)
+    return conversion.as_tensor(leaf) if is_array else leaf
+
+
+def check_in_torch(module: Any, example: Any) -> None:
+    """Runs a module in torch, where all of it and of its example are on the CPU.
+
+    Args:
+      module: torch module.
+      example: arguments of it.
+
+    Raises:
+      TypeError: torch cannot run it on the example.
+    """
+    leaves = jax.tree.leaves(example)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    devices = {t.device.type for t in [*tensors, *module.parameters()]}
+    if not devices <= {"cpu"}:
+        return
+    args, kwargs = arguments(jax.tree.map(_as_tensor, example))
+    try:
+        with evaluating(module), torch.no_grad():
+            module(*args, **kwargs)
+    except Exception as failure:
+        reason = f"{type(failure).__name__}: {first_line(failure)}"
+        raise error(_IN_TORCH, reason=reason) from failure
+
+
+def _explained(failure: Exception, place: str) -> tuple[Exception, Rule]:
     """The sentence for a failed trace: operation, submodule, reason, way out."""
     missing = isinstance(failure, torchax.tensor.OperatorNotFound)
     by_values = isinstance(
@@ -251,18 +333,33 @@ def _explained(failure: Exception, place: str) -> Exception:
     # JAX names its own reasons, and torchax an operation that it has not.
     rule = _LACKING if missing else _BY_VALUES if by_values else _UNTRACEABLE
     rule = failure.rule if isinstance(failure, Limit) else rule
-    reason = str(failure).strip().splitlines() or [""]
-    return error(
+    explained = error(
         rule,
         operation=getattr(failure, "operation", "its Python code"),
         place=place or "the module itself",
-        reason=f"{type(failure).__name__}: {reason[0]}",
+        reason=f"{type(failure).__name__}: {first_line(failure)}",
     )
+    return explained, rule
 
 
-_MODULE = Rule(
-    lambda v: v.is_module,
-    "jp.torch takes a torch.nn.Module, got {module!r}",
+_MODULE = [
+    finds_none(
+        lambda v: v.recorded,
+        "a module must consist of its layers, but torch.jit or torch.export has "
+        "recorded {names} as a program",
+        "give the module that it was made of",
+        error=TypeError,
+    ),
+    Rule(
+        lambda v: v.is_module,
+        "jp.torch takes a torch.nn.Module, got {module!r}",
+        error=TypeError,
+    ),
+]
+_IN_TORCH = Rule(
+    lambda v: False,
+    "the module must run in torch on the example, but it does not ({reason})",
+    "give what module(...) takes, in its dtype",
     error=TypeError,
 )
 _DTYPES = [

@@ -61,8 +61,9 @@ def shrink(
       module: any module that `jp.torch.function` takes.
       example: what it is called with; see `jp.torch.function`.
       scores: {torch name: scores of a parameter}, or a criterion as
-        `jp.scores.magnitude`, which is given the parameters. What its rule `prunable`
-        leaves out, as norms, biases and output heads by default, has no say.
+        `jp.scores.magnitude`, which is given the parameters. What has none, or what a
+        rule `prunable` leaves out, as norms, biases and output heads by default, has no
+        say.
       sparsity: share of its units that each group loses, or {glob, kind or name of a
         group: share}; `print(jp.axis_groups(fn, params, batch))` shows the groups.
       masks: {torch name: booleans}, in the place of scores.
@@ -101,9 +102,9 @@ def shrink(
         fn,
         leaves,
         batch,
-        _scores_of(scores, params, buffers),
+        _for_all(scores(params) if callable(scores) else scores, leaves),
         sparsity,
-        masks=None if masks is None else {**masks, **_left_out(buffers)},
+        masks=_for_all(masks, leaves),
         batches=None if batches is None else map(conversion.as_arrays, batches),
         **arguments,
     )
@@ -156,17 +157,10 @@ def _cuttable_buffers(module: Any) -> Arrays:
     }
 
 
-def _left_out(buffers: Arrays) -> dict[str, Any]:
-    return dict.fromkeys(buffers, optax.MaskedNode())
-
-
-def _scores_of(
-    scores: Scores | Callable[[Params], Scores] | None, params: Arrays, buffers: Arrays
-) -> Any:
-    """Scores of parameters and buffers: a buffer has no say."""
-    if callable(scores):
-        scores = scores(params)
-    return {**scores, **_left_out(buffers)} if isinstance(scores, Mapping) else scores
+def _for_all(values: Any, leaves: Arrays) -> Any:
+    """Scores or masks of some parameters, with all others and the buffers left out."""
+    left_out = dict.fromkeys(leaves, optax.MaskedNode())
+    return {**left_out, **values} if isinstance(values, Mapping) else values
 
 
 def _units_by_leaf(

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import jaxprune as jp
-from jaxprune.structured import modules
+from jaxprune.structured.output_difference import relative_difference
 from tests.support.small_models import draw
 from tests.support.small_models import quick_compilation as quick_compilation
 
@@ -119,9 +119,17 @@ def test_normalised_groups_of_channels_go_as_wholes():
 
 def test_masked_logits_are_no_difference():
     output = np.array([1.0, -np.inf, 2.0])
-    assert modules._relative_difference(output, output) == 0
-    assert modules._relative_difference(output, np.array([1.0, -np.inf, 4.0])) == 0.5
-    assert modules._relative_difference(output, np.array([1.0, 0.0, 2.0])) == np.inf
+    assert relative_difference(output, output) == 0
+    assert relative_difference(output, np.array([1.0, -np.inf, 4.0])) == 0.5
+    assert relative_difference(output, np.array([1.0, 0.0, 2.0])) == np.inf
+    assert relative_difference(output, np.array([1.0, np.inf, 2.0])) == np.inf
+    assert relative_difference(output, np.array([1.0, np.nan, 2.0])) == np.inf
+    rows = np.array([1.0, np.nan])  # whole rows that are masked
+    assert relative_difference(rows, rows) == 0
+
+
+def test_the_imaginary_part_of_a_difference_counts():
+    assert relative_difference(np.array([1 + 1j]), np.array([1 + 0j])) == 1
 
 
 class Wide(nn.Module):

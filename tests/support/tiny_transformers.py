@@ -97,6 +97,18 @@ def vit(folder, class_name="ViTForImageClassification"):
     return save(folder, class_name, config)
 
 
+def clip(folder, class_name="CLIPModel"):
+    import transformers
+
+    text_sizes = {**SIZES, "vocab_size": tokenizer(folder), "eos_token_id": 3}
+    config = transformers.CLIPConfig(
+        text_config={**text_sizes, "max_position_embeddings": 32},
+        vision_config={**SIZES, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    return save(folder, class_name, config)
+
+
 def t5(folder, class_name="T5ForConditionalGeneration", **more):
     import transformers
 

@@ -68,6 +68,7 @@ def place(tmp_path_factory):
     tiny_transformers.bert(root / "bert")
     tiny_transformers.vit(root / "vit")
     tiny_transformers.t5(root / "t5")
+    tiny_transformers.clip(root / "clip")
     (root / "text.txt").write_text(tiny_transformers.text())
     tiny_transformers.pictures(root / "pictures")
     return root
@@ -225,7 +226,7 @@ def test_a_processor_that_makes_only_tensors_of_torch_reads_pictures(
         pixels = [np.asarray(image, np.float32).transpose(2, 0, 1) for image in images]
         return {"pixel_values": torch.tensor(np.stack(pixels))}
 
-    monkeypatch.setattr(media_samples, "_processor", lambda *_: processor)
+    monkeypatch.setattr(media_samples, "load_reader", lambda *_: processor)
     module = types.SimpleNamespace(main_input_name="pixel_values", config=None)
     model = TorchModel(None, module, ())
     samples, files = media_samples.read_folder(place / "pictures", model, 3)
@@ -438,6 +439,10 @@ SHRINK = ["shrink", "bert", "out", "--calibration", "text.txt"]
         (
             ["prune", "vit", "out", *PRUNE[3:]],
             "texts are for models that take tokens alone, but ViTForImage",
+        ),
+        (
+            ["prune", "clip", "out", *PRUNE[3:]],
+            "tokens alone, but CLIPModel takes input_ids and more; give a folder",
         ),
         (
             ["prune", "bert", "out", *PRUNE[3:6], "pictures"],

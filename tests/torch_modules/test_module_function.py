@@ -226,11 +226,87 @@ def test_what_cannot_be_traced_is_refused_with_operation_and_part(module, senten
         (nn.Linear(2, 2), (torch.ones(2), True), TypeError, "must hold tensors alone"),
         (nn.Linear(2, 2).double(), torch.ones(2), ValueError, "'weight', 'bias' have"),
         (nn.Linear(2, 2, device="meta"), torch.ones(2), ValueError, "must have values"),
+        (
+            nn.Linear(2, 2).bfloat16(),
+            torch.ones(2),
+            TypeError,
+            "must run in torch on the example, .* dtype.*; give what module",
+        ),
+        (
+            nn.Linear(2, 2),
+            torch.ones(3, 4),
+            TypeError,
+            "must run in torch on the example, .*cannot be multiplied",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(module, example, error, sentence):
     with pytest.raises(error, match=sentence):
         jp.torch.function(module, example)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "record",
+    [
+        torch.jit.script,
+        lambda module: torch.jit.trace(module, torch.ones(2, 6)),
+        lambda module: nn.Sequential(torch.jit.script(module)),
+        pytest.param(
+            lambda module: torch.export.export(module, (torch.ones(2, 6),)),
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            lambda module: torch.export.export(module, (torch.ones(2, 6),)).module(),
+            marks=pytest.mark.full,
+        ),
+    ],
+)
+def test_a_recorded_program_is_refused(record):
+    sentence = "must consist of its layers, .* recorded .*; give the module that it was"
+    with pytest.raises(TypeError, match=sentence):
+        jp.torch.function(record(nn.Linear(6, 3)), torch.ones(2, 6))
+
+
+@pytest.mark.full
+def test_a_compiled_module_is_a_function_and_runs_in_torch_as_before():
+    module = torch.compile(nn.Linear(6, 3), backend="eager")
+    x = torch.randn(2, 6)
+    fn, params = jp.torch.function(module, x)
+    with torch.no_grad():
+        expected = module(x).numpy()
+    result = fn(params, jp.torch.as_arrays(x))
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+
+
+def test_torch_has_no_device_more_than_before():
+    jp.torch.function(nn.Linear(6, 3), torch.ones(2, 6))
+    # It looks for accelerators when it is made.
+    assert nn.DataParallel(nn.Linear(6, 3))(torch.ones(2, 6)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("last", [False, True])
+def test_bags_of_embeddings_are_those_of_torch(mode, last):
+    torch.manual_seed(0)
+    module = nn.EmbeddingBag(9, 4, mode=mode, include_last_offset=last, padding_idx=2)
+    # The second bag is empty, the third has padding alone.
+    offsets = [0, 3, 3, 4] + [7] * last
+    example = {
+        "input": torch.tensor([1, 2, 5, 2, 8, 1, 1]),
+        "offsets": torch.tensor(offsets),
+    }
+    if mode == "sum":
+        example["per_sample_weights"] = torch.randn(7)
+    fn, params = jp.torch.function(module, example)
+    result = jax.jit(fn)(params, jp.torch.as_arrays(example))
+    expected = in_torch(module, **example).numpy()
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+    rows = torch.tensor([[1, 2, 5], [8, 8, 3]])
+    plain = nn.EmbeddingBag(9, 4, mode=mode)
+    fn, params = jp.torch.function(plain, rows)
+    result = fn(params, jp.torch.as_arrays(rows))
+    np.testing.assert_allclose(result, in_torch(plain, rows).numpy(), atol=1e-6)
 
 
 def test_the_namespace_shows_what_is_meant_and_all_of_it_is_documented():

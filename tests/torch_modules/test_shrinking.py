@@ -3,7 +3,6 @@
 import copy
 import types
 
-import jax
 import numpy as np
 import pytest
 
@@ -231,12 +230,27 @@ def test_the_states_of_an_lstm_go_by_the_solver_too():
     assert names >= {"out.weight", "lstm.weight_hh_l0", "lstm.weight_ih_l1"}
 
 
+def test_units_go_by_scores_like_those_of_wanda():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(32, 4)
+    fn, params = jp.torch.function(module, x)
+    inputs = jp.calibrate(fn, params, [jp.torch.as_arrays(x)])
+    name = "2.weight"  # (out, in): the layer that reads the units
+    scores = {name: abs(params[name]) * inputs[name].mean_square ** 0.5}
+    _, report = jp.torch.shrink(module, x, scores, 0.5)
+    with torch.no_grad():
+        norms = module[:2](x).norm(dim=0)  # (units,)
+        expected = (module[2].weight.abs() * norms).sum(0).topk(4).indices
+    assert report["kept"] == {"0.bias:0": sorted(expected.tolist())}
+
+
 def test_masks_of_whole_units_say_which_go():
     module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     _, params = jp.torch.function(module, torch.ones(2, 4))
-    masks = jax.tree.map(lambda x: np.ones(x.shape, bool), params)
+    # What reads the units needs no mask.
+    masks = {n: np.ones(params[n].shape, bool) for n in ("0.weight", "0.bias")}
     masks["0.weight"][[1, 4]], masks["0.bias"][[1, 4]] = False, False
-    masks["2.weight"][:, [1, 4]] = False
     small, report = jp.torch.shrink(module, torch.ones(2, 4), masks=masks)
     assert report["kept"] == {"0.bias:0": [0, 2, 3, 5]}
     assert torch.equal(small[0].weight, module[0].weight[[0, 2, 3, 5]])

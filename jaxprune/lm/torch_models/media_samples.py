@@ -14,11 +14,12 @@ import transformers
 
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check
-from jaxprune.lm.torch_models.opening import TorchModel, silent_transformers
+from jaxprune.lm.torch_models.opening import TorchModel, load_reader
 from jaxprune.lm.torch_models.samples import Samples, as_tensors
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 SOUND = ".wav"
+_AS_ARRAYS = "its inputs as .npz"
 _SECONDS = 10  # of a sample of sound, at most
 _SCALES = {1: 2**7, 2: 2**15, 4: 2**31}  # bytes of a PCM value to its full scale
 
@@ -53,21 +54,6 @@ def read_folder(path: Path, model: TorchModel, most: int) -> tuple[Samples, list
     return _picture_samples(pictures, model), pictures
 
 
-def _processor(loader: Any, model: TorchModel, what: str) -> Any:
-    path = model.source.path
-    with silent_transformers():
-        try:
-            return loader.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, ImportError, KeyError) as failure:
-            reason = (str(failure).strip().splitlines() or [""])[0]
-            raise ValueError(
-                f"{what} needs the model's own processor, but '{path}' has none that "
-                f"transformers can load ({reason}); give its inputs as .npz"
-            ) from failure
-
-
 def _main_input(model: TorchModel, processed: Any) -> Samples:
     """What the model is called with: its main input, without masks of padding."""
     name = model.module.main_input_name
@@ -78,7 +64,8 @@ def _main_input(model: TorchModel, processed: Any) -> Samples:
 def _picture_samples(files: Sequence[Path], model: TorchModel) -> Samples:
     from PIL import Image
 
-    processor = _processor(transformers.AutoImageProcessor, model, "a picture")
+    loader = transformers.AutoImageProcessor
+    processor = load_reader(loader, model, "a picture", "processor", _AS_ARRAYS)
     # Models of gray pictures say so in their configuration.
     gray = getattr(model.module.config, "num_channels", 3) == 1
     images = []
@@ -90,7 +77,8 @@ def _picture_samples(files: Sequence[Path], model: TorchModel) -> Samples:
 
 
 def _sound_samples(files: Sequence[Path], model: TorchModel, most: int) -> Samples:
-    extractor = _processor(transformers.AutoFeatureExtractor, model, "sound")
+    loader = transformers.AutoFeatureExtractor
+    extractor = load_reader(loader, model, "sound", "processor", _AS_ARRAYS)
     rate = extractor.sampling_rate  # values a second
     waves = [read_wave(file, rate) for file in files]
     # One program serves all samples, so all have one length.
@@ -180,7 +168,7 @@ _FOLDER = Rule(
 _MAIN = Rule(
     lambda v: v.has,
     "the model takes {name}, but its processor makes {names}",
-    "give its inputs as .npz",
+    f"give {_AS_ARRAYS}",
 )
 _WAVE = (
     Rule(

@@ -16,8 +16,8 @@ import transformers
 from transformers.core_model_loading import revert_weight_conversion
 
 from jaxprune import leaves
-from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule, check, finds_none
+from jaxprune.arrays.messages import first_line, listed
+from jaxprune.arrays.rules import Rule, check, error, finds_none
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.checkpoints.finite import check_names, nonfinite_tensors
 from jaxprune.lm.jobs.exclusions import matches_any
@@ -136,6 +136,41 @@ def load_module(path: Any, module_class: Any, dtype: str | None = None) -> Any:
                 f"'{path}' ({type(failure).__name__}: {failure}); look at config.json"
             ) from failure
     return module.eval(), info
+
+
+def load_reader(
+    loader: Any, model: TorchModel, inputs: str, reader: str, instead: str
+) -> Any:
+    """The tokenizer or processor in the directory of a model.
+
+    Args:
+      loader: class of transformers that loads it.
+      model: directory and module.
+      inputs: what it is for, in words.
+      reader: what it is, in words.
+      instead: what the user can give in its place, in words.
+
+    Returns:
+      The tokenizer or processor.
+
+    Raises:
+      ValueError: there is none that transformers can load.
+    """
+    path = model.source.path
+    with silent_transformers():
+        try:
+            return loader.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, ImportError, KeyError, TypeError) as failure:
+            raise error(
+                _READER,
+                inputs=inputs,
+                reader=reader,
+                path=path,
+                reason=first_line(failure),
+                instead=instead,
+            ) from failure
 
 
 @contextlib.contextmanager
@@ -303,6 +338,12 @@ _LOADED = [
         "repair the sizes in config.json",
     ),
 ]
+_READER = Rule(
+    lambda v: False,
+    "{inputs} needs the model's own {reader}, but '{path}' has none that transformers "
+    "can load ({reason})",
+    "give {instead}",
+)
 _KNOWN = Rule(
     lambda v: not v.names,
     "each tensor must be one that {class_name} has read as it is stored, but it has "

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxprune as jp
-from jaxprune.arrays.messages import columns
+from jaxprune.arrays.messages import columns, first_line
 from jaxprune.arrays.rules import Rule, check, reworded
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.jobs import passes, provenance
@@ -47,7 +47,7 @@ from jaxprune.lm.torch_models.torch_transformation import (
     TorchTransformation,
     read_torch_job,
 )
-from jaxprune.torch.comparison import relative_difference
+from jaxprune.torch.comparison import module_difference
 from jaxprune.torch.conversion import as_numpy
 from jaxprune.typing import Prunable
 
@@ -235,10 +235,10 @@ def traced_function(model: TorchModel, batch: Mapping[str, Any]) -> Any:
     try:
         reference = measures.run_module(module, batch)
     except Exception as failure:
-        reason = (str(failure).strip().splitlines() or [""])[0]
         raise ValueError(
             f"{class_name} must take the inputs {', '.join(example)}, but fails "
-            f"({type(failure).__name__}: {reason}); give all its arguments, as .npz"
+            f"({type(failure).__name__}: {first_line(failure)}); give all its "
+            "arguments, as .npz"
         ) from failure
     try:
         fn, params = jp.torch.function(module, example)
@@ -246,7 +246,7 @@ def traced_function(model: TorchModel, batch: Mapping[str, Any]) -> Any:
         raise reworded(failure, ValueError, f"{class_name}: ") from failure
     # What is pruned is the function, and what is written is the module.
     result = fn(params, jp.torch.as_arrays(example))
-    difference = relative_difference(result, reference)
+    difference = module_difference(result, reference)
     check(
         [_SAME],
         same=difference <= _tolerance(reference),

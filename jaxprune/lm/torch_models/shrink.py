@@ -41,7 +41,7 @@ from jaxprune.lm.torch_models.torch_transformation import (
     TorchTransformation,
     read_torch_job,
 )
-from jaxprune.torch.comparison import TOLERANCE, relative_difference
+from jaxprune.torch.comparison import TOLERANCE, module_difference
 from jaxprune.torch.conversion import as_numpy
 
 _PYTHON = (
@@ -322,7 +322,7 @@ def check_loads(place: Path, small: Any, batch: Any, dtype: str | None = None) -
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     check([_FITS], wrong=wrong, class_name=class_name)
     results = [measures.run_module(part, batch) for part in (module, small)]
-    difference = relative_difference(*results)
+    difference = module_difference(*results)
     # In half precision the two run in the same order, so they are equal too.
     check(
         [_LOADS],

@@ -14,11 +14,11 @@ import torch
 import transformers
 from jaxtyping import Int
 
-from jaxprune.arrays.rules import Rule, check
+from jaxprune.arrays.rules import Rule, check, error
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.models import hf
 from jaxprune.lm.texts import text_files
-from jaxprune.lm.torch_models.opening import TorchModel, silent_transformers
+from jaxprune.lm.torch_models.opening import TorchModel, load_reader
 from jaxprune.lm.torch_models.samples import Measured, Samples
 
 _MASKED = 0.15  # share of the tokens, as BERT was trained
@@ -212,11 +212,21 @@ def text_reader(model: TorchModel, files: tuple[Path, ...]) -> TextReader:
         before=before,
         after=after,
         mask=mask,
-        vocab_size=module.get_input_embeddings().num_embeddings,
+        vocab_size=_vocab_size(model),
         longest=_longest(module),
         task=task,
         start=start,
     )
+
+
+def _vocab_size(model: TorchModel) -> int:
+    try:
+        size: int = model.module.get_input_embeddings().num_embeddings
+    except (NotImplementedError, AttributeError) as failure:
+        # CLIP has a tower for texts, whose embeddings are not those of the model.
+        names = "input_ids and more"
+        raise error(_TAKES_TOKENS, class_name=model.class_name, name=names) from failure
+    return size
 
 
 def _task(model: TorchModel, mask: int | None) -> str:
@@ -230,18 +240,8 @@ def _task(model: TorchModel, mask: int | None) -> str:
 
 
 def _load_tokenizer(model: TorchModel) -> Any:
-    path = model.source.path
-    with silent_transformers():
-        try:
-            return transformers.AutoTokenizer.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, ImportError, KeyError, TypeError) as failure:
-            reason = (str(failure).strip().splitlines() or [""])[0]
-            raise ValueError(
-                f"a text needs the model's tokenizer, but '{path}' has none that "
-                f"transformers can load ({reason}); give token ids as .npy"
-            ) from failure
+    loader = transformers.AutoTokenizer
+    return load_reader(loader, model, "a text", "tokenizer", "token ids as .npy")
 
 
 def _plain_tokenizer(model: TorchModel, made: Any) -> hf.Tokenizer:
