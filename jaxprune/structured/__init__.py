@@ -5,6 +5,7 @@ __all__ = [
     "choice",
     "cut",
     "modules",
+    "output_difference",
     "resized",
     "shrink",
     "shrunk_function",

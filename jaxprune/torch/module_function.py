@@ -105,7 +105,8 @@ class ModuleFunction:
         self.settings = _settings(example)
         dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
         # JAX multiplies numbers of several dtypes where torch refuses to.
-        if dtypes and not _float_dtypes(example) <= dtypes:
+        inputs = {t.dtype for t in _tensors(example) if t.is_floating_point()}
+        if dtypes and not inputs <= dtypes:
             check_in_torch(module, example)
 
     def __call__(self, params: Mapping[str, Any], batch: Any) -> Any:
@@ -172,14 +173,12 @@ def traced_call() -> Iterator[None]:
         yield
 
 
-def _not_compiled() -> contextlib.AbstractContextManager[Any]:
+def _not_compiled() -> Any:
     """What `torch.compile` was put around runs operation by operation."""
     # Where nothing was compiled, the compiler need not be imported.
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[Any]
-    stance = torch.compiler.set_stance("force_eager")
-    return stance
+    return torch.compiler.set_stance("force_eager")
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -286,10 +285,9 @@ def _recorded_parts(module: Any) -> list[str]:
     ]
 
 
-def _float_dtypes(example: Any) -> set[Any]:
+def _tensors(example: Any) -> list[Any]:
     leaves = jax.tree.leaves(example)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def _as_tensor(leaf: Any) -> Any:
@@ -307,9 +305,7 @@ def check_in_torch(module: Any, example: Any) -> None:
     Raises:
       TypeError: torch cannot run it on the example.
     """
-    leaves = jax.tree.leaves(example)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    devices = {t.device.type for t in [*tensors, *module.parameters()]}
+    devices = {t.device.type for t in [*_tensors(example), *module.parameters()]}
     if not devices <= {"cpu"}:
         return
     args, kwargs = arguments(jax.tree.map(_as_tensor, example))
