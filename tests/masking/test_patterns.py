@@ -190,7 +190,8 @@ def test_channel_keeps_the_first_of_ties():
 def test_global_channels_are_ranked_together_by_their_mean():
     scores = {"a": jnp.asarray(ONES[:2]), "b": jnp.asarray(ONES / 2)}
     pattern = jp.patterns.Channel()
-    masks = jp.masks.make(scores, 0.5, pattern=pattern, allocation="global")
+    with pytest.warns(UserWarning, match="leaves nothing of 'b'"):
+        masks = jp.masks.make(scores, 0.5, pattern=pattern, allocation="global")
     assert np.asarray(masks["a"]).all()
     assert not np.asarray(masks["b"]).any()
 

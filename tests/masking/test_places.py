@@ -99,13 +99,14 @@ def test_scores_of_one_device_prune_parameters_on_a_mesh(committed, pattern):
     if committed:
         scores = jax.device_put(scores, jax.devices()[1])
     sparsity = None if pattern == "2:4" else 0.5
-    masks = jp.masks.make(scores, sparsity, pattern=pattern)
+    options = {"allocation": "layer", "pattern": pattern}
+    masks = jp.masks.make(scores, sparsity, **options)
     rows = mesh_of_two()
     params = jax.device_put(EQUAL, rows)
     expected = pruned_by_oracles(EQUAL, "layer", pattern)
     for pruned in (
         jp.masks.apply(params, masks),
-        jp.prune(params, scores, sparsity, pattern=pattern),
+        jp.prune(params, scores, sparsity, **options),
     ):
         assert same_bits(jax.device_get(pruned), expected)
         assert all(x.sharding.is_equivalent_to(rows, 2) for x in pruned.values())

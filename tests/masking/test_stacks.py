@@ -159,10 +159,10 @@ def test_a_leaf_that_would_lose_all_is_named():
             jp.masks.make(scores, 0.9, allocation=allocation)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        jp.masks.make(scores, 0.8)
+        jp.masks.make(scores, 0.8, allocation="layer")
     del scores["empty"]
     with pytest.warns(UserWarning, match=r"leaves nothing of 'small', which"):
-        jp.prune(scores, scores, 0.9, pattern="channel")
+        jp.prune(scores, scores, 0.9, allocation="layer", pattern="channel")
 
 
 @pytest.mark.full
