@@ -60,6 +60,15 @@ _RULES = (
         lambda v: not v.sequences % min(v.sequences, _AT_ONCE),
         f"sequences must be a multiple of {_AT_ONCE}, or fewer, got {{sequences}}",
     ),
+    rules.Rule(
+        lambda v: all(
+            0 < share < 1
+            and round((1 - share) * v.shape.experts) >= v.shape.experts_per_token
+            for share in v.experts
+        ),
+        "experts must be shares in (0, 1) that leave as many as a token is given to, "
+        "got {experts}",
+    ),
 )
 
 
@@ -236,7 +245,7 @@ class Run:
     def calibration(self, seed: int) -> list[np.ndarray]:
         """Batches of the training text, int32 (batch, context)."""
         size = min(self.config.sequences, _AT_ONCE)
-        # Training draws by seeds under 2^32: these sequences are other ones.
+        # The text that is trained on, cut at other places.
         draw = Batches(self.corpus.train, size, self.config.shape.context, 2**32 + seed)
         return [draw(step)[0] for step in range(self.config.sequences // size)]
 

@@ -122,7 +122,7 @@ def balanced_loss(weight: float) -> retrain.Loss:
     def loss(model: Decoder, _: Any, tokens: jax.Array) -> jax.Array:
         terms: list[Array] = []
         for layer in model.layers:  # of a model that lives for this trace alone
-            layer.mlp = _BalancedExperts(layer.mlp, terms.append)
+            layer.mlp = _BalancedExperts(layer.mlp, terms.append)  # type: ignore[arg-type, assignment]
         nats = loss_per_token(model, tokens[:, :-1], tokens[:, 1:]).mean()
         return nats + weight * jnp.stack(terms).mean()
 

@@ -85,9 +85,9 @@ def use() -> None:
     }
     dense, state = train(optax.chain(optax.adam(1e-2), jp.track_importance()), dense)
     scores = jp.scores.averaged_weight(dense, state)
-    pruned = jp.prune(dense, scores, 0.5)
+    pruned = jp.prune(dense, scores, 0.5, allocation="layer")
     check_zeros(pruned)
-    masks = jp.masks.make(scores, 0.5)
+    masks = jp.masks.make(scores, 0.5, allocation="layer")
     retrained, _ = train(jp.keep_masks(optax.adam(1e-2), masks), pruned)
     check_zeros(retrained)
 

@@ -1,6 +1,7 @@
 """Where a run that is not done keeps what it has, so that it resumes after a kill."""
 
 import contextlib
+import dataclasses
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,7 +114,10 @@ def job_facts(
             job.calibration.calibration_temperature,
         ],
         "bos": bos,
-        "recovery": [str(recovery)] if recovery.recover_steps else None,
+        # A default that is written out is the same job.
+        "recovery": [str(dataclasses.replace(recovery, recover_top=recovery.top))]
+        if recovery.recover_steps
+        else None,
     }
 
 

@@ -165,8 +165,8 @@ class Recovery:
         dense ones' squared norm.
       recover_top: how many of the likeliest tokens of each of the dense model's
         predictions a distillation keeps on disk, 64 if left out, with the sum of all
-        others: the dense model then runs once and is not held. 0 holds it and takes all
-        of its predictions in every step, as --recover-hidden does.
+        others: the dense model then runs once, and pruning does not hold it. 0 runs it
+        in every step and takes all of its predictions, as --recover-hidden does.
       recover_text_share: how much of the loss of a distillation is learning to predict
         the texts, from 0 to 1; what the model wrote itself is distilled alone.
     """
@@ -299,8 +299,19 @@ RULES = (
         "--recover-hidden out, and --recover-top at 1 or more",
     ),
     Rule(
-        lambda v: SELF not in v.recover_text or v.self_sequences,
+        lambda v: SELF not in v.recover_text or SELF in v.calibration,
         "--recover-text self is what --calibration self wrote; give that too",
+    ),
+    Rule(
+        lambda v: len(set(v.recover_text)) == len(v.recover_text),
+        "each --recover-text must be given once, got {recover_text}",
+        details=lambda v: {"recover_text": " ".join(map(str, v.recover_text))},
+    ),
+    Rule(
+        # Then no sequence would follow the dense model.
+        lambda v: v.recover_text_share < 1 or SELF in v.recover_text,
+        "--recover-text-share 1 learns the texts and follows nothing; give "
+        "--recover-by retraining, or self beside --recover-text",
     ),
     Rule(
         lambda v: set(v.recover_text) != {SELF},

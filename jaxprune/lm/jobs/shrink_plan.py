@@ -145,6 +145,7 @@ def _needs(
     peak = estimates.base_memory() + max(
         2 * work.weights + measured,
         2 * work.weights + activations + 3 * estimates.largest_hessian(work),
-        work.weights + memory,
+        # The dense model stays to the end: it is timed beside the small one.
+        2 * work.weights + memory,
     )
     return Needs(int(peak), estimates.seconds(flops + timed + training), disk)

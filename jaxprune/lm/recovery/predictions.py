@@ -61,25 +61,34 @@ class Predictions(NamedTuple):
     Attributes:
       name: name that tells them from others, by teacher, sequences and number kept.
       vocab_size: number of tokens of the teacher's vocabulary.
-      ids: the likeliest tokens of each batch of sequences, each int32
-        (batch, length - 1, k), mapped from its file.
-      log_p: their log probabilities, and last that of all other tokens together,
-        each float32 (batch, length - 1, k + 1).
+      sequences: number of sequences.
+      batch: number of sequences of a file.
+      log: directory of the files. Each has "ids", the likeliest tokens, int32
+        (batch, length - 1, k), and "log_p", their log probabilities and last that of
+        all other tokens together, float32 (batch, length - 1, k + 1).
     """
 
     name: str
     vocab_size: int
-    ids: tuple[np.ndarray, ...]
-    log_p: tuple[np.ndarray, ...]
+    sequences: int
+    batch: int
+    log: ProgressLog
 
     def rows(self, rows: Int[np.ndarray, " rows"]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and log probabilities of some sequences, read from disk."""
-        size = len(self.ids[0])  # only the last batch may be smaller
-        places = [divmod(int(row), size) for row in rows]
-        return (
-            np.stack([self.ids[batch][row] for batch, row in places]),
-            np.stack([self.log_p[batch][row] for batch, row in places]),
-        )
+        places = [divmod(int(row), self.batch) for row in rows]
+
+        # Mapped for this step alone: a map holds a file open, and few may be.
+        def read(name: str) -> np.ndarray:
+            return np.stack(
+                [self.log.array(_entry(file), name)[row] for file, row in places]
+            )
+
+        return read("ids"), read("log_p")
+
+
+def _entry(file: int) -> str:
+    return f"batch_{file:05d}"
 
 
 def keep_predictions(
@@ -132,24 +141,16 @@ def keep_predictions(
 
         return map_tokens(likeliest, (states,), vocab=2 * vocab)
 
-    entries = []
-    for i, first in enumerate(range(0, count, batch)):
+    for file, first in enumerate(range(0, count, batch)):
         tokens = sequences[first : first + batch]
-        entry = f"batch_{i:05d}"
-        if log.read(entry) is None:
+        if log.read(_entry(file)) is None:
             # The last batch is filled up, or it would be another program.
             ids, log_p = predict(params, np.resize(tokens, (batch, length)))
             arrays = {"ids": ids, "log_p": log_p}
             arrays = {k: np.asarray(x)[: len(tokens)] for k, x in arrays.items()}
-            log.write(entry, arrays, {"sequences": len(tokens)})
-        entries.append(entry)
+            log.write(_entry(file), arrays, {"sequences": len(tokens)})
         progress(len(tokens))
-    return Predictions(
-        f"top {top} of {start}",
-        vocab,
-        tuple(log.array(entry, "ids") for entry in entries),
-        tuple(log.array(entry, "log_p") for entry in entries),
-    )
+    return Predictions(f"top {top} of {start}", vocab, count, batch, log)
 
 
 def from_predictions(
@@ -172,7 +173,7 @@ def from_predictions(
     Raises:
       ValueError: a share is not in [0, 1], or there are more or fewer than sequences.
     """
-    count = sum(map(len, predictions.ids))
+    count = predictions.sequences
     shares = np.asarray(text, np.float32)  # () or (sequences,)
     rules.check(_SHARES, shares=shares, sequences=count)
     shares = np.broadcast_to(shares, count)

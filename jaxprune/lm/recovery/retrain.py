@@ -136,7 +136,7 @@ def retrain(
         steps=settings.steps,
         batch=settings.batch,
         sequences=len(sequences),
-        length=sequences.shape[1] if loss is None else math.inf,
+        length=sequences.shape[1],
     )
     loss = from_text() if loss is None else loss
     masked = names if masked is None else names & masked
