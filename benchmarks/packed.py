@@ -249,7 +249,7 @@ def _decoders(config: Config) -> Candidates:
 def _pruned(config: Config, params: Any, zeros: float) -> Any:
     """The parameters with zeros: at random, or pruned while the GPT trains."""
     if not config.train:
-        return jp.prune(params, jp.scores.random(params), zeros)
+        return jp.prune(params, jp.scores.random(params), zeros, allocation="layer")
     leaves = jax.tree.leaves(_trained(config.train, zeros))
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 

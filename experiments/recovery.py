@@ -261,7 +261,8 @@ def _starts(config: Config, dense: Decoder, seed: int) -> dict[str, Decoder]:
     )
     shape = hf.resized(dense.config, small.params)
     narrow, _ = nnx.split(hf.abstract(shape), nnx.Param)
-    pruned = jp.prune(params, jp.scores.magnitude(params), config.sparsity)
+    scores = jp.scores.magnitude(params)
+    pruned = jp.prune(params, scores, config.sparsity, allocation="layer")
     models = (
         dense,
         nnx.merge(narrow, small.params),

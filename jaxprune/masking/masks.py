@@ -83,7 +83,8 @@ def make(
 
     Warns:
       UserWarning: what is ranked looks like parameters: it is negative in leaves that
-        no criterion prunes by default. Not under `jit`.
+        no criterion prunes by default. Or one ranking leaves nothing of a leaf. Not
+        under `jit`.
 
     Example:
       >>> import jax.numpy as jnp

@@ -65,6 +65,9 @@ def prune(
         a rule does not fit; a leaf to donate is used twice or deleted.
       TypeError: scores are not floating.
 
+    Warns:
+      UserWarning: nothing is left of a leaf; by one ranking not under `jit`.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import jaxprune as jp

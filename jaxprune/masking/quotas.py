@@ -105,8 +105,10 @@ def leaf_quotas(
         return _matrix_quotas(names, leaves, units.matrix_axes, share, units.pattern)
     sizes = units.sizes
     check(_COUNTABLE, sizes=dict(zip(names, sizes, strict=True)), way=_BY_MATRIX)
-    free = isinstance(parsed, Global) and units.pattern.sparsity is None
-    if free and not isinstance(share, Mapping):
+    # Outputs that lose one share each leave no ranking of leaves anything to choose.
+    ranks_units = not isinstance(units.pattern, patterns.PerOutput)
+    free = ranks_units and units.pattern.sparsity is None
+    if isinstance(parsed, Global) and free and not isinstance(share, Mapping):
         # One number for all leaves: what each keeps is known when they are ranked.
         kept = [counts.kept_units(share, sum(sizes))]
         if sum(sizes) and not kept[0]:

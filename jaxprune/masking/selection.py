@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes, check_axes
@@ -158,23 +157,21 @@ def _selections(
 def _warn_of_emptied(names: Sequence[str], selections: Sequence[Selection]) -> None:
     """Names leaves of which one ranking leaves nothing: such a layer passes nothing."""
     # All are started before the first answer is waited for.
-    flags = [_keeps_any(selection.units, selection.cut) for selection in selections]
+    flags = [
+        thresholds.keeps_any(selection.units, selection.cut) for selection in selections
+    ]
     if any(isinstance(flag, jax.core.Tracer) for flag in flags):
         return  # constants of a function that is traced
     kept = jax.device_get(flags)
     pairs = zip(names, selections, kept, strict=True)
     emptied = [name for name, s, keeps in pairs if s.units.size and not keeps]
-    if emptied and len(emptied) < len(names):
+    # Where nothing at all is left, another sentence says so.
+    if emptied and any(kept):
         warnings.warn(
             f"one ranking of all leaves leaves nothing of {listed(emptied)}; rank each "
             "by itself with allocation='layer', or remove less",
             stacklevel=4,
         )
-
-
-@jax.jit
-def _keeps_any(units: jax.Array, cut: thresholds.Cut) -> jax.Array:
-    return jnp.any(thresholds.above_cut(units, cut))
 
 
 def _units(leaf: jax.Array, pattern: Pattern, axes: Axes) -> jax.Array:

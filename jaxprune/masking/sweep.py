@@ -13,6 +13,17 @@ from jaxprune.typing import Masks, Params, Pattern, Scores
 
 _RULES = (
     Rule(
+        lambda v: len(v.allocations) > 0,
+        "sweep needs at least one allocation, got none",
+        'write allocation=("layer", "global", "erk")',
+    ),
+    Rule(
+        # They are told apart by their text in tables and figures.
+        lambda v: len(set(map(str, v.allocations))) == len(v.allocations),
+        "sweep compares allocations of different text, got {allocations}",
+        "sweep those one by one",
+    ),
+    Rule(
         lambda v: isinstance(v.scores, Mapping) and len(v.scores) > 0,
         "sweep takes scores by the name of their criterion, got {scores!r}",
         'write sweep(params, {{"magnitude": jp.scores.magnitude(params)}}, ...)',
@@ -119,7 +130,8 @@ def sweep(
 
     Raises:
       TypeError: scores are not by name.
-      ValueError: there is no sparsity, or one does not fit.
+      ValueError: there is no sparsity or allocation, one does not fit, or two
+        allocations have one text.
 
     Example:
       >>> import jax.numpy as jnp
@@ -132,9 +144,9 @@ def sweep(
       dense            0%     6.5
       magnitude     50.0%       5
     """
-    check(_RULES, scores=scores, sparsities=sparsities)
-    dense = float(evaluate(params))
     allocations = allocation if isinstance(allocation, list | tuple) else [allocation]
+    check(_RULES, scores=scores, sparsities=sparsities, allocations=allocations)
+    dense = float(evaluate(params))
     cells = []
     for criterion, rule, share in itertools.product(scores, allocations, sparsities):
         masks = masks_.make(scores[criterion], share, allocation=rule, pattern=pattern)

@@ -305,6 +305,20 @@ def environment() -> Environment:
 
 
 @contextlib.contextmanager
+def device_module() -> Iterator[None]:
+    """What torch.autocast asks about the device that traced tensors name."""
+    # For the call alone: torch would take it for an accelerator that there is.
+    if hasattr(torch, "privateuseone"):
+        yield
+        return
+    torch.privateuseone = torchax.device_module
+    try:
+        yield
+    finally:
+        del torch.privateuseone
+
+
+@contextlib.contextmanager
 def slow_attention() -> Iterator[None]:
     """Without torch's fused encoder layers, which take no other tensors than its own.
 

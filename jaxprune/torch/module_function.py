@@ -167,6 +167,7 @@ def traced_call() -> Iterator[None]:
         torch.no_grad(),
         environment(),
         _not_compiled(),
+        device_module(),
     ):
         # Torch's default integers have 64 bits, and JAX's as many as it is set to.
         warnings.filterwarnings("ignore", "Explicitly requested dtype")

@@ -52,7 +52,9 @@ def _embedding_bag(
     # Of equal offsets all but the last begin an empty bag.
     positions = jnp.arange(indices.shape[0])
     bags = jnp.searchsorted(offsets, positions, side="right") - 1  # (indices,)
-    rows = weight[indices]  # (indices, width)
+    # Torch adds up in float32 whatever the dtype.
+    wide = jnp.promote_types(weight.dtype, jnp.float32)
+    rows = weight[indices].astype(wide)  # (indices, width)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights[:, None]
     counts_in = (indices != padding_idx) & (bags < count)  # (indices,)

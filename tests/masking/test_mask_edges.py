@@ -207,6 +207,9 @@ def test_a_leaf_that_one_ranking_empties_is_named():
     assert not masks["small"].any()
     with pytest.warns(UserWarning, match=r"nothing of 'small'; rank each by itself"):
         jp.prune(scores, scores, 0.25)  # to the last weight of it
+    with pytest.warns(UserWarning, match="of all leaves together") as warned:
+        jp.masks.make({"a": jnp.ones(1), "b": jnp.zeros(0)}, 0.9)
+    assert len(warned) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert jp.masks.make(scores, 0.2)["small"].sum() == 2

@@ -273,6 +273,13 @@ def test_per_output_takes_the_same_share_of_leaves_of_any_size_in_one_ranking():
     assert (np.asarray(masks["b"]).sum(0) == 8).all()
 
 
+def test_per_output_takes_an_uneven_share_of_each_leaf_too():
+    scores = {"a": jnp.asarray(scores_of((4, 64), 3)), "b": 9 + jnp.ones((4, 64))}
+    masks = jp.masks.make(scores, 0.6, pattern="per-output")
+    for mask in masks.values():
+        assert (~np.asarray(mask)).sum() == round(0.6 * 256)
+
+
 def test_per_output_ranks_nan_lowest():
     column = np.repeat(np.array([np.nan, -np.inf, 0.0, -0.0], np.float32), 3)
     pruned = pruned_under_jit(ONES, ONES * column[:, None], jp.patterns.PerOutput())

@@ -73,6 +73,8 @@ def test_allocations_are_compared_each_as_prune_takes_it():
         ({"scores": {}}, "sweep takes scores by the name"),
         ({"sparsities": ()}, "sweep needs at least one sparsity, got none"),
         ({"sparsities": (1.0,)}, "sparsity"),
+        ({"allocation": ()}, "sweep needs at least one allocation, got none"),
+        ({"allocation": ("erk", "erk")}, "allocations of different text"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(arguments, sentence):

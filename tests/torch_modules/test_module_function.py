@@ -309,6 +309,32 @@ def test_bags_of_embeddings_are_those_of_torch(mode, last):
     np.testing.assert_allclose(result, in_torch(plain, rows).numpy(), atol=1e-6)
 
 
+def test_bags_in_half_precision_are_added_up_in_float32_as_by_torch():
+    torch.manual_seed(0)
+    module = nn.EmbeddingBag(9, 4, mode="sum").bfloat16()
+    rows = torch.randint(0, 9, (2, 300))
+    fn, params = jp.torch.function(module, rows)
+    result = np.asarray(fn(params, jp.torch.as_arrays(rows)), np.float32)
+    expected = in_torch(module, rows).float().numpy()
+    np.testing.assert_allclose(result, expected, rtol=2**-7)
+
+
+class _Autocasting(nn.Linear):
+    """Turns autocast off on whatever device it runs, as transformers' norms do."""
+
+    def forward(self, x):
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return super().forward(x)
+
+
+def test_a_module_may_ask_autocast_of_the_device_that_it_runs_on():
+    module, x = _Autocasting(4, 3), torch.ones(2, 4)
+    fn, params = jp.torch.function(module, x)
+    result = fn(params, jp.torch.as_arrays(x))
+    np.testing.assert_allclose(result, in_torch(module, x).numpy(), atol=1e-6)
+    assert not hasattr(torch, "privateuseone")
+
+
 def test_the_namespace_shows_what_is_meant_and_all_of_it_is_documented():
     assert dir(jp.torch) == sorted(jp.torch.__all__)
     for public in jp.torch.__all__:

@@ -188,6 +188,15 @@ def above_cut(scores: Float[Array, "..."], cut: Cut) -> Bool[Array, "..."]:
     return (ranks > least) | ((ranks == least) & early)
 
 
+@jax.jit
+def keeps_any(scores: Float[Array, "..."], cut: Cut) -> Bool[Array, ""]:
+    """Whether a leaf's cut keeps any of it; without a mask, which would take memory."""
+    if not scores.size:
+        return jnp.zeros((), bool)
+    highest = float_order.of(jnp.max(scores), cut.threshold.dtype)
+    return (highest > cut.threshold) | ((highest == cut.threshold) & (cut.bound > 0))
+
+
 def _checked(kept: int, size: int) -> int:
     if not 0 <= kept <= size:
         raise ValueError(f"kept must be 0 to {size}, the number of scores, got {kept}")
