@@ -304,6 +304,14 @@ def environment() -> Environment:
     return Environment()
 
 
+def not_compiled() -> Any:
+    """What `torch.compile` was put around runs operation by operation."""
+    # Where nothing was compiled, the compiler need not be imported.
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 @contextlib.contextmanager
 def device_module() -> Iterator[None]:
     """What torch.autocast asks about the device that traced tensors name."""

@@ -6,7 +6,6 @@ runs as in eval mode, and is left as it was.
 """
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,7 +19,9 @@ from jaxprune.torch import conversion
 from jaxprune.torch.environment import (
     Limit,
     TracedTensor,
+    device_module,
     environment,
+    not_compiled,
     slow_attention,
     torch,
     torchax,
@@ -166,20 +167,12 @@ def traced_call() -> Iterator[None]:
         slow_attention(),
         torch.no_grad(),
         environment(),
-        _not_compiled(),
+        not_compiled(),
         device_module(),
     ):
         # Torch's default integers have 64 bits, and JAX's as many as it is set to.
         warnings.filterwarnings("ignore", "Explicitly requested dtype")
         yield
-
-
-def _not_compiled() -> Any:
-    """What `torch.compile` was put around runs operation by operation."""
-    # Where nothing was compiled, the compiler need not be imported.
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
