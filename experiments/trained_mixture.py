@@ -61,13 +61,12 @@ _RULES = (
         f"sequences must be a multiple of {_AT_ONCE}, or fewer, got {{sequences}}",
     ),
     rules.Rule(
-        lambda v: all(
-            0 < share < 1
-            and round((1 - share) * v.shape.experts) >= v.shape.experts_per_token
-            for share in v.experts
+        lambda v: (
+            min(v.experts) > 0
+            and round((1 - max(v.experts)) * v.shape.experts)
+            >= v.shape.experts_per_token
         ),
-        "experts must be shares in (0, 1) that leave as many as a token is given to, "
-        "got {experts}",
+        "experts must leave as many as a token is given to, and not all, got {experts}",
     ),
 )
 
@@ -302,8 +301,7 @@ class Run:
             Recovery(
                 recover_steps=self.config.recover_steps,
                 recover_learning_rate=5e-4,
-                # Few of the sequences are trained on: it predicts those alone.
-                recover_top=0,
+                recover_top=0,  # few of the sequences are trained on
             ),
             # Another order of the text than the training's, the same for all cells.
             Calibration(batch=self.config.batch, seed=cell.seed + 1000),
@@ -329,15 +327,10 @@ class Run:
         model = self.without_experts(cell, unpruned) if cell.ranking else unpruned
         if cell.method:
             model = self.pruned(cell, model)
-        loss, recovered = self.loss(model), None
+        losses = {"loss": self.loss(model), "recovered": None}
         if cell.recovers:
-            recovered = self.loss(self.recovered(cell, model, unpruned))
-        return {
-            **dataclasses.asdict(cell),
-            "removed": cell.removed,
-            "loss": loss,
-            "recovered": recovered,
-        }
+            losses["recovered"] = self.loss(self.recovered(cell, model, unpruned))
+        return {**dataclasses.asdict(cell), "removed": cell.removed, **losses}
 
 
 def _inside_mlp(name: str) -> bool:

@@ -191,9 +191,7 @@ def above_cut(scores: Float[Array, "..."], cut: Cut) -> Bool[Array, "..."]:
 @jax.jit
 def keeps_any(scores: Float[Array, "..."], cut: Cut) -> Bool[Array, ""]:
     """Whether a leaf's cut keeps any of it; without a mask, which would take memory."""
-    if not scores.size:
-        return jnp.zeros((), bool)
-    highest = float_order.of(jnp.max(scores), cut.threshold.dtype)
+    highest = float_order.of(jnp.max(scores, initial=-jnp.inf), cut.threshold.dtype)
     return (highest > cut.threshold) | ((highest == cut.threshold) & (cut.bound > 0))
 
 

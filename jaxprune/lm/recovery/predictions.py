@@ -81,13 +81,13 @@ class Predictions(NamedTuple):
         # Mapped for this step alone: a map holds a file open, and few may be.
         def read(name: str) -> np.ndarray:
             return np.stack(
-                [self.log.array(_entry(file), name)[row] for file, row in places]
+                [self.log.array(_file_name(file), name)[row] for file, row in places]
             )
 
         return read("ids"), read("log_p")
 
 
-def _entry(file: int) -> str:
+def _file_name(file: int) -> str:
     return f"batch_{file:05d}"
 
 
@@ -143,12 +143,12 @@ def keep_predictions(
 
     for file, first in enumerate(range(0, count, batch)):
         tokens = sequences[first : first + batch]
-        if log.read(_entry(file)) is None:
+        if log.read(_file_name(file)) is None:
             # The last batch is filled up, or it would be another program.
             ids, log_p = predict(params, np.resize(tokens, (batch, length)))
             arrays = {"ids": ids, "log_p": log_p}
             arrays = {k: np.asarray(x)[: len(tokens)] for k, x in arrays.items()}
-            log.write(_entry(file), arrays, {"sequences": len(tokens)})
+            log.write(_file_name(file), arrays, {"sequences": len(tokens)})
         progress(len(tokens))
     return Predictions(f"top {top} of {start}", vocab, count, batch, log)
 
