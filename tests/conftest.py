@@ -10,8 +10,15 @@ import functools
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
+import types
 from importlib.metadata import version
+
+# Other projects install a package of that name (draccus, of Levanter), which would be
+# taken for this directory.
+sys.modules["tests"] = types.ModuleType("tests")
+sys.modules["tests"].__path__ = [os.path.dirname(__file__)]
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 os.environ["MPLBACKEND"] = "Agg"

@@ -208,6 +208,10 @@ def test_a_vision_model_is_pruned_on_a_folder_of_pictures(place, capsys):
     assert code == 0, err
     likeness = measured["outputs"]["pictures"]["model"]
     assert likeness == {"error": 0.0, "agreement": 1.0}
+    words[-1] = place / "bert"
+    code, _, err = run(capsys, "eval", out, *words)
+    assert code == 1
+    assert "--dense must be the model as it was before, of the same class" in err
     code, _, err = run(capsys, "eval", out, "--text", place / "pictures")
     assert code == 1
     assert "give --dense DIRECTORY, or --metric MODULE:FUNCTION" in err

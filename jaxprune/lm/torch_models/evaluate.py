@@ -83,6 +83,7 @@ def run_torch_eval(asked: Evaluation, console: Console) -> dict[str, Any]:
     measurements = TorchMeasurements(measured, asked.batch, metric, console)
     if asked.dense is not None:
         dense = open_torch_model(open_directory(asked.dense), asked.loading.dtype)
+        check([_SAME_CLASS], classes=(dense.class_name, model.class_name))
         measurements.measure("dense", dense.module)
         del dense  # two models need not be in memory
     measurements.measure("model", model.module)
@@ -105,6 +106,11 @@ _RULES = (
         "a model that goes through torch takes no --stride",
         "leave it out: windows follow each other",
     ),
+)
+_SAME_CLASS = Rule(
+    lambda v: v.classes[0] == v.classes[1],
+    "--dense must be the model as it was before, of the same class, but the classes are "
+    "{classes[0]} and {classes[1]}",
 )
 _COMPARED = Rule(
     lambda v: not v.compared,
