@@ -15,11 +15,6 @@ import tempfile
 import types
 from importlib.metadata import version
 
-# Other projects install a package of that name (draccus, of Levanter), which would be
-# taken for this directory.
-sys.modules["tests"] = types.ModuleType("tests")
-sys.modules["tests"].__path__ = [os.path.dirname(__file__)]
-
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["KERAS_BACKEND"] = "jax"  # read once, and others import Keras too
@@ -52,6 +47,11 @@ from pathlib import Path
 import hypothesis
 import jax
 import pytest
+
+# Other projects install a package of that name (draccus, of Levanter), which would be
+# taken for this directory.
+sys.modules["tests"] = types.ModuleType("tests")
+sys.modules["tests"].__path__ = [os.path.dirname(__file__)]
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -109,7 +109,7 @@ _RULES = (
 )
 _SAME_CLASS = Rule(
     lambda v: v.classes[0] == v.classes[1],
-    "--dense must be the model as it was before, of the same class, but the classes are "
+    "--dense must be the model as it was before, of the same class, but they are "
     "{classes[0]} and {classes[1]}",
 )
 _COMPARED = Rule(
