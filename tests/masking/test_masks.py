@@ -127,7 +127,6 @@ def test_names_are_paths_whatever_the_tree():
     assert jp.tree.names(state) == ["dense/kernel"]
 
 
-@pytest.mark.filterwarnings("ignore:one ranking of all leaves leaves nothing")
 def test_scalar_and_empty_leaves_are_counted():
     scores = {"a": jnp.float32(3.0), "b": jnp.zeros((0, 3)), "c": jnp.ones((1, 1))}
     for allocation in ("layer", "global"):
@@ -307,7 +306,6 @@ def test_sparsity_counts_zeros_exactly():
     assert jp.sparsity({"a": jnp.zeros((0, 2))}).total == 0.0
 
 
-@pytest.mark.filterwarnings("ignore:one ranking of all leaves leaves nothing")
 @pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.99])
 @pytest.mark.parametrize("allocation", ["layer", "global"])
 def test_what_prune_removes_is_what_sparsity_reports(sparsity, allocation):

@@ -79,7 +79,6 @@ FLOWS = {
 SOME = {"training", "prune", "README"}
 
 
-@pytest.mark.filterwarnings("ignore:one ranking of all leaves leaves nothing")
 @pytest.mark.parametrize(
     "name",
     [

@@ -37,7 +37,6 @@ def test_units_are_counted_once_a_shape_and_not_at_each_event(allocation, grow):
 
 
 @pytest.mark.full
-@pytest.mark.filterwarnings("ignore:one ranking of all leaves leaves nothing")
 @pytest.mark.parametrize("allocation", ["layer", "global", "erk"])
 @pytest.mark.parametrize("pattern", ["unstructured", "4x4", "channel"])
 def test_an_event_keeps_what_masks_make_keeps_alone(allocation, pattern):

@@ -167,7 +167,9 @@ def test_uniform_leaves_vectors_alone_and_takes_shares_by_name():
         "a": jnp.zeros((2, 4)),
         "b": {"c": jnp.zeros((3, 6, 7)), "d": jnp.ones(4)},
     }
-    masks = jax.jit(lambda own: jp.masks.make(jp.scores.magnitude(own), 0.5))(params)
+    masks = jax.jit(
+        lambda own: jp.masks.make(jp.scores.magnitude(own), 0.5, allocation="layer")
+    )(params)
     assert [np.sum(masks["a"]), np.sum(masks["b"]["c"])] == [4, 63]
     assert isinstance(masks["b"]["d"], optax.MaskedNode)
     shapes = {"a": (2, 4), "c": (3, 6, 7), "d": (10, 4)}

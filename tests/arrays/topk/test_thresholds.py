@@ -12,8 +12,6 @@ import jaxprune as jp
 from tests.support import oracles
 from tests.support.trajectories import array
 
-pytestmark = pytest.mark.filterwarnings("ignore:one ranking of all leaves leaves")
-
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (0, 4), (2, 3, 4)]  # few, for few compilations
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 KINDS = [
