@@ -219,8 +219,8 @@ def _cnn(params: Any, images: jax.Array, *, norm: bool) -> jax.Array:
 def _convolution(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
     """A convolution by a kernel (3, 3, inputs, outputs) over an even picture, "SAME".
 
-    As one product of nine shifted pictures: in a loop, XLA's convolution takes seven
-    times as long on CPUs.
+    As one product of nine shifted pictures: in a loop, XLA's convolution takes far
+    longer on CPUs.
     """
     size = x.shape[1]
     # "SAME" pads an even picture at its end alone where the stride is two.

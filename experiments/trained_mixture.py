@@ -306,11 +306,10 @@ class Run:
             # Another order of the text than the training's, the same for all cells.
             Calibration(batch=self.config.batch, seed=cell.seed + 1000),
             self.sequences,
-            None,  # nothing that it wrote itself
-            model,
-            teacher.decoder,
-            set(),  # all parameters are trained, whatever was pruned
-            work,
+            model=model,
+            teacher=teacher.decoder,
+            matrices=set(),  # all parameters are trained, whatever was pruned
+            work=work,
         )
         shutil.rmtree(work)
         return trained

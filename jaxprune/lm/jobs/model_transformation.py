@@ -173,11 +173,11 @@ class ModelTransformation(Transformation[AnyJob, LoadedModel]):
                 settings,
                 self.job.calibration,
                 sequences,
-                self.texts.written,
-                change.model,
-                functools.partial(self.teacher, change),
-                change.matrices,
-                self.job.work,
+                model=change.model,
+                teacher=functools.partial(self.teacher, change),
+                matrices=change.matrices,
+                work=self.job.work,
+                written=self.texts.written,
             )
         with self.costs.phase(f"evaluate {settings.stage}"):
             self.measurements.measure(settings.stage, model)

@@ -25,11 +25,12 @@ def recover(
     recovery: Recovery,
     calibration: Calibration,
     sequences: Int[np.ndarray, "sequences length"],
-    written: Int[np.ndarray, "written length"] | None,
+    *,
     model: LoadedModel,
     teacher: Callable[[], Decoder],
     matrices: Set[str],
     work: Path,
+    written: Int[np.ndarray, "written length"] | None = None,
 ) -> tuple[LoadedModel, set[str], dict[str, Any]]:
     """The model after some steps, which leaves moved, and what the record says.
 
@@ -39,11 +40,11 @@ def recover(
       recovery: steps, learning rate, loss and which leaves are trained.
       calibration: settings whose batch and seed count.
       sequences: int32 tokens of texts that are trained on.
-      written: int32 tokens that the model before wrote itself, if it did.
       model: model that is trained.
       teacher: function that gives the model before; called by a distillation alone.
       matrices: names of the leaves that "matrices" and "lora" mean.
       work: directory of the progress.
+      written: int32 tokens that the model before wrote itself, if it did.
 
     Returns:
       The model, the names of the leaves that moved, and a JSON-able record.
