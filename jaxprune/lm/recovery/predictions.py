@@ -227,8 +227,9 @@ def log_outcomes(
 
     Example:
       >>> p = jnp.array([[0.5, 0.3, 0.1, 0.1]])
-      >>> jnp.exp(log_outcomes(jnp.log(p), jnp.array([[1, 0]]))).round(2).tolist()
-      [[0.30000001192092896, 0.5, 0.20000000298023224]]
+      >>> outcomes = jnp.exp(log_outcomes(jnp.log(p), jnp.array([[1, 0]])))
+      >>> (10 * outcomes).round().tolist()  # tenths
+      [[3.0, 5.0, 2.0]]
     """
     rows = jnp.arange(len(ids))[:, None]  # (batch, 1)
     # One minus the sum of the likeliest would lose its digits where that is near one.
