@@ -32,6 +32,12 @@ COLUMNS = (
     *("recovered", "seconds", "milliseconds", "dense_milliseconds", "stopped_at"),
 )
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "alps_dense_inputs": ("alps", {"inputs": "dense"}),
+    "alps_damped": ("alps", {"damping": 0.1}),
+    "alps_more_inputs": ("alps", {}),
+}
+"""Other ways to call a method: its name and settings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Config:
       model: which of `benchmarks.torch_shipped`.
       sparsities: shares of the weights that each method removes.
       units: shares of the units of every group that are removed.
-      methods: names of `jp.passes`.
+      methods: names of `jp.passes`, or of `VARIANTS`.
       allocations: other ways to share the weights out, for `allocated`.
       allocated: methods that they are tried with.
       allocated_sparsities: shares that they are tried at.
@@ -198,18 +204,49 @@ def changed(shipped: torch_shipped.Shipped, job: Job) -> Any:
     pruned = copy.deepcopy(module)
     if job.what == "weights":
         fn, params = jp.torch.function(module, batches[0])
+        method, settings = VARIANTS.get(job.by, (job.by, {}))
+        if job.by == "alps_more_inputs":
+            batches = [*batches, *more_inputs(shipped)]
         result = jp.prune_trained(
             fn,
             params,
             [jp.torch.as_arrays(batch) for batch in batches],
-            job.by,
+            method,
             sparsity=job.removed,
             allocation=job.allocation,
             prunable=is_matrix,
             progress=False,
+            **settings,
         )
         jp.torch.load(pruned, result.params)
     return pruned
+
+
+def more_inputs(shipped: torch_shipped.Shipped) -> list[Any]:
+    """Three times as many inputs as calibrate, in batches of the same size.
+
+    Args:
+      shipped: the model.
+
+    Returns:
+      Batches, of what recovery does not see.
+    """
+    size = len(_first(shipped.calibration[0])) // len(_first(shipped.batch(0)))
+    steps = iter(range(5000, 10_000))
+    return [
+        _joined([shipped.batch(next(steps)) for _ in range(size)])
+        for _ in range(3 * len(shipped.calibration))
+    ]
+
+
+def _first(batch: Any) -> Any:
+    return next(iter(batch.values())) if isinstance(batch, dict) else batch
+
+
+def _joined(batches: list[Any]) -> Any:
+    if isinstance(batches[0], dict):
+        return {k: torch.cat([batch[k] for batch in batches]) for k in batches[0]}
+    return torch.cat(batches)
 
 
 def is_matrix(name: str, leaf: Any) -> bool:

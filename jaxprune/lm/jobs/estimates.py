@@ -100,7 +100,7 @@ def count_work(calibration: Calibration, model: LoadedModel, texts: JobTexts) ->
         head=config.vocab_size * config.width,
         parameters=sum(leaf.size for leaf in named.values()),
         weights=sum(leaf.size * leaf.dtype.itemsize for leaf in named.values()),
-        tokens=drawn + calibration.self_sequences * calibration.length,
+        tokens=drawn + calibration.written_tokens,
         evaluated=sum(windows.tokens.size for windows in texts.windows.values()),
         trained=texts.trained_tokens,
         wide=config.width * np.dtype(config.dtype).itemsize,
@@ -111,7 +111,7 @@ def count_work(calibration: Calibration, model: LoadedModel, texts: JobTexts) ->
 def writing_flops(calibration: Calibration, work: Work) -> float:
     """FLOPs of what the model writes for `--calibration self`."""
     # Token by token, which reaches less of the rate.
-    return work.forward(4 * calibration.self_sequences * calibration.length)
+    return work.forward(4 * calibration.written_tokens)
 
 
 def recovery_needs(
@@ -126,7 +126,7 @@ def recovery_needs(
     passes = recovery.recover_steps * (5 if teacher else 4)
     tokens = passes * calibration.batch * calibration.length
     if recovery.top:
-        tokens += recovery.followed_tokens(work.trained)
+        tokens += recovery.followed_tokens(work.trained, calibration.written_tokens)
     memory = 16 * work.parameters  # float32: weights, gradients, two moments
     # Logits, those without the likeliest, and the gradients of both.
     logits = calibration.batch * calibration.length * work.scores

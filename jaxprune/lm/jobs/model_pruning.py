@@ -55,7 +55,10 @@ def begin_pruning(
         prunable = prunable_leaf(lambda leaf: names[leaf].names, job.pruning.exclude)
         _check_pattern(chosen.pattern, model, prunable)
         copies = 3 if job.solver.refine else 2
-        progress_dir.check_room(job, job.recovery, source, copies, texts.trained_tokens)
+        written = job.calibration.written_tokens
+        progress_dir.check_room(
+            job, job.recovery, source, copies, texts.trained_tokens, written
+        )
     note_ignored(model, console)
     return ModelPruning(
         job=job,

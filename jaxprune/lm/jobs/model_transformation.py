@@ -23,7 +23,7 @@ from jaxprune.lm.measure.tables import (
 )
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.loaded_model import LoadedModel
-from jaxprune.lm.texts.self_calibration import self_calibration
+from jaxprune.lm.texts.self_calibration import self_calibration, sequences_at_once
 
 
 @dataclasses.dataclass
@@ -140,15 +140,16 @@ class ModelTransformation(Transformation[AnyJob, LoadedModel]):
             return
         shown = Progress(number, "writing", unit="sequence", leave=False)
         with self.costs.phase("write calibration"), shown as progress:
+            decoder = writer.decoder()
             written = self_calibration(
-                writer.decoder(),
+                decoder,
                 sequences=number,
                 length=calibration.length,
                 seed=calibration.seed,
                 temperature=calibration.calibration_temperature,
                 bos=texts.begins.token,
                 special=_never_first(texts),
-                batch=calibration.batch,
+                batch=sequences_at_once(decoder, calibration.length, calibration.batch),
                 directory=self.job.work / "self",
                 progress=progress.update,
             )

@@ -40,6 +40,7 @@ def check_room(
     source: CheckpointDir,
     copies: int,
     trained_tokens: int = 0,
+    written_tokens: int = 0,
 ) -> None:
     """Refuses, before a long job, a disk without room for the result and progress.
 
@@ -48,7 +49,8 @@ def check_room(
       recovery: training whose progress takes room too.
       source: directory of the dense model.
       copies: number of copies of the model that are written, the result included.
-      trained_tokens: number of tokens of all sequences that are trained on.
+      trained_tokens: number of tokens of all sequences that are trained on, of texts.
+      written_tokens: number of tokens that the model writes itself.
 
     Raises:
       OSError: the disk has less room.
@@ -58,17 +60,17 @@ def check_room(
     before = [job.work, out.with_name(f".{out.name}.partial")]
     written = sum(map(atomic.bytes_in, before))
     needed = source.size * copies
-    needed += recovery_bytes(recovery, source, trained_tokens)
+    needed += recovery_bytes(recovery, source, trained_tokens, written_tokens)
     atomic.check_room(job.out, needed - written)
 
 
 def recovery_bytes(
-    recovery: Recovery, source: CheckpointDir, trained_tokens: int
+    recovery: Recovery, source: CheckpointDir, trained_tokens: int, written_tokens: int
 ) -> int:
     """Bytes that the dense model's predictions and two checkpoints may take."""
     # float32 and int32 of each token, and float32 of all others together.
     token_bytes = 8 * recovery.top + 4 if recovery.top else 0
-    predictions = recovery.followed_tokens(trained_tokens) * token_bytes
+    predictions = recovery.followed_tokens(trained_tokens, written_tokens) * token_bytes
     if not recovery.recover_steps or recovery.trained == "norms":
         return predictions
     # In float32 the weights; AdamW's moments are of small factors under "lora".

@@ -157,7 +157,9 @@ def _needs(pruning: ModelPruning) -> Needs:
     )
     source = pruning.source
     disk = (3 if job.solver.refine else 2) * source.size
-    disk += progress_dir.recovery_bytes(job.recovery, source, work.trained)
+    disk += progress_dir.recovery_bytes(
+        job.recovery, source, work.trained, job.calibration.written_tokens
+    )
     return Needs(int(peak), estimates.seconds(flops + solving + training), disk)
 
 

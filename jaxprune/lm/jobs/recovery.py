@@ -120,6 +120,7 @@ def _loss(
             work / "predictions",
             top=recovery.top,
             batch=calibration.batch,
+            followed=shares < 1,
             progress=progress.update,
         )
     return predictions.from_predictions(kept, text=shares)

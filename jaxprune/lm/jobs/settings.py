@@ -119,6 +119,11 @@ class Calibration:
         # A mixture has as many sequences of each of its texts.
         return self.sequences // (1 + len(self.files))
 
+    @property
+    def written_tokens(self) -> int:
+        """Number of tokens that the model writes itself."""
+        return self.self_sequences * self.length
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -155,7 +160,8 @@ class Recovery:
       recover_text: texts for that; those that are calibrated on if left out. The word
         "self" beside them stands for what --calibration self wrote, in as many
         sequences as each text has.
-      recover_learning_rate: the learning rate of the first step; it falls to zero.
+      recover_learning_rate: the highest learning rate; it rises to it in a twentieth of
+        the steps and then falls to zero.
       recover_train: what is trained: all parameters, the matrices that were pruned (of
         a smaller model, those of its layers), norms and biases, or those matrices by
         changes of rank 16 (lora). If left out, all parameters by distillation, the
@@ -199,10 +205,20 @@ class Recovery:
             return 0
         return TOP if self.recover_top is None else self.recover_top
 
-    def followed_tokens(self, trained_tokens: int) -> int:
-        """Number of tokens whose predictions are kept, by that of the texts' tokens."""
-        texts = max(1, len(self.trained_files))
-        return math.ceil(trained_tokens * (1 + self.own_text / texts))
+    def followed_tokens(self, trained_tokens: int, written_tokens: int) -> int:
+        """Number of tokens whose predictions are kept.
+
+        Args:
+          trained_tokens: number of tokens that are trained on, of the texts.
+          written_tokens: number of tokens that the model wrote itself, each predicted
+            once however often it is trained on.
+
+        Returns:
+          Their number.
+        """
+        share = math.ceil(trained_tokens / max(1, len(self.trained_files)))
+        own = min(written_tokens, share) if self.own_text else 0
+        return own + (trained_tokens if self.recover_text_share < 1 else 0)
 
     @property
     def trained(self) -> Trained:

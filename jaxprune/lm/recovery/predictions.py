@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.arrays import rules
 from jaxprune.arrays.rules import Rule
@@ -53,6 +53,12 @@ _SHARES = Rule(
     "from_predictions needs a share of the text in [0, 1], one or one for each of the "
     "{sequences} sequences, got {shares}",
 )
+_PREDICTED = Rule(
+    lambda v: not v.missing,
+    "from_predictions needs what the teacher predicts of each sequence that is not "
+    "learned as text alone, but {missing} were not predicted; give keep_predictions "
+    "followed = text < 1",
+)
 
 
 class Predictions(NamedTuple):
@@ -61,7 +67,10 @@ class Predictions(NamedTuple):
     Attributes:
       name: name that tells them from others, by teacher, sequences and number kept.
       vocab_size: number of tokens of the teacher's vocabulary.
-      sequences: number of sequences.
+      shape: number of tokens that are predicted of a sequence, length - 1, and number
+        of likeliest tokens that are kept of each, k.
+      places: where each sequence lies, int (sequences,): its place among the different
+        ones that were predicted, -1 for none.
       batch: number of sequences of a file.
       log: directory of the files. Each has "ids", the likeliest tokens, int32
         (batch, length - 1, k), and "log_p", their log probabilities and last that of
@@ -70,21 +79,23 @@ class Predictions(NamedTuple):
 
     name: str
     vocab_size: int
-    sequences: int
+    shape: tuple[int, int]
+    places: Int[np.ndarray, " sequences"]
     batch: int
     log: ProgressLog
 
     def rows(self, rows: Int[np.ndarray, " rows"]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and log probabilities of some sequences, read from disk."""
-        places = [divmod(int(row), self.batch) for row in rows]
-
-        # Mapped for this step alone: a map holds a file open, and few may be.
-        def read(name: str) -> np.ndarray:
-            return np.stack(
-                [self.log.array(_file_name(file), name)[row] for file, row in places]
-            )
-
-        return read("ids"), read("log_p")
+        """Tokens and log probabilities of sequences, from disk; zeros for others."""
+        time, top = self.shape
+        ids = np.zeros((len(rows), time, top), np.int32)
+        log_p = np.zeros((len(rows), time, top + 1), np.float32)
+        for i, place in enumerate(self.places[rows]):
+            if place >= 0:
+                file, row = divmod(int(place), self.batch)
+                # Mapped for this step alone: a map holds a file open, and few may be.
+                ids[i] = self.log.array(_file_name(file), "ids")[row]
+                log_p[i] = self.log.array(_file_name(file), "log_p")[row]
+        return ids, log_p
 
 
 def _file_name(file: int) -> str:
@@ -98,11 +109,13 @@ def keep_predictions(
     *,
     top: int = 64,
     batch: int = 4,
+    followed: Bool[np.ndarray, " sequences"] | None = None,
     progress: Callable[[int], Any] = lambda sequences: None,
 ) -> Predictions:
     """Lets a teacher predict every token of some sequences, once, to disk.
 
-    A token takes 8 `top` + 4 bytes. A killed call goes on where it was.
+    A token takes 8 `top` + 4 bytes; equal sequences are predicted and kept once. A
+    killed call goes on where it was.
 
     Args:
       teacher: model that is followed later.
@@ -111,8 +124,10 @@ def keep_predictions(
       top: number of likeliest tokens that are kept of each prediction, k; at most the
         vocabulary without one.
       batch: number of sequences that the teacher sees at once.
-      progress: function that is called after each batch with the number of its
-        sequences.
+      followed: which sequences are predicted, the others being learned as texts; all
+        if left out.
+      progress: function that is called with the number of sequences that are done
+        since the last call, equal ones and those that are not followed among them.
 
     Returns:
       The predictions, for `from_predictions`.
@@ -123,10 +138,14 @@ def keep_predictions(
     """
     count, length = sequences.shape
     rules.check(_RULES, top=top, batch=batch, sequences=count, length=length)
+    followed = np.ones(count, bool) if followed is None else followed
+    distinct, inverse = np.unique(sequences[followed], axis=0, return_inverse=True)
+    places = np.full(count, -1)
+    places[followed] = inverse.ravel()  # (followed, 1) in NumPy 2.0.0
     graphdef, params = nnx.split(teacher)
     vocab = teacher.config.vocab_size
     top = min(top, vocab - 1)
-    start = fingerprint.of_arrays([params, sequences])
+    start = fingerprint.of_arrays([params, distinct])
     log = ProgressLog(directory, {"top": top, "batch": batch, "start": start})
 
     @jax.jit
@@ -141,16 +160,18 @@ def keep_predictions(
 
         return map_tokens(likeliest, (states,), vocab=2 * vocab)
 
-    for file, first in enumerate(range(0, count, batch)):
-        tokens = sequences[first : first + batch]
+    progress(count - int(followed.sum()))
+    for file, first in enumerate(range(0, len(distinct), batch)):
+        tokens = distinct[first : first + batch]
         if log.read(_file_name(file)) is None:
             # The last batch is filled up, or it would be another program.
             ids, log_p = predict(params, np.resize(tokens, (batch, length)))
             arrays = {"ids": ids, "log_p": log_p}
             arrays = {k: np.asarray(x)[: len(tokens)] for k, x in arrays.items()}
             log.write(_file_name(file), arrays, {"sequences": len(tokens)})
-        progress(len(tokens))
-    return Predictions(f"top {top} of {start}", vocab, count, batch, log)
+        progress(int(np.sum((places >= first) & (places < first + batch))))
+    name = f"top {top} of {start}"
+    return Predictions(name, vocab, (length - 1, top), places, batch, log)
 
 
 def from_predictions(
@@ -171,12 +192,16 @@ def from_predictions(
       The loss, which reads each step's predictions from disk.
 
     Raises:
-      ValueError: a share is not in [0, 1], or there are more or fewer than sequences.
+      ValueError: a share is not in [0, 1], there are more or fewer than sequences, or
+        it is less than 1 for a sequence that was not predicted.
     """
-    count = predictions.sequences
+    count = len(predictions.places)
     shares = np.asarray(text, np.float32)  # () or (sequences,)
     rules.check(_SHARES, shares=shares, sequences=count)
     shares = np.broadcast_to(shares, count)
+    rules.check(
+        [_PREDICTED], missing=int(np.sum((predictions.places < 0) & (shares < 1)))
+    )
 
     def read(rows: Int[np.ndarray, " rows"]) -> Any:
         return (*predictions.rows(rows), shares[rows])

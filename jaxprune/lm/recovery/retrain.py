@@ -1,9 +1,10 @@
 """A short training of a model that was pruned or made smaller, its zeros held.
 
 Training uses AdamW with optax's default weight decay, clips gradients to a global norm
-of 1, and lets the learning rate fall to zero along a cosine. A seed draws the order of
-the texts' sequences. Trained leaves are held in float32; other leaves stay as they are.
-The loss is that of the text, or of a teacher (`distill.from_teacher`).
+of 1; the learning rate rises along a line and then falls to zero along a cosine. A seed
+draws the order of the texts' sequences. Trained leaves are held in float32; other
+leaves stay as they are. The loss is that of the text, or of a teacher
+(`distill.from_teacher`).
 """
 
 import dataclasses
@@ -85,11 +86,13 @@ class Settings:
 
     Attributes:
       steps: number of steps.
-      learning_rate: learning rate of the first step.
+      learning_rate: highest learning rate.
       batch: number of sequences of a step.
       seed: rng seed of the order of the sequences.
       rank: rank of the change of each matrix (`jp.contrib.lora`); vectors then stay as
         they are. None trains the leaves themselves.
+      warmup: share of the steps in which the learning rate rises, rounded down to
+        whole steps.
     """
 
     steps: int
@@ -97,6 +100,7 @@ class Settings:
     batch: int = 4
     seed: int = 0
     rank: int | None = None
+    warmup: float = 0.05
 
 
 def retrain(
@@ -217,8 +221,9 @@ def _split_leaves(
 
 
 def _optimizer(settings: Settings) -> optax.GradientTransformation:
-    rate = optax.cosine_decay_schedule(settings.learning_rate, settings.steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(_CLIP), optax.adamw(rate))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(_CLIP), optax.adamw(_rate(settings))
+    )
     if settings.rank is None:
         return optimizer
     return lora(
@@ -226,6 +231,18 @@ def _optimizer(settings: Settings) -> optax.GradientTransformation:
         settings.rank,
         targets=lambda name, leaf: leaf.ndim > 1,
         seed=settings.seed,
+    )
+
+
+def _rate(settings: Settings) -> optax.Schedule:
+    """The learning rate by step.
+
+    Adam's first steps change each weight by the whole rate, whatever its gradient: at
+    full size they make a trained model worse than it was.
+    """
+    peak, rising = settings.learning_rate, int(settings.warmup * settings.steps)
+    return optax.warmup_cosine_decay_schedule(
+        peak / (rising + 1), peak, rising, settings.steps
     )
 
 

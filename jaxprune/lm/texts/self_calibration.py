@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Int
 
 from jaxprune.arrays import rules
@@ -24,6 +25,7 @@ from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.generate import LanguageModel, generate
 from jaxprune.posttraining.progress import ProgressLog
 
+_MOST = 16  # sequences at once
 _RULES = (
     Rule(
         lambda v: (
@@ -128,6 +130,28 @@ def self_calibration(
         batches.append(tokens)
         progress(len(prompt))
     return np.concatenate(batches)
+
+
+def sequences_at_once(model: LanguageModel, length: int, least: int) -> int:
+    """How many sequences are best written at once.
+
+    Each token that is drawn reads all parameters, whether for one sequence or for many,
+    so more are faster until their keys and values count.
+
+    Args:
+      model: language model, with its parameters in memory.
+      length: number of tokens of a sequence.
+      least: number that there is memory for in any case.
+
+    Returns:
+      Up to 16, of keys and values of at most a quarter of the parameters' bytes, or
+      `least` where that is more.
+    """
+    cache = jax.eval_shape(lambda: model.init_cache(1, length))
+    parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
+    size = sum(leaf.nbytes for leaf in parameters)
+    each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    return max(least, min(_MOST, size // (4 * max(each, 1))))
 
 
 def first_tokens(

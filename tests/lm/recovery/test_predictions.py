@@ -100,7 +100,7 @@ def test_predictions_are_made_once_and_belong_to_their_teacher(pair, tmp_path):
         predictions.keep_predictions(*args, batch=2, progress=dies)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     kept = predictions.keep_predictions(*args, batch=2)
-    assert (kept.sequences, kept.batch) == (5, 2)
+    assert (sorted(kept.places), kept.batch) == ([0, 1, 2, 3, 4], 2)
     # Linux allows 1024 open files: none stays open.
     before = len(os.listdir("/proc/self/fd"))
     rows = kept.rows(np.array([0, 2, 4]))
@@ -113,6 +113,29 @@ def test_predictions_are_made_once_and_belong_to_their_teacher(pair, tmp_path):
     assert 0 <= size - 5 * 7 * (8 * 16 + 4) < 3 * 256
     with pytest.raises(ValueError, match="another job: start"):
         predictions.keep_predictions(pair[1], SEQUENCES, tmp_path, batch=2)
+
+
+def test_equal_sequences_are_predicted_once_and_texts_never(pair, tmp_path):
+    apart = predictions.keep_predictions(pair[0], SEQUENCES, tmp_path / "apart")
+    order, done = np.array([3, 0, 3, 1, 4]), []
+    followed = np.array([True, False, True, True, False])
+    kept = predictions.keep_predictions(
+        *(pair[0], SEQUENCES[order], tmp_path / "kept"),
+        followed=followed, progress=done.append,
+    )  # fmt: skip
+    files = list((tmp_path / "kept").glob("*.safetensors"))
+    assert [size // (7 * (8 * 16 + 4)) for size in map(_size, files)] == [2]
+    assert sum(done) == 5
+    for part, expected in zip(kept.rows(np.arange(5)), apart.rows(order), strict=True):
+        np.testing.assert_array_equal(part[followed], expected[followed])
+        assert not part[~followed].any()
+    predictions.from_predictions(kept, text=~followed)
+    with pytest.raises(ValueError, match="but 2 were not predicted; give"):
+        predictions.from_predictions(kept, text=0.9)
+
+
+def _size(path):
+    return path.stat().st_size
 
 
 @pytest.mark.full
