@@ -33,8 +33,9 @@ COLUMNS = (
 )
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "alps_per_output": ("alps", {"pattern": "per-output"}),
+    "sparsegpt_per_output": ("sparsegpt", {"pattern": "per-output"}),
     "alps_dense_inputs": ("alps", {"inputs": "dense"}),
-    "alps_damped": ("alps", {"damping": 0.1}),
     "alps_more_inputs": ("alps", {}),
 }
 """Other ways to call a method: its name and settings."""

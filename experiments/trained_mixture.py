@@ -38,11 +38,10 @@ from jaxprune.lm.jobs import passes
 from jaxprune.lm.jobs.recovery import recover
 from jaxprune.lm.jobs.settings import Calibration, Recovery
 from jaxprune.lm.measure import perplexity
-from jaxprune.lm.models import hf
 from jaxprune.lm.models.loaded_model import LoadedModel, open_model
 from jaxprune.lm.recovery import retrain
 from jaxprune.lm.shrinking.expert_scores import expert_scores
-from jaxprune.lm.shrinking.units import without_experts
+from jaxprune.lm.shrinking.units import keep_best_experts, without_experts
 
 MODELS = ("mixture", "dense")
 RANKINGS = ("reap", "frequency", "random")
@@ -265,19 +264,12 @@ class Run:
         if cell.ranking == "reap":
             tokens = np.concatenate(self.calibration(cell.seed))
             return without_experts(model, tokens, cell.experts, batch=_AT_ONCE)[0]
-        config = model.config
         if cell.ranking == "frequency":
             scores = np.array(self.routing(cell.seed)["tokens"])
         else:
             draw = np.random.default_rng(cell.seed)
-            scores = draw.random((config.layers, config.experts))
-        remaining = config.experts - round(cell.experts * config.experts)
-        # (layers, remaining), ascending; of equal scores the first stays, as by REAP
-        ranked = np.argsort(-scores, axis=1, kind="stable")
-        kept = np.sort(ranked[:, :remaining], axis=1).tolist()
-        config, params = hf.keep_experts(config, model.params, kept)
-        graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
-        return model._replace(graphdef=graphdef, params=params, config=config)
+            scores = draw.random((model.config.layers, model.config.experts))
+        return keep_best_experts(model, scores, cell.experts)[0]
 
     def pruned(self, cell: Cell, model: LoadedModel) -> LoadedModel:
         """The model with zeros inside its experts, or inside its MLPs."""

@@ -20,13 +20,13 @@ from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.settings import Calibration, Recovery
 from jaxprune.lm.measure import machine
+from jaxprune.lm.models.decoder.model import LOGITS
 from jaxprune.lm.models.loaded_model import LoadedModel
 
 _COMPILING = 15.0  # seconds of every job that runs the model
 _PROGRAMS = 150_000_000  # bytes of what is compiled
 _REACHED = 0.5  # how much of a lone product's rate a model reaches
 _STREAMED = 15e-9  # seconds a weight: read, ranked, written, summed up
-_CHUNK = 2**27  # bytes of the logits that a loss holds at a time
 _SIDE = 1024  # of the product that is timed
 
 
@@ -130,7 +130,7 @@ def recovery_needs(
     memory = 16 * work.parameters  # float32: weights, gradients, two moments
     # Logits, those without the likeliest, and the gradients of both.
     logits = calibration.batch * calibration.length * work.scores
-    memory += 4 * min(logits, _CHUNK)
+    memory += 4 * min(logits, 4 * LOGITS)
     return work.forward(tokens), memory + (work.weights if teacher else 0)
 
 

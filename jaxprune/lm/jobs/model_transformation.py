@@ -149,7 +149,12 @@ class ModelTransformation(Transformation[AnyJob, LoadedModel]):
                 temperature=calibration.calibration_temperature,
                 bos=texts.begins.token,
                 special=_never_first(texts),
-                batch=sequences_at_once(decoder, calibration.length, calibration.batch),
+                batch=sequences_at_once(
+                    decoder,
+                    sequences=number,
+                    length=calibration.length,
+                    least=calibration.batch,
+                ),
                 directory=self.job.work / "self",
                 progress=progress.update,
             )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
@@ -169,19 +169,36 @@ def without_experts(
     Returns:
       The smaller model; the kept experts, scores and tokens of each layer.
     """
-    count = model.config.experts
     with Progress(len(tokens), "scoring experts", leave=False) as progress:
         scores, routed = expert_scores(
             model.graphdef, model.params, tokens, batch=batch, progress=progress.update
         )  # (layers, experts) both
+    smaller, kept = keep_best_experts(model, scores, share)
+    record = {"kept": kept, "scores": scores.tolist(), "tokens": routed.tolist()}
+    return smaller, record
+
+
+def keep_best_experts(
+    model: LoadedModel, scores: Float[np.ndarray, "layers experts"], share: float
+) -> tuple[LoadedModel, list[list[int]]]:
+    """The model with the experts of each layer whose scores are highest.
+
+    Args:
+      model: mixture of experts with its parameters in memory.
+      scores: scores of the experts, (layers, experts).
+      share: share of the experts of each layer that goes.
+
+    Returns:
+      The smaller model, and the experts that each layer keeps, in ascending order.
+    """
+    count = model.config.experts
     remaining = count - round(share * count)
     # Of equal scores the first stays.
     highest = np.argsort(-scores, axis=1, kind="stable")[:, :remaining]
     kept = np.sort(highest, axis=1).tolist()
     config, params = hf.keep_experts(model.config, model.params, kept)
     graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
-    record = {"kept": kept, "scores": scores.tolist(), "tokens": routed.tolist()}
-    return model._replace(graphdef=graphdef, params=params, config=config), record
+    return model._replace(graphdef=graphdef, params=params, config=config), kept
 
 
 def narrow(

@@ -10,6 +10,7 @@ Reference:
   temperature does not change along a sequence.
 """
 
+import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,9 @@ def self_calibration(
     return np.concatenate(batches)
 
 
-def sequences_at_once(model: LanguageModel, length: int, least: int) -> int:
+def sequences_at_once(
+    model: LanguageModel, *, sequences: int, length: int, least: int
+) -> int:
     """How many sequences are best written at once.
 
     Each token that is drawn reads all parameters, whether for one sequence or for many,
@@ -140,18 +143,20 @@ def sequences_at_once(model: LanguageModel, length: int, least: int) -> int:
 
     Args:
       model: language model, with its parameters in memory.
+      sequences: number of sequences in all.
       length: number of tokens of a sequence.
       least: number that there is memory for in any case.
 
     Returns:
       Up to 16, of keys and values of at most a quarter of the parameters' bytes, or
-      `least` where that is more.
+      `least` where that is more; fewer where the batches then are even.
     """
     cache = jax.eval_shape(lambda: model.init_cache(1, length))
     parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
     size = sum(leaf.nbytes for leaf in parameters)
     each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-    return max(least, min(_MOST, size // (4 * max(each, 1))))
+    most = max(least, min(_MOST, size // (4 * max(each, 1))))
+    return math.ceil(sequences / math.ceil(sequences / most))
 
 
 def first_tokens(

@@ -1,12 +1,19 @@
 """What a model writes to be calibrated on: first tokens, draws, and its directory."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxprune.lm.models.decoder.model import DecoderConfig
 from jaxprune.lm.texts import self_calibration as written
-from jaxprune.lm.texts.self_calibration import first_tokens, self_calibration
+from jaxprune.lm.texts.self_calibration import (
+    first_tokens,
+    self_calibration,
+    sequences_at_once,
+)
 from tests.support.plain_decoder import initial
 
 VOCABULARY, SPECIAL = 23, {0, 1, 22}
@@ -116,3 +123,19 @@ def test_another_jobs_directory_is_refused(model, tmp_path):
 def test_what_cannot_be_written_is_refused(model, wrong, told):
     with pytest.raises(ValueError, match=told):
         write(model, **wrong)
+
+
+def test_as_many_are_written_at_once_as_a_quarter_of_the_parameters_holds(model):
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    for length in (8, 16):
+        cache = jax.tree.leaves(model.init_cache(1, length))
+        most = parameters // 4 // sum(leaf.nbytes for leaf in cache)
+        assert 1 < most < 16
+        settings = {"sequences": 1000 * most, "length": length}
+        assert sequences_at_once(model, **settings, least=1) == most
+        assert sequences_at_once(model, **settings, least=most + 3) == most + 3
+    many = initial(dataclasses.replace(CONFIG, vocab_size=4096))
+    settings = {"length": 8, "least": 1}
+    # Even batches, since the last is filled up.
+    for sequences, batch in ((64, 16), (18, 9), (17, 9), (3, 3)):
+        assert sequences_at_once(many, sequences=sequences, **settings) == batch

@@ -30,8 +30,8 @@ from jaxprune.lm.models.decoder.layers import Linear, Norm, contract, embedding
 from jaxprune.lm.models.decoder.rope import cos_and_sin
 from jaxprune.lm.models.placement import look_up
 
-# Logits that the loss holds at a time: 2^25 floats are 128 MiB.
-_LOGITS = 2**25
+LOGITS = 2**25
+"""Number of logits that a loss holds at a time: in float32 128 MiB."""
 
 
 class Decoder(nnx.Module):
@@ -287,7 +287,7 @@ def map_tokens(
       >>> map_tokens(lambda x: x.sum(-1), (x,), vocab=3).tolist()
       [[3.0, 12.0]]
     """
-    rows = max(1, _LOGITS // vocab) if rows is None else rows
+    rows = max(1, LOGITS // vocab) if rows is None else rows
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}; leave it out")
     batch, time = arrays[0].shape[:2]
