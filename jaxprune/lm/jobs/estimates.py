@@ -18,7 +18,7 @@ from jaxprune import leaves
 from jaxprune.arrays import tree
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.jobs.inputs import JobTexts
-from jaxprune.lm.jobs.settings import Calibration, Recovery
+from jaxprune.lm.jobs.settings import Calibration, Recovery, Trained
 from jaxprune.lm.measure import machine
 from jaxprune.lm.models.decoder.model import LOGITS
 from jaxprune.lm.models.loaded_model import LoadedModel
@@ -127,11 +127,21 @@ def recovery_needs(
     tokens = passes * calibration.batch * calibration.length
     if recovery.top:
         tokens += recovery.followed_tokens(work.trained, calibration.written_tokens)
-    memory = 16 * work.parameters  # float32: weights, gradients, two moments
+    memory = _trained_bytes(recovery.trained, work)
     # Logits, those without the likeliest, and the gradients of both.
     logits = calibration.batch * calibration.length * work.scores
     memory += 4 * min(logits, 4 * LOGITS)
     return work.forward(tokens), memory + (work.weights if teacher else 0)
+
+
+def _trained_bytes(trained: Trained, work: Work) -> int:
+    """Bytes of float32 weights, their gradients and AdamW's two moments."""
+    matrices = sum(math.prod(shape) for shape in work.matrices.values())
+    if trained == "all":
+        return 16 * work.parameters
+    if trained == "lora":  # the moments are of small factors
+        return 8 * matrices
+    return 16 * matrices if trained == "matrices" else 0
 
 
 def statistics_flops(work: Work) -> float:
