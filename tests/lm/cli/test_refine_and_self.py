@@ -64,7 +64,7 @@ def test_texts_are_learned_beside_own_text_that_is_followed(capsys, place, monke
     # 2 steps of 4 sequences: as many of the text as of what the model wrote.
     ((kept, shares),) = texts
     np.testing.assert_array_equal(shares, [0.75] * 4 + [0] * 4)
-    assert kept.sequences == 8
+    assert len(kept.places) == 8
     assert np.isfinite(record["losses"]).all()
 
 
