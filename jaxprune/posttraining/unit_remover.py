@@ -3,7 +3,8 @@
 Groups are handled one after the other, in the order of the program. The consumers of a
 group are the matrices that read the group's units. Their inputs are summed up over the
 batches, in the model that the groups before have left. The units whose removal changes
-the consumers' outputs least are removed, and the consumers' other rows are updated.
+the consumers' outputs least are removed, and the consumers' other rows are updated. Of
+several consumers the changes count relative to the size of each one's outputs.
 
 Groups that share a consumer are solved together, once the batches have come to the last
 use of their last consumer. What the program computed on the way there is as the weights
@@ -15,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from jaxprune.arrays import placement
 from jaxprune.arrays.rules import Rule, check
@@ -139,10 +142,9 @@ class UnitRemover(SegmentJob):
         before = {n: self._store.read(inputs.op.view) for n, inputs in observed.items()}
         for name, weight in before.items():
             check(_FINITE, name=name, is_finite=bool(np.isfinite(weight).all()))
+        moments = {n: inputs.statistics.hessian for n, inputs in observed.items()}
         # Inside an Explicit mesh even a slice must be taken on its Auto twin.
-        after, kept, damping = placement.automatic(
-            self._without_units, before, _moments(observed)
-        )
+        after, kept, damping = placement.automatic(self._without_units, before, moments)
         solved = {}
         for name, (op, _, value) in observed.items():
             check(FACTORISED, name=name, damping=damping[name], also="")
@@ -176,7 +178,7 @@ class UnitRemover(SegmentJob):
     ) -> tuple[dict[str, jax.Array], dict[str, np.ndarray], dict[str, float]]:
         """Weights (1, in, out) after the units of all groups went, one by one."""
         after = {name: weight[0] for name, weight in before.items()}
-        hessians = {name: hessian[0] for name, hessian in moments.items()}
+        hessians = _relative_hessians(moments, before)
         damping = dict.fromkeys(before, 0.0)
         kept: dict[str, np.ndarray] = {}
         for group, readers in self._consumers.items():
@@ -201,13 +203,24 @@ class UnitRemover(SegmentJob):
         return {n: weight[None] for n, weight in after.items()}, kept, damping
 
 
-def _moments(observed: Mapping[str, _Inputs]) -> dict[str, jax.Array]:
-    """X^T X of each weight's inputs, (1, in, in)."""
-    statistics = {name: inputs.statistics for name, inputs in observed.items()}
-    if len(statistics) == 1:
-        return {name: item.hessian for name, item in statistics.items()}
-    # Sums, not means: a weight with more inputs has more outputs to lose.
-    return {name: item.hessian * item.samples for name, item in statistics.items()}
+def _relative_hessians(
+    moments: Mapping[str, jax.Array], weights: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """X^T X of each weight's inputs, (in, in), over the squares of its outputs."""
+    hessians = {name: moment[0] for name, moment in moments.items()}
+    if len(hessians) == 1:
+        return hessians
+    # Of sums a recurrent matrix, which is read at every step, would drown the layer
+    # that reads the last state alone.
+    return {name: h / _energy(h, weights[name][0]) for name, h in hessians.items()}
+
+
+def _energy(
+    hessian: Float[Array, "in in"], weight: Float[Array, "in out"]
+) -> Float[Array, ""]:
+    """The mean squared norm of a weight's outputs, 1 where they are all zero."""
+    squares = jnp.sum(weight * (hessian @ weight))
+    return jnp.where(squares > 0, squares, 1.0)
 
 
 def _joined_by_groups(

@@ -119,11 +119,14 @@ def test_of_units_with_several_readers_go_those_that_cost_all_least(
     weights = [np.float64(params[name]) for name in ("down", "other")]
 
     def best(kept):
-        """The rows of both readers by least squares, and the sum of their errors."""
+        """The rows of both readers by least squares, and their relative errors' sum."""
         pairs = [(x[:, kept], x @ w) for x, w in zip(inputs, weights, strict=True)]
         rows = [np.linalg.lstsq(*pair, rcond=None)[0] for pair in pairs]
-        errors = [y - x @ new for (x, y), new in zip(pairs, rows, strict=True)]
-        return rows, sum(np.square(error).sum() for error in errors)
+        errors = [
+            np.square(y - x @ new).sum() / np.square(y).sum()
+            for (x, y), new in zip(pairs, rows, strict=True)
+        ]
+        return rows, sum(errors)
 
     # All pairs of units are tried.
     choices = [list(kept) for kept in itertools.combinations(range(7), 5)]
