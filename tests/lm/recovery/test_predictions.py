@@ -132,6 +132,14 @@ def test_equal_sequences_are_predicted_once_and_texts_never(pair, tmp_path):
     predictions.from_predictions(kept, text=~followed)
     with pytest.raises(ValueError, match="but 2 were not predicted; give"):
         predictions.from_predictions(kept, text=0.9)
+    nothing = predictions.keep_predictions(
+        pair[0], SEQUENCES, tmp_path / "none", followed=np.zeros(5, bool)
+    )
+    learned = predictions.from_predictions(nothing, text=1.0)
+    value, _ = gradient(learned.fn, pair[1], learned.read(np.arange(5)), SEQUENCES)
+    by_text = retrain.from_text()
+    expected, _ = gradient(by_text.fn, pair[1], by_text.arrays, SEQUENCES)
+    assert value == pytest.approx(expected, rel=1e-6)
 
 
 def _size(path):
