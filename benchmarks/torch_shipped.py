@@ -146,7 +146,8 @@ def resemblyzer(frames: int = 40) -> Shipped:
     """The voice encoder of Resemblyzer; the share of utterances that it recognises.
 
     Args:
-      frames: number of frames of the utterances that calibrate it, at most 160.
+      frames: number of frames of the utterances that calibrate it, at most 160, and
+        of those that recovery trains on, which are 100 at most.
 
     Returns:
       An LSTM. Measured are 160 new utterances of 10 speakers; it is right where the

@@ -32,13 +32,13 @@ COLUMNS = (
     *("recovered", "seconds", "milliseconds", "dense_milliseconds", "stopped_at"),
 )
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "alps_per_output": ("alps", {"pattern": "per-output"}),
-    "sparsegpt_per_output": ("sparsegpt", {"pattern": "per-output"}),
-    "alps_dense_inputs": ("alps", {"inputs": "dense"}),
-    "alps_more_inputs": ("alps", {}),
+VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "alps_per_output": ("alps", {"pattern": "per-output"}, False),
+    "sparsegpt_per_output": ("sparsegpt", {"pattern": "per-output"}, False),
+    "alps_dense_inputs": ("alps", {"inputs": "dense"}, False),
+    "alps_more_inputs": ("alps", {}, True),
 }
-"""Other ways to call a method: its name and settings."""
+"""Other ways to call a method: its name, settings, and whether with `more_inputs`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,8 +205,8 @@ def changed(shipped: torch_shipped.Shipped, job: Job) -> Any:
     pruned = copy.deepcopy(module)
     if job.what == "weights":
         fn, params = jp.torch.function(module, batches[0])
-        method, settings = VARIANTS.get(job.by, (job.by, {}))
-        if job.by == "alps_more_inputs":
+        method, settings, more = VARIANTS.get(job.by, (job.by, {}, False))
+        if more:
             batches = [*batches, *more_inputs(shipped)]
         result = jp.prune_trained(
             fn,
@@ -230,7 +230,8 @@ def more_inputs(shipped: torch_shipped.Shipped) -> list[Any]:
       shipped: the model.
 
     Returns:
-      Batches, of what recovery does not see.
+      Batches of other numbers than recovery's; where a model has few inputs for that,
+      as the LSTM has, they come several times.
     """
     size = len(_first(shipped.calibration[0])) // len(_first(shipped.batch(0)))
     steps = iter(range(5000, 10_000))

@@ -209,7 +209,7 @@ def _relative_hessians(
     """X^T X of each weight's inputs, (in, in), over the squares of its outputs."""
     hessians = {name: moment[0] for name, moment in moments.items()}
     if len(hessians) == 1:
-        return hessians
+        return hessians  # the same units go, whatever the scale
     # Of sums a recurrent matrix, which is read at every step, would drown the layer
     # that reads the last state alone.
     return {name: h / _energy(h, weights[name][0]) for name, h in hessians.items()}

@@ -55,10 +55,7 @@ def begin_pruning(
         prunable = prunable_leaf(lambda leaf: names[leaf].names, job.pruning.exclude)
         _check_pattern(chosen.pattern, model, prunable)
         copies = 3 if job.solver.refine else 2
-        written = job.calibration.written_tokens
-        progress_dir.check_room(
-            job, job.recovery, source, copies, texts.trained_tokens, written
-        )
+        progress_dir.check_room(job, source, copies, texts.trained_tokens)
     note_ignored(model, console)
     return ModelPruning(
         job=job,

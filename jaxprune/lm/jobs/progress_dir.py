@@ -13,7 +13,7 @@ from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.jobs import provenance
 from jaxprune.lm.jobs.prune_settings import PruneJob
-from jaxprune.lm.jobs.settings import Job, Recovery
+from jaxprune.lm.jobs.settings import Job
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.lm.texts import text_files
 
@@ -35,22 +35,19 @@ def refuse_done(job: Job, command: str) -> None:
 
 
 def check_room(
-    job: Job,
-    recovery: Recovery,
+    job: PruneJob | ShrinkJob,
     source: CheckpointDir,
     copies: int,
     trained_tokens: int = 0,
-    written_tokens: int = 0,
 ) -> None:
     """Refuses, before a long job, a disk without room for the result and progress.
 
     Args:
-      job: place of the result and of the progress.
-      recovery: training whose progress takes room too.
+      job: place of the result and of the progress, and the training whose progress
+        takes room too.
       source: directory of the dense model.
       copies: number of copies of the model that are written, the result included.
       trained_tokens: number of tokens of all sequences that are trained on, of texts.
-      written_tokens: number of tokens that the model writes itself.
 
     Raises:
       OSError: the disk has less room.
@@ -60,17 +57,18 @@ def check_room(
     before = [job.work, out.with_name(f".{out.name}.partial")]
     written = sum(map(atomic.bytes_in, before))
     needed = source.size * copies
-    needed += recovery_bytes(recovery, source, trained_tokens, written_tokens)
+    needed += recovery_bytes(job, source, trained_tokens)
     atomic.check_room(job.out, needed - written)
 
 
 def recovery_bytes(
-    recovery: Recovery, source: CheckpointDir, trained_tokens: int, written_tokens: int
+    job: PruneJob | ShrinkJob, source: CheckpointDir, trained_tokens: int
 ) -> int:
     """Bytes that the dense model's predictions and two checkpoints may take."""
+    recovery, written = job.recovery, job.calibration.written_tokens
     # float32 and int32 of each token, and float32 of all others together.
     token_bytes = 8 * recovery.top + 4 if recovery.top else 0
-    predictions = recovery.followed_tokens(trained_tokens, written_tokens) * token_bytes
+    predictions = recovery.followed_tokens(trained_tokens, written) * token_bytes
     if not recovery.recover_steps or recovery.trained == "norms":
         return predictions
     # In float32 the weights; AdamW's moments are of small factors under "lora".

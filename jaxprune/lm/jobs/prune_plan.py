@@ -100,7 +100,7 @@ def _plan_streaming(job: PruneJob, pattern: Pattern) -> _Plan:
     source = open_directory(job.model)
     exclude = job.pruning.exclude
     check_globs(exclude, source.tensors)
-    progress_dir.check_room(job, job.recovery, source, 1)
+    progress_dir.check_room(job, source, 1)
     prune_magnitude.to_prune(source, pattern, prunable_tensor(exclude))
     names = {
         name
@@ -157,9 +157,7 @@ def _needs(pruning: ModelPruning) -> Needs:
     )
     source = pruning.source
     disk = (3 if job.solver.refine else 2) * source.size
-    disk += progress_dir.recovery_bytes(
-        job.recovery, source, work.trained, job.calibration.written_tokens
-    )
+    disk += progress_dir.recovery_bytes(job, source, work.trained)
     return Needs(int(peak), estimates.seconds(flops + solving + training), disk)
 
 

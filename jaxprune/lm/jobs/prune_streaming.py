@@ -97,7 +97,7 @@ def _open_source(job: PruneJob) -> CheckpointDir:
     """The directory, after all has been refused that can be before it is pruned."""
     source = open_directory(job.model)
     check_globs(job.pruning.exclude, source.tensors)
-    progress_dir.check_room(job, job.recovery, source, 1)  # there is no progress
+    progress_dir.check_room(job, source, 1)  # there is no progress
     # All of it: what is not pruned is copied later, and never looked at.
     check_names(nonfinite_tensors(source))
     return source

@@ -86,10 +86,7 @@ def prepare_shrink(job: ShrinkJob, console: Console) -> Prepared:
         texts = inputs.read_texts(job, source)
         # What is solved at several sizes takes about twice the room of the model.
         copies = 3 if job.removal.unequal else 1
-        written = job.calibration.written_tokens
-        progress_dir.check_room(
-            job, job.recovery, source, copies, texts.trained_tokens, written
-        )
+        progress_dir.check_room(job, source, copies, texts.trained_tokens)
         fewer = smaller_vocabulary.choose_for_job(job, source, texts, console)
     note_ignored(model, console)
     _note_narrowed(job.loading.dtype, source, console)

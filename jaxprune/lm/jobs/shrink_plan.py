@@ -126,9 +126,7 @@ def _needs(
     if removal.search:  # three ways for heads, then one for each layer that may go
         flops += once * total
     disk = source.size
-    disk += progress_dir.recovery_bytes(
-        job.recovery, source, work.trained, job.calibration.written_tokens
-    )
+    disk += progress_dir.recovery_bytes(job, source, work.trained)
     if removal.unequal:
         flops += once * unequal.passes_of_judge(total)
         # All sizes of the matrices that units go out by, each about half as large.

@@ -31,6 +31,7 @@ from jaxprune.posttraining import fingerprint
 from jaxprune.training.keep_masks import keep_masks
 
 _CLIP = 1.0
+_RISE = 20  # one step of so many lets the learning rate rise
 _RULES = (
     Rule(
         lambda v: min(v.steps, v.batch, v.sequences) >= 1,
@@ -91,8 +92,6 @@ class Settings:
       seed: rng seed of the order of the sequences.
       rank: rank of the change of each matrix (`jp.contrib.lora`); vectors then stay as
         they are. None trains the leaves themselves.
-      warmup: share of the steps in which the learning rate rises, rounded down to
-        whole steps.
     """
 
     steps: int
@@ -100,7 +99,6 @@ class Settings:
     batch: int = 4
     seed: int = 0
     rank: int | None = None
-    warmup: float = 0.05
 
 
 def retrain(
@@ -153,6 +151,7 @@ def retrain(
     if directory is not None:
         job = {
             **dataclasses.asdict(settings),
+            "rise": _RISE,
             "loss": loss.name,
             "trained": sorted(names),
             "masked": sorted(masked),
@@ -240,7 +239,7 @@ def _rate(settings: Settings) -> optax.Schedule:
     Adam's first steps change each weight by the whole rate, whatever its gradient: at
     full size they make a trained model worse than it was.
     """
-    peak, rising = settings.learning_rate, int(settings.warmup * settings.steps)
+    peak, rising = settings.learning_rate, settings.steps // _RISE
     return optax.warmup_cosine_decay_schedule(
         peak / (rising + 1), peak, rising, settings.steps
     )

@@ -35,7 +35,7 @@ def read_torch_job(
     """
     # A module of the user's that is not there is said before the model is read.
     metric = load_metric(job.evaluation.metric)
-    progress_dir.check_room(job, job.recovery, source, copies)
+    progress_dir.check_room(job, source, copies)
     model = open_torch_model(source, job.loading.dtype)
     inputs = read_inputs(job, model)
     return dict(job=job, source=source, model=model, inputs=inputs, metric=metric)

@@ -70,6 +70,28 @@ def test_the_loss_falls_the_zeros_stay_and_all_else_is_as_it_was(half):
         np.testing.assert_array_equal(leaf, before[name])
 
 
+@pytest.mark.parametrize(("steps", "first"), [(8, 1.0), (40, 1 / 3)])
+def test_the_rate_rises_in_a_twentieth_of_the_steps_and_falls_to_zero(
+    half, monkeypatch, steps, first
+):
+    rates = []
+
+    def without_steps(rate):
+        rates.extend(float(rate(step)) for step in range(steps + 1))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(retrain.optax, "adamw", without_steps)
+    settings = retrain.Settings(steps=steps, learning_rate=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        retrain.retrain(*half, SEQUENCES, settings)
+    top = steps // 20
+    assert rates[0] == pytest.approx(0.5 * first)
+    assert rates[top] == pytest.approx(0.5)
+    assert (np.diff(rates[: top + 1]) > 0).all()
+    assert (np.diff(rates[top:]) < 0).all()
+    assert rates[-1] == pytest.approx(0, abs=1e-6)
+
+
 def test_a_loss_that_is_not_finite_is_refused_by_its_step(half):
     settings = retrain.Settings(steps=8, learning_rate=float("inf"))
     with pytest.raises(ValueError, match=r"got (nan|inf) at step [23]; lower the"):
