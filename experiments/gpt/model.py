@@ -29,11 +29,11 @@ from experiments.gpt.config import GPTConfig as GPTConfig
 from experiments.gpt.config import flops_per_token as flops_per_token
 from experiments.gpt.config import matrix_sizes as matrix_sizes
 from experiments.gpt.config import preset as preset
-from experiments.gpt.linear import product
 from jaxprune.lm.models.decoder.cache import Cache as Cache
 from jaxprune.lm.models.decoder.cache import check_length, check_tokens, empty_cache
 from jaxprune.lm.models.decoder.layers import embedding
 from jaxprune.lm.models.placement import look_up
+from jaxprune.lm.models.product import product
 
 
 class Attention(nnx.Module):

@@ -19,8 +19,8 @@ from experiments.gpt.config import (
     matrix_sizes,
     preset,
 )
-from experiments.gpt.linear import product
 from jaxprune.arrays import tree
+from jaxprune.lm.models.product import product
 from tests.support.gpt_model import TINY, make_model, make_tokens, run
 
 INITIAL = preset("medium", vocab_size=512, layers=3, bias=True, tie_weights=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from experiments.gpt.linear import product as linear_product
+from jaxprune.lm.models.product import product as linear_product
 from tests.support.small_models import draw, hessian
 
 

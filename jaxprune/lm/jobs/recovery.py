@@ -1,7 +1,8 @@
 """Recovery of a pruned or smaller model: training on a text, or distillation."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from jaxprune import leaves
 from jaxprune.arrays import tree
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.lm.jobs.settings import SELF, Calibration, Recovery
+from jaxprune.lm.models import hf
+from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.loaded_model import LoadedModel
-from jaxprune.lm.recovery import distill, predictions, retrain
+from jaxprune.lm.recovery import distill, predictions, retrain, sampled_tokens
+from jaxprune.lm.recovery.sampled_tokens import TokenSample
 
 _RANK = 16  # of "lora"
 
@@ -51,7 +55,12 @@ def recover(
     """
     names = _trained_leaves(model, recovery, matrices)
     sequences, shares = _sequences_and_shares(recovery, sequences, written)
-    loss = _loss(recovery, calibration, sequences, shares, teacher, work)
+    loss, sample = _loss(
+        recovery, calibration, sequences, shares, model, names, teacher, work
+    )
+    student = model
+    if sample is not None:
+        sequences, student = sample.places(sequences), model.with_tokens(sample.ids)
     settings = retrain.Settings(
         steps=recovery.recover_steps,
         learning_rate=recovery.recover_learning_rate,
@@ -69,18 +78,26 @@ def recover(
             progress.update(steps)
 
         decoder, losses = retrain.retrain(
-            model.decoder(),
+            student.decoder(),
             names,
             sequences,
             settings,
             loss=loss,
-            masked=_sparse_leaves(model),  # zeros of an earlier job stay too
+            masked=_sparse_leaves(student),  # zeros of an earlier job stay too
             directory=work / recovery.recover_by,
             progress=tick,
         )
-    params = nnx.state(decoder, nnx.Param)
-    trained = as_stored(model._replace(params=params), names)
-    return trained, names, _record(recovery, calibration, losses)
+    trained = tree.named_leaves(nnx.state(decoder, nnx.Param))
+    # What was not trained knows all tokens here.
+    leaves = [
+        trained[name] if name in names else leaf
+        for name, leaf in tree.named_leaves(model.params).items()
+    ]
+    params = jax.tree.unflatten(jax.tree.structure(model.params), leaves)
+    record = _record(recovery, calibration, losses)
+    if sample is not None:
+        record["logits"] = len(sample.ids)
+    return as_stored(model._replace(params=params), names), names, record
 
 
 def _sequences_and_shares(
@@ -104,14 +121,19 @@ def _loss(
     calibration: Calibration,
     sequences: Int[np.ndarray, "sequences length"],
     shares: Float[np.ndarray, "sequences"],
+    model: LoadedModel,
+    names: Set[str],
     teacher: Callable[[], Decoder],
     work: Path,
-) -> retrain.Loss:
-    """What is made small; the teacher is let go where its predictions are kept."""
+) -> tuple[retrain.Loss, TokenSample | None]:
+    """What is made small, and the tokens that are enough for it; None for all.
+
+    The teacher is let go where its predictions are kept.
+    """
     if recovery.recover_by == "retraining":
-        return retrain.from_text()
+        return retrain.from_text(), None
     if not recovery.top:
-        return distill.from_teacher(teacher(), hidden=recovery.recover_hidden)
+        return distill.from_teacher(teacher(), hidden=recovery.recover_hidden), None
     shown = Progress(len(sequences), "predicting", unit="sequence", leave=False)
     with shown as progress:
         kept = predictions.keep_predictions(
@@ -123,7 +145,20 @@ def _loss(
             followed=shares < 1,
             progress=progress.update,
         )
-    return predictions.from_predictions(kept, text=shares)
+    sample = _sample(model.config, names, [sequences, *kept.likeliest()])
+    loss = predictions.from_predictions(kept, text=shares, sample=sample)
+    return loss, sample
+
+
+def _sample(
+    config: DecoderConfig, names: Set[str], ids: Iterable[Int[np.ndarray, "..."]]
+) -> TokenSample | None:
+    """The tokens of a training that leaves what has an axis of tokens as it is."""
+    fewer = dataclasses.replace(config, vocab_size=config.vocab_size - 1)
+    if names & hf.changed_axes(config, fewer).keys():
+        return None
+    named = sampled_tokens.named_tokens(config.vocab_size, ids)
+    return sampled_tokens.draw_tokens(named)
 
 
 def _record(

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Int
 
 import jaxprune as jp
@@ -137,11 +136,7 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         """The model that loses more, and teaches: the dense one with its new tokens."""
         if self.fewer is None:
             return self.model
-        config, params = hf.keep_tokens(
-            self.model.config, self.model.params, self.fewer[0].kept
-        )
-        graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
-        return self.model._replace(graphdef=graphdef, params=params, config=config)
+        return self.model.with_tokens(self.fewer[0].kept)
 
     def change(self) -> Change[LoadedModel]:
         """Removes what was asked for; the weights that stay are as they are stored."""

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
 from jaxprune.arrays import lazy, meshes
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
@@ -40,6 +42,15 @@ class LoadedModel(NamedTuple):
     def decoder(self) -> Decoder:
         """The model itself."""
         return nnx.merge(self.graphdef, self.params)
+
+    def reshaped(self, config: DecoderConfig, params: Any) -> "LoadedModel":
+        """A model of another shape, with parameters of that shape."""
+        graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
+        return self._replace(graphdef=graphdef, params=params, config=config)
+
+    def with_tokens(self, kept: Int[np.ndarray, " tokens"]) -> "LoadedModel":
+        """The model that knows these tokens alone; see `hf.keep_tokens`."""
+        return self.reshaped(*hf.keep_tokens(self.config, self.params, kept))
 
 
 def open_model(

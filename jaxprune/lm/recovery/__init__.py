@@ -5,4 +5,5 @@ __all__ = [
     "distill",
     "predictions",
     "retrain",
+    "sampled_tokens",
 ]

@@ -19,7 +19,7 @@ References:
   a teacher's probabilities with a tail, as here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.decoder.model import Decoder, map_tokens
 from jaxprune.lm.recovery.distill import SAME_VOCABULARY
 from jaxprune.lm.recovery.retrain import Loss
+from jaxprune.lm.recovery.sampled_tokens import TokenSample
 from jaxprune.posttraining import fingerprint
 from jaxprune.posttraining.progress import ProgressLog
 
@@ -96,6 +97,11 @@ class Predictions(NamedTuple):
                 ids[i] = self.log.array(_file_name(file), "ids")[row]
                 log_p[i] = self.log.array(_file_name(file), "log_p")[row]
         return ids, log_p
+
+    def likeliest(self) -> Iterator[Int[np.ndarray, "batch time k"]]:
+        """The likeliest tokens of all that was predicted, file by file."""
+        for file in range(-(-(int(self.places.max()) + 1) // self.batch)):
+            yield self.log.array(_file_name(file), "ids")
 
 
 def _file_name(file: int) -> str:
@@ -175,7 +181,10 @@ def keep_predictions(
 
 
 def from_predictions(
-    predictions: Predictions, *, text: float | Float[np.ndarray, " sequences"] = 0.0
+    predictions: Predictions,
+    *,
+    text: float | Float[np.ndarray, " sequences"] = 0.0,
+    sample: TokenSample | None = None,
 ) -> Loss:
     """The loss of `retrain` that follows what a teacher predicted.
 
@@ -187,6 +196,8 @@ def from_predictions(
         in their order.
       text: share of the text itself, in [0, 1]: one for all sequences, or one for
         each, 1 for texts to learn and 0 for texts that the teacher wrote, say.
+      sample: the tokens that the student knows, where they are not all of the
+        teacher's; the sequences that are trained on are then its `places`.
 
     Returns:
       The loss, which reads each step's predictions from disk.
@@ -203,14 +214,19 @@ def from_predictions(
         [_PREDICTED], missing=int(np.sum((predictions.places < 0) & (shares < 1)))
     )
 
+    vocab, log_counts = predictions.vocab_size, None
+    if sample is not None:
+        vocab, log_counts = len(sample.ids), sample.log_counts
+
     def read(rows: Int[np.ndarray, " rows"]) -> Any:
-        return (*predictions.rows(rows), shares[rows])
+        ids, log_p = predictions.rows(rows)
+        return ids if sample is None else sample.places(ids), log_p, shares[rows]
 
     def loss(student: Decoder, arrays: Any, tokens: jax.Array) -> jax.Array:
         # (batch, length - 1, k), (batch, length - 1, k + 1) and (batch,)
         ids, log_p, share = arrays
-        vocab = student.config.vocab_size
-        rules.check(SAME_VOCABULARY, teacher=predictions.vocab_size, student=vocab)
+        known = student.config.vocab_size
+        rules.check(SAME_VOCABULARY, teacher=vocab, student=known)
         states, _ = student.states(student.embed(tokens[:, :-1]), remat=True)
 
         def losses(
@@ -220,6 +236,8 @@ def from_predictions(
             log_p: Float[Array, "batch outcomes"],
         ) -> tuple[Array, Array]:
             logits = student.logits(state)  # (batch, vocab)
+            if log_counts is not None:  # one stands for many
+                logits += log_counts
             log_q = log_outcomes(logits, ids)  # (batch, k + 1)
             logit = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
             return (
@@ -235,7 +253,10 @@ def from_predictions(
         return ((1 - share) * divergence.mean(1) + share * of_text.mean(1)).mean()
 
     mixed = fingerprint.of_arrays([shares])
-    return Loss(f"predictions, {predictions.name}, text {mixed}", loss, read=read)
+    name = f"predictions, {predictions.name}, text {mixed}"
+    if sample is not None:
+        name += f", tokens {fingerprint.of_arrays(list(sample))}"
+    return Loss(name, loss, read=read)
 
 
 def log_outcomes(

@@ -49,9 +49,7 @@ def without_channels(
         scores = channel_scores(model, tokens, batch=batch, progress=progress.update)
     # Of equal scores the first stays.
     kept = np.sort(np.argsort(-scores, kind="stable")[:remaining])
-    config, params = hf.keep_channels(model.config, model.params, kept.tolist())
-    graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
-    small = model._replace(graphdef=graphdef, params=params, config=config)
+    small = model.reshaped(*hf.keep_channels(model.config, model.params, kept.tolist()))
     small = fit_readers(model, small, kept, tokens, batch=batch)
     return small, {"kept": kept.tolist(), "scores": scores.tolist()}
 

@@ -67,13 +67,13 @@ class Narrowing(NamedTuple):
 
 def keep_layers(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
     """The model with these of its layers alone."""
-    config, params = hf.keep_layers(model.config, model.params, kept)
-    graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
+    small = model.reshaped(*hf.keep_layers(model.config, model.params, kept))
     # A layer that moved up is still stored in its own dtypes.
     names = {
-        name: model.names[name_before(name, kept)] for name in jp.tree.names(params)
+        name: model.names[name_before(name, kept)]
+        for name in jp.tree.names(small.params)
     }
-    return model._replace(graphdef=graphdef, params=params, config=config, names=names)
+    return small._replace(names=names)
 
 
 def without_parts(
@@ -196,9 +196,7 @@ def keep_best_experts(
     # Of equal scores the first stays.
     highest = np.argsort(-scores, axis=1, kind="stable")[:, :remaining]
     kept = np.sort(highest, axis=1).tolist()
-    config, params = hf.keep_experts(model.config, model.params, kept)
-    graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
-    return model._replace(graphdef=graphdef, params=params, config=config), kept
+    return model.reshaped(*hf.keep_experts(model.config, model.params, kept)), kept
 
 
 def narrow(
@@ -282,9 +280,7 @@ def report_with_roles(
 
 def with_smaller(model: LoadedModel, params: Any) -> LoadedModel:
     """The model that has these smaller parameters."""
-    config = hf.resized(model.config, params)
-    graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
-    return model._replace(graphdef=graphdef, params=params, config=config)
+    return model.reshaped(hf.resized(model.config, params), params)
 
 
 def group_axes(

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxprune.lm.models.decoder.config import DecoderConfig, Norms
 from jaxprune.lm.models.decoder.rope import rotate
 from jaxprune.lm.models.placement import broadcast, row_sharding
+from jaxprune.lm.models.product import product
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -115,25 +116,15 @@ class Linear(nnx.Module):
     ) -> Float[Array, "... outputs"]:
         """The product in the compute dtype; the result is of `dtype` if given."""
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        y = contract(x, kernel, 0, dtype)  # (..., outputs)
+        y = product(  # (..., outputs)
+            x,
+            kernel,
+            preferred_element_type=dtype,
+            out_sharding=row_sharding(x, x.ndim - 1),
+        )
         if self.bias is None:
             return y
         return y + broadcast(self.bias[...], y).astype(y.dtype)
-
-
-def contract(
-    x: Float[Array, "... inputs"], matrix: Array, axis: int, dtype: str | None = None
-) -> Float[Array, "... outputs"]:
-    """Contracts the last axis of `x` with one of a matrix; rows keep their sharding."""
-    contracted, batched = ((x.ndim - 1,), (axis,)), ((), ())
-    return jax.lax.dot_general(
-        x,
-        matrix,
-        (contracted, batched),
-        preferred_element_type=dtype,
-        # On a mesh with Explicit axes JAX asks how the result is split.
-        out_sharding=row_sharding(x, x.ndim - 1),
-    )
 
 
 class Attention(nnx.Module):

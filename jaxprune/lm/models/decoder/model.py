@@ -26,9 +26,9 @@ from jaxprune.lm.models.decoder.block import Block
 from jaxprune.lm.models.decoder.cache import Cache as Cache
 from jaxprune.lm.models.decoder.cache import check_length, check_tokens, empty_cache
 from jaxprune.lm.models.decoder.config import DecoderConfig as DecoderConfig
-from jaxprune.lm.models.decoder.layers import Linear, Norm, contract, embedding
+from jaxprune.lm.models.decoder.layers import Linear, Norm, embedding
 from jaxprune.lm.models.decoder.rope import cos_and_sin
-from jaxprune.lm.models.placement import look_up
+from jaxprune.lm.models.placement import look_up, row_sharding
 
 LOGITS = 2**25
 """Number of logits that a loss holds at a time: in float32 128 MiB."""
@@ -181,7 +181,13 @@ class Decoder(nnx.Module):
         """Float32 logits of final hidden states (..., width)."""
         if self.config.tie_weights:
             table = self.embedding.embedding[...].astype(x.dtype)  # (vocab, width)
-            logits = contract(x, table, 1, "float32")  # (..., vocab)
+            logits = jax.lax.dot_general(  # (..., vocab)
+                x,
+                table,
+                (((x.ndim - 1,), (1,)), ((), ())),  # over the width; no batch axes
+                preferred_element_type="float32",
+                out_sharding=row_sharding(x, x.ndim - 1),
+            )
         else:
             logits = self.head(x, dtype="float32")
         if self.config.logit_scale != 1:

@@ -1,8 +1,9 @@
 """x @ kernel with a gradient that XLA's CPU backend computes fast.
 
-JAX's own rule makes the kernel's gradient as (g^T x)^T, and XLA fuses what made g
-(gelu's derivative, say) into the transposing copy of g: a third of the training step of
-a small GPT, or more. Here it is x^T g, and the barrier keeps what made x from being
+JAX's own rule makes the kernel's gradient as (g^T x)^T. XLA fuses what made g (gelu's
+derivative, say) into the transposing copy of g: a third of the training step of a small
+GPT, or more. In bfloat16 its fast kernels do not take such a product at all, which then
+takes ten times as long. Here it is x^T g, and the barrier keeps what made x from being
 fused into its copy.
 The price: forward-mode differentiation (`jax.jvp`) is not defined through it.
 """
@@ -21,6 +22,7 @@ def product(
     kernel: Float[Array, "inputs outputs"],
     *_: Any,
     preferred_element_type: DTypeLike | None = None,
+    out_sharding: jax.P | None = None,
     **__: Any,
 ) -> Float[Array, "... outputs"]:
     """x @ kernel, for the argument `dot_general` of `flax.nnx.Linear`.
@@ -30,30 +32,38 @@ def product(
       kernel: weight, floating (inputs, outputs).
       *_: axes that `nnx.Linear` hands a `dot_general`, always the same.
       preferred_element_type: dtype of the result, by default that of `x`.
-      **__: precision and sharding, left to JAX's defaults.
+      out_sharding: how the result is split on a mesh with Explicit axes.
+      **__: precision, left to JAX's default.
 
     Returns:
       The product (..., outputs). Both gradients have the dtype and the sharding of
       what they belong to.
     """
-    return _product(x, kernel, preferred_element_type)
+    return _product(x, kernel, preferred_element_type, out_sharding)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: Array, kernel: Array, dtype: DTypeLike | None) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(
+    x: Array, kernel: Array, dtype: DTypeLike | None, out_sharding: jax.P | None
+) -> Array:
     # Contract the inputs; no batch axes.
     axes = (((x.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(x, kernel, axes, preferred_element_type=dtype)
+    return jax.lax.dot_general(
+        x, kernel, axes, preferred_element_type=dtype, out_sharding=out_sharding
+    )
 
 
 def _forward(
-    x: Array, kernel: Array, dtype: DTypeLike | None
+    x: Array, kernel: Array, dtype: DTypeLike | None, out_sharding: jax.P | None
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, kernel, dtype), (x, kernel)
+    return _product(x, kernel, dtype, out_sharding), (x, kernel)
 
 
 def _backward(
-    dtype: DTypeLike | None, saved: tuple[Array, Array], g: Array
+    dtype: DTypeLike | None,
+    out_sharding: jax.P | None,
+    saved: tuple[Array, Array],
+    g: Array,
 ) -> tuple[Array, Array]:
     x, kernel = saved
     # g has the dtype of the result, which may be wider than that of the operands.
