@@ -18,6 +18,7 @@ from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.axis_groups import AxisGroups, axis_groups
 from jaxprune.graph.linear_ops import trace
 from jaxprune.posttraining import fingerprint, unit_rows
+from jaxprune.posttraining.passes.correction import Correct
 from jaxprune.posttraining.pipeline import preparation
 from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
 from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
@@ -38,6 +39,8 @@ class Settings(TypedDict, total=False):
       damping: share of the mean of the diagonal of XᵀX that is added to it; 0.01.
       relative: whether each row of X is divided by its root mean square first, so that
         a few tokens with massive activations are not most of XᵀX; False.
+      correction: share of what the groups before lost that each updated matrix makes up
+        for, in [0, 1]; see `jp.passes.correct`. Activations are then held twice; 0.0.
       positions: function of a batch to booleans of the samples' shape, (batch, time)
         say: which positions count; None counts all.
       directory: directory where progress is kept; the same call after a kill resumes
@@ -47,6 +50,7 @@ class Settings(TypedDict, total=False):
 
     damping: float
     relative: bool
+    correction: float
     positions: Callable[[Any], jax.Array] | None
     directory: str | Path | None
     progress: bool
@@ -112,8 +116,8 @@ def shrink(
         budget asks for becomes the nearest of these numbers; of two as near, the larger
         one. Where more is then removed than the budget requires, the groups with the
         most numbers to choose from lose less (not for "milliseconds").
-      **settings: settings of the choice by batches: `damping`, `relative`, `positions`,
-        `directory` and `progress`; see `Settings`.
+      **settings: settings of the choice by batches: `damping`, `relative`,
+        `correction`, `positions`, `directory` and `progress`; see `Settings`.
 
     Returns:
       `ShrinkResult(fn, params, report)`; its `cut` cuts an optimizer's state. The
@@ -209,7 +213,8 @@ def _solved(
 ) -> _Solved:
     """The units that go by the solver's choice, and what makes up for them."""
     damping, relative = settings.get("damping", 0.01), settings.get("relative", False)
-    directory = settings.get("directory")
+    correction, directory = settings.get("correction", 0.0), settings.get("directory")
+    correct = Correct(correction)
     layer_problem.check_damping(damping)
     batches = preparation.check_batches(batches, "shrink")
     lost = {name: count for name, count in lost.items() if count}
@@ -226,16 +231,19 @@ def _solved(
     # Each use of a weight has inputs of its own.
     uses = [op for op in traced.linear_ops if op.name in updated]
     program = SegmentedProgram(traced, leaves, uses)
-    sums = Sums(hessian=True, relative=relative)
+    drift = "drift" in correct.observes
+    sums = Sums(hessian=True, relative=relative, drift=drift)
     calibration = directory and fingerprint.of_arrays(batches)  # before it is emptied
     pipeline = SequentialPipeline(program, batches, settings.get("positions"), sums)
     log = None
     if directory is not None:
         facts = {"lost": lost, "damping": float(damping), "relative": relative}
-        facts["calibration"] = calibration
+        facts |= {"correction": float(correction), "calibration": calibration}
         job = fingerprint.of_job(program, pipeline.counted, {})
         log = ProgressLog(Path(directory), {**facts, **job})
-    remover = UnitRemover(consumers, lost, pipeline, log, damping=damping)
+    remover = UnitRemover(
+        consumers, lost, pipeline, log, damping=damping, correction=correct
+    )
     remover.run("shrinking", progress=settings.get("progress", True))
     params = jax.tree.unflatten(jax.tree.structure(params), leaves.all)
     return _Solved(params, remover.kept, remover.rows)

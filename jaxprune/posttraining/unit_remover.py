@@ -4,7 +4,9 @@ Groups are handled one after the other, in the order of the program. The consume
 group are the matrices that read the group's units. Their inputs are summed up over the
 batches, in the model that the groups before have left. The units whose removal changes
 the consumers' outputs least are removed, and the consumers' other rows are updated. Of
-several consumers the changes count relative to the size of each one's outputs.
+several consumers the changes count relative to the size of each one's outputs. With a
+correction the outputs are those of a matrix that makes up for what the groups before
+lost; the dense model then runs beside the smaller one.
 
 Groups that share a consumer are solved together, once the batches have come to the last
 use of their last consumer. What the program computed on the way there is as the weights
@@ -24,6 +26,7 @@ from jaxprune.arrays import placement
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.posttraining import relative_error
+from jaxprune.posttraining.passes.correction import Correct
 from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
 from jaxprune.posttraining.pipeline.segment_job import Observed, SegmentJob
 from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
@@ -33,6 +36,9 @@ from jaxprune.posttraining.solve_weight import FACTORISED
 from jaxprune.posttraining.solvers import units
 from jaxprune.posttraining.unit_rows import Consumer
 
+UNCORRECTED = Correct(0.0)
+"""Nothing that the groups before lost is made up for."""
+
 
 class _Inputs(NamedTuple):
     """What is known of a weight's inputs, behind its last use.
@@ -41,11 +47,13 @@ class _Inputs(NamedTuple):
       op: the last use.
       statistics: `InputStatistics` of all uses; None where the log has the result.
       value: what the last input is read from, in the first batch.
+      dense: the same of the dense model, or None.
     """
 
     op: LinearOp
     statistics: Any
     value: Any
+    dense: Any
 
 
 class UnitRemover(SegmentJob):
@@ -64,20 +72,23 @@ class UnitRemover(SegmentJob):
         log: ProgressLog | None,
         *,
         damping: float,
+        correction: Correct = UNCORRECTED,
     ) -> None:
         """Begins before the first segment, and reads what the log holds already.
 
         Args:
           consumers: group name to the matrices that its units go out by.
           lost: group name to the number of units that it loses.
-          pipeline: all batches, whose sums have Hessians, before a program that is cut
-            at the inputs of all uses of the consumers.
+          pipeline: all batches, whose sums have Hessians and what the correction
+            observes, before a program that is cut at the inputs of all uses of the
+            consumers.
           log: log of what is done, or None.
           damping: share of the Hessian's mean diagonal that is added to its diagonal.
+          correction: what a matrix makes up for of what the groups before lost.
         """
         super().__init__(pipeline)
         self._consumers, self._lost = consumers, lost
-        self._damping, self._log = damping, log
+        self._damping, self._correction, self._log = damping, correction, log
         self._together = _joined_by_groups(consumers)
         program = pipeline.program
         self._store = WeightStore(program, log)
@@ -109,7 +120,9 @@ class UnitRemover(SegmentJob):
         program = self.pipeline.program
         for op in program.finished_in(program.segments[number]):
             statistics = inputs.statistics.get(op.name)
-            self._observed[op.name] = _Inputs(op, statistics, inputs.values[number])
+            self._observed[op.name] = _Inputs(
+                op, statistics, inputs.values[number], inputs.dense
+            )
             names = self._together[op.name]
             if names <= self._observed.keys():
                 # In the order of the program.
@@ -130,6 +143,7 @@ class UnitRemover(SegmentJob):
             for group in row["groups"]:
                 self.kept[group] = np.array(arrays[f"kept of {group}"])
             view = observed[name].op.view
+            self.pipeline.keep(view)  # for the dense model, if it runs
             self._store.replace(view, arrays["weight"])
             self._store.note_logged(view, _entry(name), "weight")
             self.rows.append(row)
@@ -142,15 +156,15 @@ class UnitRemover(SegmentJob):
         before = {n: self._store.read(inputs.op.view) for n, inputs in observed.items()}
         for name, weight in before.items():
             check(_FINITE, name=name, is_finite=bool(np.isfinite(weight).all()))
-        moments = {n: inputs.statistics.hessian for n, inputs in observed.items()}
+        moments = {n: inputs.statistics for n, inputs in observed.items()}
         # Inside an Explicit mesh even a slice must be taken on its Auto twin.
         after, kept, damping = placement.automatic(self._without_units, before, moments)
         solved = {}
-        for name, (op, _, value) in observed.items():
+        for name, (op, _, value, dense) in observed.items():
             check(FACTORISED, name=name, damping=damping[name], also="")
             positions = self.pipeline.first_positions
             error = relative_error.weight_error(
-                op.source, value, before[name], after[name], positions=positions
+                op.source, value, before[name], after[name], dense, positions
             )
             groups = self._groups_of(name)
             arrays: dict[str, Any] = {f"kept of {g}": kept[g] for g in groups}
@@ -174,10 +188,10 @@ class UnitRemover(SegmentJob):
         ]
 
     def _without_units(
-        self, before: Mapping[str, jax.Array], moments: Mapping[str, jax.Array]
+        self, before: Mapping[str, jax.Array], moments: Mapping[str, InputStatistics]
     ) -> tuple[dict[str, jax.Array], dict[str, np.ndarray], dict[str, float]]:
         """Weights (1, in, out) after the units of all groups went, one by one."""
-        after = {name: weight[0] for name, weight in before.items()}
+        after = {n: self._target(weight, moments[n]) for n, weight in before.items()}
         hessians = _relative_hessians(moments, before)
         damping = dict.fromkeys(before, 0.0)
         kept: dict[str, np.ndarray] = {}
@@ -202,12 +216,21 @@ class UnitRemover(SegmentJob):
                 hessians[name] = hessian
         return {n: weight[None] for n, weight in after.items()}, kept, damping
 
+    def _target(
+        self, weight: Float[Array, "1 in out"], moments: InputStatistics
+    ) -> Float[Array, "in out"]:
+        """The matrix whose outputs are kept: the weight, or one that makes up."""
+        if moments.hessian is None or moments.drift is None:
+            return weight[0]
+        hessian, drift = moments.hessian[0], moments.drift[0]
+        return self._correction.target(weight[0], hessian, drift, self._damping)
+
 
 def _relative_hessians(
-    moments: Mapping[str, jax.Array], weights: Mapping[str, jax.Array]
+    moments: Mapping[str, InputStatistics], weights: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """X^T X of each weight's inputs, (in, in), over the squares of its outputs."""
-    hessians = {name: moment[0] for name, moment in moments.items()}
+    hessians: dict[str, Any] = {n: sums.hessian[0] for n, sums in moments.items()}
     if len(hessians) == 1:
         return hessians  # the same units go, whatever the scale
     # Of sums a recurrent matrix, which is read at every step, would drown the layer

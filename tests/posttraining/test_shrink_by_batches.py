@@ -55,23 +55,31 @@ def cheapest(x, weight, count):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("correction", [0, 0.5, 1])
 @pytest.mark.parametrize("relative", [True, False])
-def test_each_layer_is_solved_for_what_the_one_before_has_left(relative):
+def test_each_layer_is_solved_for_what_the_one_before_has_left(relative, correction):
     # Rows of very different sizes: equal errors there are not equal relative errors.
     batches = [batch * np.exp(draw(9, 40, 1)) for batch in BATCHES]
-    small = quiet(fn, PARAMS, batches, 0.5, damping=0.0, relative=relative)
-    x = np.concatenate(batches)
+    options = {"damping": 0.0, "relative": relative, "correction": correction}
+    small = quiet(fn, PARAMS, batches, 0.5, **options)
+    x = dense = np.concatenate(batches)
     for name in ("first", "second"):
         own = PARAMS[name]
-        inner = np.tanh(x @ own["up"] + own["bias"])
-        size = np.sqrt(np.mean(np.square(inner), 1, keepdims=True))
-        kept, down = cheapest(inner / size if relative else inner, own["down"], 4)
+        inner, whole = (np.tanh(y @ own["up"] + own["bias"]) for y in (x, dense))
+        size = np.sqrt(np.mean(np.square(inner), 1, keepdims=True)) if relative else 1
+        # What is missing of the outputs that the whole model has here.
+        missing = np.linalg.lstsq(
+            inner / size, (whole - inner) / size @ own["down"], rcond=None
+        )[0]
+        target = own["down"] + correction * missing
+        kept, down = cheapest(inner / size, target, 4)
         found = small.params[name]
         assert small.report["kept"][f"{name}/bias:0"] == kept
         np.testing.assert_array_equal(found["up"], own["up"][:, kept])
         np.testing.assert_array_equal(found["bias"], own["bias"][kept])
         np.testing.assert_allclose(found["down"], down, rtol=1e-3, atol=1e-3)
         x = x + inner[:, kept] @ down  # with less in it from here on
+        dense = dense + whole @ own["down"]
     run = jax.jit(small.fn)
     found = np.concatenate([run(small.params, batch) for batch in batches])
     np.testing.assert_allclose(found, x, rtol=1e-3, atol=1e-3)
@@ -287,7 +295,7 @@ class Stopped(Exception):
 
 
 def test_a_job_killed_in_a_layer_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    expected = quiet(fn, PARAMS, BATCHES, 0.5)
+    expected = quiet(fn, PARAMS, BATCHES, 0.5, correction=0.5)
     remove, calls = units.remove_from_all, []
 
     def stopping(*arguments, **options):
@@ -299,16 +307,16 @@ def test_a_job_killed_in_a_layer_goes_on_to_the_same_bits(tmp_path, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(units, "remove_from_all", stopping)
         with pytest.raises(Stopped):
-            quiet(fn, PARAMS, BATCHES, 0.5, directory=tmp_path)
+            quiet(fn, PARAMS, BATCHES, 0.5, correction=0.5, directory=tmp_path)
     monkeypatch.setattr(
         units, "remove_from_all", lambda *a, **k: calls.append(2) or remove(*a, **k)
     )
-    found = quiet(fn, PARAMS, BATCHES, 0.5, directory=tmp_path)
+    found = quiet(fn, PARAMS, BATCHES, 0.5, correction=0.5, directory=tmp_path)
     assert calls == [1, 1, 2]  # the first layer is there already
     assert found.report == expected.report
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
-    with pytest.raises(ValueError, match="damping"):
-        quiet(fn, PARAMS, BATCHES, 0.5, directory=tmp_path, damping=0.1)
+    with pytest.raises(ValueError, match="correction was"):
+        quiet(fn, PARAMS, BATCHES, 0.5, directory=tmp_path)
 
 
 def test_the_report_is_json_and_has_a_row_for_each_updated_weight():

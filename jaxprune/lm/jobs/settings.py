@@ -172,7 +172,10 @@ class Recovery:
       recover_top: how many of the likeliest tokens of each of the dense model's
         predictions a distillation keeps on disk, 64 if left out, with the sum of all
         others: the dense model then runs once, and pruning does not hold it. 0 runs it
-        in every step and takes all of its predictions, as --recover-hidden does.
+        in every step and takes all of its predictions, as --recover-hidden does. Where
+        they are kept, and embedding and head are not trained, a step computes the
+        logits of the tokens that texts and predictions name, and of a sample of the
+        others.
       recover_text_share: how much of the loss of a distillation is learning to predict
         the texts, from 0 to 1; what the model wrote itself is distilled alone.
     """

@@ -237,7 +237,7 @@ def from_predictions(
         ) -> tuple[Array, Array]:
             logits = student.logits(state)  # (batch, vocab)
             if log_counts is not None:  # one stands for many
-                logits += log_counts
+                logits += log_counts[None]
             log_q = log_outcomes(logits, ids)  # (batch, k + 1)
             logit = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
             return (

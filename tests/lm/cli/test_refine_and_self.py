@@ -53,7 +53,9 @@ def test_texts_are_learned_beside_own_text_that_is_followed(capsys, place, monke
     monkeypatch.setattr(
         predictions,
         "from_predictions",
-        lambda kept, text: texts.append((kept, text)) or keep(kept, text=text),
+        lambda kept, **options: (
+            texts.append((kept, options["text"])) or keep(kept, **options)
+        ),
     )
     more = ["--calibration", place / "b.txt", "self", "--recover-text", place / "a.txt"]
     more += ["self", "--recover-text-share", "0.75", "--recover-steps", "2"]

@@ -1,0 +1,119 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxprune.arrays import tree
+from jaxprune.lm.jobs import recovery
+from jaxprune.lm.jobs.settings import Calibration, Recovery
+from jaxprune.lm.models import hf
+from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.models.loaded_model import open_model
+from jaxprune.lm.recovery import predictions, sampled_tokens
+from tests.support import tiny_hf
+from tests.support.plain_decoder import initial
+
+CONFIG = DecoderConfig(
+    vocab_size=40, context=8, layers=1, width=8, heads=2, kv_heads=2, head_dim=4,
+    mlp_width=8,
+)  # fmt: skip
+SEQUENCES = np.random.default_rng(0).integers(0, 4, (4, 8)).astype(np.int32)
+
+
+def with_tokens(model, kept):
+    config, params = hf.keep_tokens(model.config, nnx.state(model, nnx.Param), kept)
+    graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
+    return nnx.merge(graphdef, params)
+
+
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_tokens_that_were_drawn_stand_for_all_that_nothing_names(tmp_path):
+    teacher, student = (initial(CONFIG, seed, scale=5) for seed in (0, 1))
+    kept = predictions.keep_predictions(teacher, SEQUENCES, tmp_path, top=1, batch=3)
+    ids, log_p = kept.rows(np.arange(4))
+    named = sampled_tokens.named_tokens(40, [SEQUENCES, *kept.likeliest()])
+    assert set(np.flatnonzero(named)) == {*SEQUENCES.flat, *ids.flat}
+    sample = sampled_tokens.draw_tokens(named, others=3)
+    text = np.array([0, 0.25, 1, 0])
+    loss = predictions.from_predictions(kept, text=text, sample=sample)
+    rows = np.array([1, 2, 0])
+    small, tokens = with_tokens(student, sample.ids), sample.places(SEQUENCES[rows])
+    value = nnx.jit(loss.fn)(small, loss.read(rows), tokens)
+
+    inputs, targets = SEQUENCES[rows, :-1], SEQUENCES[rows, 1:]
+    logits = np.asarray(nnx.jit(lambda m, x: m(x))(student, inputs), np.float64)
+    # Of the tokens that nothing names the drawn ones, as often as makes up for all.
+    drawn = np.isin(np.arange(40), sample.ids) & ~named
+    assert drawn.sum() == 3
+    counts = np.where(named, 1, np.where(drawn, (~named).sum() / 3, 0))
+    with np.errstate(divide="ignore"):
+        log_q = log_softmax(logits + np.log(counts))
+    of_text = -np.take_along_axis(log_q, targets[..., None], -1)[..., 0].mean(1)
+    likeliest = np.take_along_axis(log_q, ids[rows], -1)
+    rest = np.log(1 - np.exp(likeliest).sum(-1, keepdims=True))
+    log_q, log_p = np.concatenate([likeliest, rest], -1), log_p[rows]
+    followed = (np.exp(log_p) * (log_p - log_q)).sum(-1).mean(1)
+    expected = ((1 - text[rows]) * followed + text[rows] * of_text).mean()
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_drawn_ones_add_up_to_all_others_on_average():
+    exponentials = np.random.default_rng(0).exponential(size=40)
+    named = np.arange(40) < 9
+    sums = []
+    for seed in range(400):
+        ids, log_counts = sampled_tokens.draw_tokens(named, others=5, seed=seed)
+        assert ids[:9].tolist() == [*range(9)]
+        assert len(set(ids)) == 14
+        sums.append((exponentials[ids] * np.exp(log_counts)).sum())
+    error = np.std(sums) / np.sqrt(len(sums))
+    assert abs(np.mean(sums) - exponentials.sum()) < 4 * error
+
+
+def test_most_of_a_vocabulary_is_no_sample():
+    named = np.arange(40) < 9
+    assert len(sampled_tokens.draw_tokens(named, others=11).ids) == 20
+    assert sampled_tokens.draw_tokens(named, others=12) is None
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("trained", "sampled"), [("matrices", True), ("all", False)])
+def test_a_recovery_leaves_tokens_that_it_did_not_see(
+    trained, sampled, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(recovery.sampled_tokens.draw_tokens, "__kwdefaults__", {
+        "others": 8, "seed": 0,
+    })  # fmt: skip
+    tiny_hf.random_folder("llama", tmp_path / "model", "float32")
+    model = open_model(tmp_path / "model").read()
+    named = tree.named_leaves(model.params)
+    matrices = {n for n in named if n.startswith("layers/") and n.endswith("kernel")}
+    sequences = np.random.default_rng(0).integers(0, 4, (4, 8)).astype(np.int32)
+    settings = Recovery(
+        recover_steps=3,
+        recover_learning_rate=1e-2,
+        recover_train=trained,
+        recover_text_share=0.5,
+        recover_top=1,
+    )
+    recovered, moved, record = recovery.recover(
+        settings,
+        dataclasses.replace(Calibration(), batch=2),
+        sequences,
+        model=model,
+        teacher=model.decoder,
+        matrices=matrices,
+        work=tmp_path / "work",
+    )
+    assert ("logits" in record) == sampled
+    after = tree.named_leaves(recovered.params)
+    assert {n: x.shape for n, x in after.items()} == {
+        n: x.shape for n, x in named.items()
+    }
+    for name, leaf in named.items():
+        assert (np.asarray(after[name]) != np.asarray(leaf)).any() == (name in moved)
+    assert moved == (matrices if sampled else set(named))
