@@ -120,6 +120,7 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         """What decides the smaller model, known without reading a weight."""
         calibrated, begins = self.texts.calibration, self.texts.begins.why
         facts = progress_dir.job_facts(self.job, self.source, calibrated, begins)
+        facts["correction"] = self.job.calibration.made_up
         return {**facts, "asked": self.job.removal.asked}
 
     def look_at_dense(self) -> None:
@@ -215,7 +216,8 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
                 dense, tokens, remaining, batch=batch
             )
         possible = units.possible_head_units(self.source.config, dense.config)
-        narrowing = narrowing._replace(head_units=possible)
+        correction = self.job.calibration.made_up
+        narrowing = narrowing._replace(head_units=possible, correction=correction)
         # Tokens and channels went first. Then go layers, then experts of those that
         # stay, then their heads and neurons.
         if removal.search and tokens is not None:

@@ -113,6 +113,15 @@ _REMOVAL = (
         "--recover-hidden compares the last hidden states of both models channel by "
         "channel, and --hidden removes some of one; leave one out",
     ),
+    Rule(
+        lambda v: v.correction is None or 0 <= v.correction <= 1,
+        "--correction must be a share in [0, 1], got {correction}",
+    ),
+    Rule(
+        lambda v: v.correction is None or v.calibration,
+        "--correction goes by what layers get on a text; give --calibration FILE..., "
+        "or leave it out",
+    ),
     at_least("speed_rounds", 0),
     at_least("layers", 1),
     at_least("multiple", 1),

@@ -21,6 +21,7 @@ from jaxprune.lm.jobs.settings import (
     Recovery,
 )
 from jaxprune.lm.shrinking.units import Narrowing
+from jaxprune.posttraining.passes.correction import CORRECTION
 from jaxprune.structured.budget import Measure
 
 
@@ -100,10 +101,21 @@ class Removal:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShrinkCalibration(Calibration):
-    """The texts that show what the model is for."""
+    """The texts that show what the model is for.
+
+    Attributes:
+      correction: how much of what the layers before it lost each layer makes up for, in
+        [0, 1], where neurons and heads are chosen by --calibration; 0.5 if left out.
+    """
 
     sequences: Count = 32  # a search of layers reads them many times
     length: Count = 256
+    correction: MaybeNumber = None
+
+    @property
+    def made_up(self) -> float:
+        """The share that a layer makes up for."""
+        return CORRECTION if self.correction is None else self.correction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -115,7 +115,10 @@ def narrow_unequally(
     few = units.equal_batches(judges, min(batch, -(-judging // _FEW)))
     sizes, nats = _choose(task, few, work, note)
     counts = {group.name: group.units for group in chosen_groups}
-    small, report = _solve_chosen(model, sizes, counts, roles, tokens, batch)
+    batches = units.equal_batches(tokens, batch)
+    small, report = _solve_chosen(
+        model, sizes, counts, roles, batches, narrowing.correction
+    )
     by_layer = [small.config.sizes(layer) for layer in range(small.config.layers)]
     return small, {**report, "unequal": {**nats, "layers": by_layer}}
 
@@ -318,8 +321,8 @@ def _solve_chosen(
     sizes: Mapping[str, int],
     counts: Mapping[str, int],
     roles: Mapping[str, str],
-    tokens: np.ndarray,
-    batch: int,
+    batches: Sequence[np.ndarray],
+    correction: float,
 ) -> tuple[LoadedModel, dict[str, Any]]:
     """The model at the chosen sizes, solved layer after layer, and the report."""
     absent = [name for name, size in sizes.items() if not size]
@@ -328,9 +331,14 @@ def _solve_chosen(
     )
     fn, _, groups = units.group_axes(model)
     shares = {g.name: 1 - sizes[g.name] / g.units for g in groups if g.name in sizes}
-    batches = units.equal_batches(tokens, batch)
     result = jp.shrink(
-        fn, model.params, batches[0], sparsity=shares, batches=batches, relative=True
+        fn,
+        model.params,
+        batches[0],
+        sparsity=shares,
+        batches=batches,
+        relative=True,
+        correction=correction,
     )
     report = result.report
     small = units.with_smaller(model, result.params)

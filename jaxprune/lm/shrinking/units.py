@@ -48,6 +48,8 @@ class Narrowing(NamedTuple):
       heads_per_neurons: share of the heads that goes, beside a share 1 of the neurons,
         to meet a budget.
       head_units: numbers of units of heads that a checkpoint can have.
+      correction: share of what the layers before lost that each layer makes up for,
+        where a calibration chooses; see `jp.shrink`.
     """
 
     ffn: float = 0.0
@@ -58,6 +60,7 @@ class Narrowing(NamedTuple):
     measure: Measure = "parameters"
     heads_per_neurons: float = 1.0
     head_units: tuple[int, ...] = ()
+    correction: float = 0.0
 
     @property
     def narrows(self) -> bool:
@@ -235,6 +238,7 @@ def narrow(
         batches = equal_batches(tokens, batch)
         # Tokens count by their direction alone: best on real models.
         request |= {"batches": batches, "relative": True}
+        request["correction"] = narrowing.correction
         result = jp.shrink(fn, model.params, batches[0], **request)
     report = result.report
     if timed is not None:

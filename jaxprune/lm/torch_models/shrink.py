@@ -113,6 +113,7 @@ class TorchShrinking(TorchTransformation[ShrinkJob]):
             batches = samples.batches(self.job.calibration.batch)
             settings |= {
                 "batches": map(as_tensors, batches),
+                "correction": self.job.calibration.made_up,
                 "directory": self.job.work / "shrink",
             }
         return jp.torch.shrink(

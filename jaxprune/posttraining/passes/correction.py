@@ -15,6 +15,9 @@ from jaxprune.arrays.rules import Rule, check
 from jaxprune.posttraining.passes.base import Observation, Pass
 from jaxprune.posttraining.solvers.dense_target import corrected
 
+CORRECTION = 0.5
+"""The share that was best on real models, which have few calibration samples."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Correct(Pass):
@@ -30,7 +33,7 @@ class Correct(Pass):
       0.5
     """
 
-    share: float = 0.5
+    share: float = CORRECTION
 
     def __post_init__(self) -> None:
         """Refuses what is no share."""
