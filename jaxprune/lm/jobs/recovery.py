@@ -131,7 +131,8 @@ def _loss(
     The teacher is let go where its predictions are kept.
     """
     if recovery.recover_by == "retraining":
-        return retrain.from_text(), None
+        sample = _sample(model.config, names, [sequences])
+        return retrain.from_text(sample), sample
     if not recovery.top:
         return distill.from_teacher(teacher(), hidden=recovery.recover_hidden), None
     shown = Progress(len(sequences), "predicting", unit="sequence", leave=False)

@@ -151,6 +151,9 @@ class Evaluation:
 class Recovery:
     """Training afterwards that makes up for what was removed.
 
+    Where embedding and head are not trained, a step computes the logits of the tokens
+    that texts and kept predictions name, and of a sample that stands for all others.
+
     Attributes:
       recover_steps: steps of Adam afterwards; zeros stay zeros, and sizes stay as they
         are. 0 does not train.
@@ -172,10 +175,7 @@ class Recovery:
       recover_top: how many of the likeliest tokens of each of the dense model's
         predictions a distillation keeps on disk, 64 if left out, with the sum of all
         others: the dense model then runs once, and pruning does not hold it. 0 runs it
-        in every step and takes all of its predictions, as --recover-hidden does. Where
-        they are kept, and embedding and head are not trained, a step computes the
-        logits of the tokens that texts and predictions name, and of a sample of the
-        others.
+        in every step and takes all of its predictions, as --recover-hidden does.
       recover_text_share: how much of the loss of a distillation is learning to predict
         the texts, from 0 to 1; what the model wrote itself is distilled alone.
     """

@@ -255,7 +255,7 @@ def from_predictions(
     mixed = fingerprint.of_arrays([shares])
     name = f"predictions, {predictions.name}, text {mixed}"
     if sample is not None:
-        name += f", tokens {fingerprint.of_arrays(list(sample))}"
+        name += f", {sample.name}"
     return Loss(name, loss, read=read)
 
 

@@ -27,6 +27,7 @@ from jaxprune.arrays.rules import Rule
 from jaxprune.contrib.lora import lora
 from jaxprune.lm.models.decoder.model import Decoder, cross_entropy
 from jaxprune.lm.recovery.checkpoints import Checkpoints
+from jaxprune.lm.recovery.sampled_tokens import TokenSample
 from jaxprune.posttraining import fingerprint
 from jaxprune.training.keep_masks import keep_masks
 
@@ -70,15 +71,24 @@ class Loss(NamedTuple):
     read: Callable[[np.ndarray], Any] | None = None
 
 
-def from_text() -> Loss:
-    """The cross entropy of the text's own tokens."""
+def from_text(sample: TokenSample | None = None) -> Loss:
+    """The cross entropy of the text's own tokens.
+
+    Args:
+      sample: the tokens that the model knows, where they stand for others too.
+
+    Returns:
+      The loss.
+    """
+    log_counts = None if sample is None else sample.log_counts
 
     def loss(model: Decoder, _: Any, tokens: jax.Array) -> jax.Array:
         # Activations of all layers would take more than the parameters.
         states, _ = model.states(model.embed(tokens[:, :-1]), remat=True)
-        return cross_entropy(model, states, tokens[:, 1:]).mean()
+        nats = cross_entropy(model, states, tokens[:, 1:], log_counts=log_counts)
+        return nats.mean()
 
-    return Loss("text", loss)
+    return Loss("text" if sample is None else f"text, {sample.name}", loss)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

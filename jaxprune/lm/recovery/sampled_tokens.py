@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from jaxprune.posttraining import fingerprint
+
 OTHERS = 4096
 """Number of tokens that are drawn of those that nothing names."""
 
@@ -29,6 +31,11 @@ class TokenSample(NamedTuple):
 
     ids: Int[np.ndarray, " tokens"]
     log_counts: Float[np.ndarray, " tokens"]
+
+    @property
+    def name(self) -> str:
+        """Name that tells it from others."""
+        return f"tokens {fingerprint.of_arrays(list(self))}"
 
     def places(self, ids: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
         """Where tokens of the sample stand in it, int32 of the shape of `ids`."""

@@ -19,6 +19,7 @@ from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -253,11 +254,26 @@ def cross_entropy(
     targets: Int[Array, "batch time"],
     *,
     rows: int | None = None,
+    log_counts: Float[np.ndarray, "vocab"] | None = None,
 ) -> Float[Array, "batch time"]:
-    """Cross entropy (nats) by final hidden states; `rows` as for `loss_per_token`."""
+    """Cross entropy (nats) by final hidden states.
+
+    Args:
+      model: model whose head reads the states.
+      states: final hidden states (batch, time, width).
+      targets: the tokens that follow, integers (batch, time).
+      rows: number of tokens at a time; see `loss_per_token`.
+      log_counts: logarithm of the number of tokens that each stands for (vocab,); None
+        where each stands for itself.
+
+    Returns:
+      Float32 (batch, time).
+    """
 
     def loss(state: Float[Array, "batch width"], target: Int[Array, "batch"]) -> Array:
         logits = model.logits(state)  # (batch, vocab)
+        if log_counts is not None:
+            logits += log_counts[None]
         logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - logit  # (batch,)
 
