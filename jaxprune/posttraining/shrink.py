@@ -4,7 +4,7 @@ With batches, what is left makes up for what is gone; see
 `jaxprune.posttraining.unit_remover`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple, TypedDict, Unpack
@@ -13,13 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays import tree
 from jaxprune.arrays.lazy import Leaves
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.axis_groups import AxisGroups, axis_groups
-from jaxprune.graph.linear_ops import Trace, trace
-from jaxprune.graph.weight_view import WeightView
-from jaxprune.leaves import prunable
+from jaxprune.graph.linear_ops import trace
 from jaxprune.posttraining import fingerprint, unit_rows
 from jaxprune.posttraining.passes.correction import Correct
 from jaxprune.posttraining.pipeline import preparation
@@ -42,9 +39,8 @@ class Settings(TypedDict, total=False):
       damping: share of the mean of the diagonal of XᵀX that is added to it; 0.01.
       relative: whether each row of X is divided by its root mean square first, so that
         a few tokens with massive activations are not most of XᵀX; False.
-      correction: share of what the groups before lost that each later matrix makes up
-        for, in [0, 1], those that lose no units too; see `jp.passes.correct`.
-        Activations are then held twice; 0.0.
+      correction: share of what the groups before lost that each updated matrix makes up
+        for, in [0, 1]; see `jp.passes.correct`. Activations are then held twice; 0.0.
       positions: function of a batch to booleans of the samples' shape, (batch, time)
         say: which positions count; None counts all.
       directory: directory where progress is kept; the same call after a kill resumes
@@ -232,8 +228,6 @@ def _solved(
     traced = trace(fn, params, first)
     consumers = unit_rows.consumers(units, list(lost), traced)
     updated = {reader.op.name for readers in consumers.values() for reader in readers}
-    if correction:
-        updated |= _correctable(traced, params, updated)
     # Each use of a weight has inputs of its own.
     uses = [op for op in traced.linear_ops if op.name in updated]
     program = SegmentedProgram(traced, leaves, uses)
@@ -253,24 +247,6 @@ def _solved(
     remover.run("shrinking", progress=settings.get("progress", True))
     params = jax.tree.unflatten(jax.tree.structure(params), leaves.all)
     return _Solved(params, remover.kept, remover.rows)
-
-
-def _correctable(traced: Trace, params: Params, solved: Set[str]) -> set[str]:
-    """The matrices that can make up for what was lost and that lose no units."""
-    leaves = tree.named_leaves(params)
-    views: dict[str, set[WeightView]] = {}
-    for op in traced.linear_ops:
-        views.setdefault(op.leaf, set()).add(op.view)
-    return {
-        op.name
-        for op in traced.linear_ops
-        if op.name not in solved
-        and op.shape[0] == 1
-        and not op.source.grouped
-        and prunable(op.leaf, leaves[op.leaf])
-        # Another use of it would see the values that suit this one.
-        and all(view == op.view or view.is_apart(op.view) for view in views[op.leaf])
-    }
 
 
 RULES = [

@@ -6,8 +6,7 @@ batches, in the model that the groups before have left. The units whose removal 
 the consumers' outputs least are removed, and the consumers' other rows are updated. Of
 several consumers the changes count relative to the size of each one's outputs. With a
 correction the outputs are those of a matrix that makes up for what the groups before
-lost, and matrices that lose no units make up for it as well; the dense model then runs
-beside the smaller one.
+lost; the dense model then runs beside the smaller one.
 
 Groups that share a consumer are solved together, once the batches have come to the last
 use of their last consumer. What the program computed on the way there is as the weights
@@ -82,7 +81,7 @@ class UnitRemover(SegmentJob):
           lost: group name to the number of units that it loses.
           pipeline: all batches, whose sums have Hessians and what the correction
             observes, before a program that is cut at the inputs of all uses of the
-            consumers, and of the other matrices that make up for what was lost.
+            consumers.
           log: log of what is done, or None.
           damping: share of the Hessian's mean diagonal that is added to its diagonal.
           correction: what a matrix makes up for of what the groups before lost.
@@ -90,10 +89,8 @@ class UnitRemover(SegmentJob):
         super().__init__(pipeline)
         self._consumers, self._lost = consumers, lost
         self._damping, self._correction, self._log = damping, correction, log
+        self._together = _joined_by_groups(consumers)
         program = pipeline.program
-        ops = (op for segment in program.segments for op in segment.linear_ops)
-        alone = {op.name: frozenset([op.name]) for op in ops}
-        self._together = alone | _joined_by_groups(consumers)
         self._store = WeightStore(program, log)
         self.kept: dict[str, np.ndarray] = {}
         self.rows: list[dict[str, Any]] = []

@@ -20,10 +20,12 @@ from jaxprune.masking import allocation as allocations
 from jaxprune.masking import counts, patterns
 from jaxprune.posttraining.passes import METHODS, Chain, correct, quantize
 from jaxprune.posttraining.passes.base import Inputs
-from jaxprune.posttraining.passes.correction import CORRECTION
 from jaxprune.posttraining.passes.quantization import Quantize
 from jaxprune.posttraining.passes.refinement import Refine
 from jaxprune.typing import Pattern, Prunable
+
+CORRECTION = 0.5
+"""How much of what was lost before the command makes up for, if nothing is said."""
 
 
 class Pass(NamedTuple):

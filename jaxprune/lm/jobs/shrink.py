@@ -120,7 +120,7 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         """What decides the smaller model, known without reading a weight."""
         calibrated, begins = self.texts.calibration, self.texts.begins.why
         facts = progress_dir.job_facts(self.job, self.source, calibrated, begins)
-        facts["correction"] = self.job.calibration.made_up
+        facts["correction"] = self.job.calibration.correction
         return {**facts, "asked": self.job.removal.asked}
 
     def look_at_dense(self) -> None:
@@ -216,7 +216,7 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
                 dense, tokens, remaining, batch=batch
             )
         possible = units.possible_head_units(self.source.config, dense.config)
-        correction = self.job.calibration.made_up
+        correction = self.job.calibration.correction
         narrowing = narrowing._replace(head_units=possible, correction=correction)
         # Tokens and channels went first. Then go layers, then experts of those that
         # stay, then their heads and neurons.

@@ -114,11 +114,11 @@ _REMOVAL = (
         "channel, and --hidden removes some of one; leave one out",
     ),
     Rule(
-        lambda v: v.correction is None or 0 <= v.correction <= 1,
+        lambda v: 0 <= v.correction <= 1,
         "--correction must be a share in [0, 1], got {correction}",
     ),
     Rule(
-        lambda v: v.correction is None or v.calibration,
+        lambda v: not v.correction or v.calibration,
         "--correction goes by what layers get on a text; give --calibration FILE..., "
         "or leave it out",
     ),

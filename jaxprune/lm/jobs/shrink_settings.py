@@ -21,7 +21,6 @@ from jaxprune.lm.jobs.settings import (
     Recovery,
 )
 from jaxprune.lm.shrinking.units import Narrowing
-from jaxprune.posttraining.passes.correction import CORRECTION
 from jaxprune.structured.budget import Measure
 
 
@@ -105,17 +104,13 @@ class ShrinkCalibration(Calibration):
 
     Attributes:
       correction: how much of what the layers before it lost each layer makes up for, in
-        [0, 1], where neurons and heads are chosen by --calibration; 0.5 if left out.
+        [0, 1], where neurons and heads are chosen by --calibration; takes nearly twice
+        as long.
     """
 
     sequences: Count = 32  # a search of layers reads them many times
     length: Count = 256
-    correction: MaybeNumber = None
-
-    @property
-    def made_up(self) -> float:
-        """The share that a layer makes up for."""
-        return CORRECTION if self.correction is None else self.correction
+    correction: Number = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

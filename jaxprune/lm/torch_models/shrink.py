@@ -113,7 +113,7 @@ class TorchShrinking(TorchTransformation[ShrinkJob]):
             batches = samples.batches(self.job.calibration.batch)
             settings |= {
                 "batches": map(as_tensors, batches),
-                "correction": self.job.calibration.made_up,
+                "correction": self.job.calibration.correction,
                 "directory": self.job.work / "shrink",
             }
         return jp.torch.shrink(

@@ -15,9 +15,6 @@ from jaxprune.arrays.rules import Rule, check
 from jaxprune.posttraining.passes.base import Observation, Pass
 from jaxprune.posttraining.solvers.dense_target import corrected
 
-CORRECTION = 0.5
-"""The share that was best on real models, which have few calibration samples."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Correct(Pass):
@@ -33,7 +30,7 @@ class Correct(Pass):
       0.5
     """
 
-    share: float = CORRECTION
+    share: float = 0.5
 
     def __post_init__(self) -> None:
         """Refuses what is no share."""
