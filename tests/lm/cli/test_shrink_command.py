@@ -128,6 +128,13 @@ def test_with_a_calibration_the_weights_of_those_left_make_up_for_the_others(
         up, down = before[name.format("up")], before[name.format("down")]
         np.testing.assert_array_equal(after[name.format("up")], up[kept])
         assert (after[name.format("down")] != down[:, kept]).mean() > 0.9
+    # Nothing was lost before the first of them.
+    words = (place / "llama", place / "corrected", *words, "--correction", 0.5)
+    assert shrink(capsys, *words)[0] == 0
+    corrected = tiny_cli.weights(place / "corrected")
+    first, second = (f"model.layers.{i}.mlp.down_proj.weight" for i in range(2))
+    np.testing.assert_array_equal(corrected[first], after[first])
+    assert (corrected[second] != after[second]).mean() > 0.9
 
 
 @pytest.mark.full
@@ -330,6 +337,8 @@ def test_an_earlier_result_is_replaced_when_asked(place, capsys):
         ),
         ("llama", ("--ffn", "0.5", "--recover-hidden", "-1"), "at least 0, got -1"),
         ("llama", ("--ffn", "0.5", "--speed-rounds", "-1"), "must not be negative"),
+        ("llama", ("--ffn", "0.5", "--correction", "2"), "in .0, 1., got 2"),
+        ("llama", ("--ffn", "0.5", "--correction", "1"), "give --calibration FILE..."),
         ("llama", ("--budget", "2"), "--budget must be a share"),
         ("llama", ("--budget", "0.5", "--ffn", "0.5"), "leave out --ffn"),
         ("llama", ("--budget", "0.05"), "a budget must be within reach"),
