@@ -76,6 +76,7 @@ def main(config: Config) -> None:
         if sample is None:
             raise ValueError("half of the vocabulary is named; give fewer sequences")
         for name, call in _calls(config, tokens, kept, sample):
+            # The last result of each way stays, to be compared.
             calls[name] = lambda name=name, call=call: results.update({name: call()})
     times = measure.interleaved(calls, config.rounds, warmup=1)
     ways = _compare(results, times)
@@ -133,6 +134,7 @@ def _compare(results: dict[str, Any], times: dict[str, list[float]]) -> dict[str
     _, first = next(iter(results.values()))
     ways: dict[str, Any] = {}
     for name, (loss, gradient) in results.items():
+        # In float32: squares of bfloat16 lose digits.
         dot, *squares = (
             sum(float(np.vdot(np.float32(a[n]), np.float32(b[n]))) for n in first)
             for a, b in ((first, gradient), (first, first), (gradient, gradient))

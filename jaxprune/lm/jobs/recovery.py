@@ -1,6 +1,7 @@
 """Recovery of a pruned or smaller model: training on a text, or distillation."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Set
 from pathlib import Path
@@ -55,9 +56,8 @@ def recover(
     """
     names = _trained_leaves(model, recovery, matrices)
     sequences, shares = _sequences_and_shares(recovery, sequences, written)
-    loss, sample = _loss(
-        recovery, calibration, sequences, shares, model, names, teacher, work
-    )
+    draw = functools.partial(_draw_tokens, model.config, names)
+    loss, sample = _loss(recovery, calibration, sequences, shares, draw, teacher, work)
     student = model
     if sample is not None:
         sequences, student = sample.places(sequences), model.with_tokens(sample.ids)
@@ -121,17 +121,16 @@ def _loss(
     calibration: Calibration,
     sequences: Int[np.ndarray, "sequences length"],
     shares: Float[np.ndarray, "sequences"],
-    model: LoadedModel,
-    names: Set[str],
+    draw: Callable[[Iterable[np.ndarray]], TokenSample | None],
     teacher: Callable[[], Decoder],
     work: Path,
 ) -> tuple[retrain.Loss, TokenSample | None]:
-    """What is made small, and the tokens that are enough for it; None for all.
+    """What is made small, and the tokens that are drawn for it; None for all.
 
     The teacher is let go where its predictions are kept.
     """
     if recovery.recover_by == "retraining":
-        sample = _sample(model.config, names, [sequences])
+        sample = draw([sequences])
         return retrain.from_text(sample), sample
     if not recovery.top:
         return distill.from_teacher(teacher(), hidden=recovery.recover_hidden), None
@@ -146,15 +145,15 @@ def _loss(
             followed=shares < 1,
             progress=progress.update,
         )
-    sample = _sample(model.config, names, [sequences, *kept.likeliest()])
+    sample = draw([sequences, *kept.likeliest()])
     loss = predictions.from_predictions(kept, text=shares, sample=sample)
     return loss, sample
 
 
-def _sample(
+def _draw_tokens(
     config: DecoderConfig, names: Set[str], ids: Iterable[Int[np.ndarray, "..."]]
 ) -> TokenSample | None:
-    """The tokens of a training that leaves what has an axis of tokens as it is."""
+    """The tokens that are named, and some others; None where tokens are trained."""
     fewer = dataclasses.replace(config, vocab_size=config.vocab_size - 1)
     if names & hf.changed_axes(config, fewer).keys():
         return None
