@@ -269,7 +269,9 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
                 return narrow_unequally(
                     small, narrowing, tokens, batch=batch, work=work, note=note
                 )
-            return units.narrow(small, narrowing, tokens, batch=batch, work=work)
+            return units.narrow(
+                small, narrowing, tokens, batch=batch, work=work, resumes=True
+            )
         except OutOfReach as error:
             if removal.search or narrowing.budget == removal.budget:
                 raise

@@ -31,7 +31,7 @@ from jaxprune.structured.budget import Measure
 
 _DOWN, _OUT = "mlp/down/kernel", "attention/out/kernel"
 _SEARCHED = "layers.json"
-_CHOSEN = "units.json"
+_CHOSEN, _SOLVED = "units.json", "units"
 _PROMPT = 256  # tokens, whose FLOPs or time a budget may be of
 
 
@@ -209,6 +209,7 @@ def narrow(
     *,
     batch: int,
     work: Path,
+    resumes: bool = False,
 ) -> tuple[LoadedModel, dict[str, Any]]:
     """The model with fewer heads and neurons, and the report of what became fewer.
 
@@ -218,6 +219,7 @@ def narrow(
       tokens: tokens of the calibration; None goes by the weights alone.
       batch: number of sequences that the model sees at once, at most.
       work: directory of the progress.
+      resumes: whether each layer is kept there, so that a killed call goes on.
 
     Returns:
       The smaller model; the report, as of `jp.shrink`, with "roles" of its groups.
@@ -239,6 +241,7 @@ def narrow(
         # Tokens count by their direction alone: best on real models.
         request |= {"batches": batches, "relative": True}
         request["correction"] = narrowing.correction
+        request["directory"] = work / _SOLVED if resumes else None
         result = jp.shrink(fn, model.params, batches[0], **request)
     report = result.report
     if timed is not None:

@@ -112,32 +112,6 @@ def test_the_layer_whose_absence_changes_least_goes(place, capsys):
 
 
 @pytest.mark.full
-def test_with_a_calibration_the_weights_of_those_left_make_up_for_the_others(
-    place, capsys
-):
-    words = ("--ffn", 0.5, "--calibration", place / "rows.npy", "--any-perplexity")
-    words = (*words, "--length", 16, "--sequences", 5, "--batch", 3)
-    code, record, _ = shrink(capsys, place / "llama", place / "j", *words)
-    assert code == 0
-    rows = {row["name"]: row for row in record["units"]["weights"]}
-    assert list(rows) == [f"layers/{i}/mlp/down/kernel" for i in range(2)]
-    before, after = tiny_cli.weights(place / "llama"), tiny_cli.weights(place / "j")
-    for layer in range(2):
-        name = f"model.layers.{layer}.mlp.{{}}_proj.weight"
-        kept = record["units"]["kept"][f"layers/{layer}/mlp/down/kernel:0"]
-        up, down = before[name.format("up")], before[name.format("down")]
-        np.testing.assert_array_equal(after[name.format("up")], up[kept])
-        assert (after[name.format("down")] != down[:, kept]).mean() > 0.9
-    # Nothing was lost before the first of them.
-    words = (place / "llama", place / "corrected", *words, "--correction", 0.5)
-    assert shrink(capsys, *words)[0] == 0
-    corrected = tiny_cli.weights(place / "corrected")
-    first, second = (f"model.layers.{i}.mlp.down_proj.weight" for i in range(2))
-    np.testing.assert_array_equal(corrected[first], after[first])
-    assert (corrected[second] != after[second]).mean() > 0.9
-
-
-@pytest.mark.full
 def test_it_is_measured_on_the_ends_of_the_texts(place, capsys):
     (place / "text.txt").write_text(tiny_cli.text(900))
     words = ("--ffn", 0.5, "--calibration", place / "text.txt", "--length", 16)
