@@ -9,7 +9,7 @@ from jaxprune.lm.jobs import recovery
 from jaxprune.lm.jobs.settings import Calibration, Recovery
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
-from jaxprune.lm.models.loaded_model import open_model
+from jaxprune.lm.models.loaded_model import device_mesh, open_model
 from jaxprune.lm.recovery import predictions, sampled_tokens
 from tests.support import tiny_hf
 from tests.support.plain_decoder import initial
@@ -80,19 +80,17 @@ def test_most_of_a_vocabulary_is_no_sample():
     assert sampled_tokens.draw_tokens(named, others=12) is None
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(("trained", "sampled"), [("matrices", True), ("all", False)])
-def test_a_recovery_leaves_tokens_that_it_did_not_see(
-    trained, sampled, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(recovery.sampled_tokens.draw_tokens, "__kwdefaults__", {
-        "others": 8, "seed": 0,
-    })  # fmt: skip
-    tiny_hf.random_folder("llama", tmp_path / "model", "float32")
-    model = open_model(tmp_path / "model").read()
-    named = tree.named_leaves(model.params)
-    matrices = {n for n in named if n.startswith("layers/") and n.endswith("kernel")}
-    sequences = np.random.default_rng(0).integers(0, 4, (4, 8)).astype(np.int32)
+def few_others(monkeypatch):
+    """Draws so few tokens that a tiny vocabulary is drawn from."""
+    options = {"others": 8, "seed": 0}
+    monkeypatch.setattr(sampled_tokens.draw_tokens, "__kwdefaults__", options)
+
+
+def recovered(folder, trained, work, mesh=None):
+    """The leaves before and after, the names that moved, and the record."""
+    model = open_model(folder, mesh=mesh and device_mesh(mesh)).read()
+    before = tree.named_leaves(model.params)
+    matrices = {n for n in before if n.startswith("layers/") and n.endswith("kernel")}
     settings = Recovery(
         recover_steps=3,
         recover_learning_rate=1e-2,
@@ -100,20 +98,47 @@ def test_a_recovery_leaves_tokens_that_it_did_not_see(
         recover_text_share=0.5,
         recover_top=1,
     )
-    recovered, moved, record = recovery.recover(
+    model, moved, record = recovery.recover(
         settings,
         dataclasses.replace(Calibration(), batch=2),
-        sequences,
+        SEQUENCES,
         model=model,
         teacher=model.decoder,
         matrices=matrices,
-        work=tmp_path / "work",
+        work=work,
+    )
+    after = tree.named_leaves(model.params)
+    leaves = [{n: np.asarray(x) for n, x in x.items()} for x in (before, after)]
+    return *leaves, moved, record
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("trained", "sampled"), [("matrices", True), ("all", False)])
+def test_a_recovery_leaves_tokens_that_it_did_not_see(
+    trained, sampled, tmp_path, monkeypatch
+):
+    few_others(monkeypatch)
+    tiny_hf.random_folder("llama", tmp_path / "model", "float32")
+    before, after, moved, record = recovered(
+        tmp_path / "model", trained, tmp_path / "work"
     )
     assert ("logits" in record) == sampled
-    after = tree.named_leaves(recovered.params)
+    assert any("embedding" in name for name in moved) != sampled
     assert {n: x.shape for n, x in after.items()} == {
-        n: x.shape for n, x in named.items()
+        n: x.shape for n, x in before.items()
     }
-    for name, leaf in named.items():
-        assert (np.asarray(after[name]) != np.asarray(leaf)).any() == (name in moved)
-    assert moved == (matrices if sampled else set(named))
+    for name, leaf in before.items():
+        assert (after[name] != leaf).any() == (name in moved)
+
+
+@pytest.mark.full
+def test_tokens_are_drawn_of_a_model_on_a_mesh(tmp_path, monkeypatch):
+    few_others(monkeypatch)
+    tiny_hf.random_folder("llama", tmp_path / "model", "float32")
+    _, alone, *_ = recovered(tmp_path / "model", "matrices", tmp_path / "alone")
+    _, split, _, record = recovered(
+        tmp_path / "model", "matrices", tmp_path / "split", "fsdp=8"
+    )
+    assert "logits" in record
+    for name, leaf in alone.items():
+        np.testing.assert_allclose(split[name], leaf, rtol=1e-4, atol=1e-5)
