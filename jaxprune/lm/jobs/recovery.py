@@ -56,7 +56,7 @@ def recover(
     """
     names = _trained_leaves(model, recovery, matrices)
     sequences, shares = _sequences_and_shares(recovery, sequences, written)
-    draw = functools.partial(_draw_tokens, model.config, names)
+    draw = functools.partial(_draw_tokens, model.config, names, calibration.seed)
     loss, sample = _loss(recovery, calibration, sequences, shares, draw, teacher, work)
     student = model
     if sample is not None:
@@ -151,14 +151,17 @@ def _loss(
 
 
 def _draw_tokens(
-    config: DecoderConfig, names: Set[str], ids: Iterable[Int[np.ndarray, "..."]]
+    config: DecoderConfig,
+    names: Set[str],
+    seed: int,
+    ids: Iterable[Int[np.ndarray, "..."]],
 ) -> TokenSample | None:
     """The tokens that are named, and some others; None where tokens are trained."""
     fewer = dataclasses.replace(config, vocab_size=config.vocab_size - 1)
     if names & hf.changed_axes(config, fewer).keys():
         return None
     named = sampled_tokens.named_tokens(config.vocab_size, ids)
-    return sampled_tokens.draw_tokens(named)
+    return sampled_tokens.draw_tokens(named, seed=seed)
 
 
 def _record(

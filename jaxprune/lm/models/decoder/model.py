@@ -4,7 +4,8 @@ GPT-2, Llama, Gemma and their relatives are one program with different switches,
 them in `DecoderConfig`. Conventions: kernels are `[in, out]`; each
 meets its activation in exactly one product, so that the traced program can be pruned
 matrix by matrix; the model holds parameters (`nnx.Param`) and nothing else, so
-`graphdef, params = nnx.split(model, nnx.Param)` is the whole model. Products run in
+`graphdef, params = nnx.split(model, nnx.Param)` is the whole model. Products
+(`jaxprune.lm.models.product`, without forward-mode derivatives) run in
 `DecoderConfig.dtype`; norms, rotary angles, softmax, logits and loss are float32,
 whatever the parameters' dtype is.
 
