@@ -1,8 +1,7 @@
 """GPT-2 in Flax NNX, as nanoGPT has it: the model that the experiments train.
 
 `jaxprune.lm.models.decoder` has this shape too, but not what training it from nothing
-needs: dropout, nanoGPT's initialisation, and products whose gradients XLA's CPU backend
-computes fast.
+needs: dropout and nanoGPT's initialisation.
 """
 
 from experiments.gpt.config import (
@@ -20,7 +19,6 @@ __all__ = [
     "GPTConfig",
     "config",
     "flops_per_token",
-    "linear",
     "loss",
     "matrix_sizes",
     "model",

@@ -7,4 +7,5 @@ __all__ = [
     "loaded_model",
     "phi3_vision",
     "placement",
+    "product",
 ]
