@@ -230,7 +230,11 @@ def _relative_hessians(
     moments: Mapping[str, InputStatistics], weights: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """X^T X of each weight's inputs, (in, in), over the squares of its outputs."""
-    hessians: dict[str, Any] = {n: sums.hessian[0] for n, sums in moments.items()}
+    hessians = {
+        name: sums.hessian[0]
+        for name, sums in moments.items()
+        if sums.hessian is not None
+    }
     if len(hessians) == 1:
         return hessians  # the same units go, whatever the scale
     # Of sums a recurrent matrix, which is read at every step, would drown the layer
