@@ -75,9 +75,13 @@ def main(config: Config) -> None:
         sample = sampled_tokens.draw_tokens(named)
         if sample is None:
             raise ValueError("half of the vocabulary is named; give fewer sequences")
-        for name, call in _calls(config, tokens, kept, sample):
-            # The last result of each way stays, to be compared.
-            calls[name] = lambda name=name, call=call: results.update({name: call()})
+        for name, run in _calls(config, tokens, kept, sample):
+
+            def call(name: str = name, run: Any = run) -> Any:
+                results[name] = run()  # the last one stays, to be compared
+                return results[name]
+
+            calls[name] = call
     times = measure.interleaved(calls, config.rounds, warmup=1)
     ways = _compare(results, times)
     print(columns([["way", "seconds", "times", "loss", "cosine"], *_rows(ways)]))
