@@ -45,7 +45,8 @@ class Config:
     Attributes:
       dense: a Hugging Face directory, the teacher.
       pruned: another one of the same vocabulary, the student.
-      sequences: token ids, int32 (sequences, length), `.npy`; all of them name tokens.
+      sequences: token ids, int32 (sequences, length), `.npy`.
+      limit: how many of them name tokens.
       batch: sequences of the gradient.
       length: tokens of each.
       rounds: how often each way is timed.
@@ -54,6 +55,7 @@ class Config:
     dense: Annotated[Path, tyro.conf.Positional]
     pruned: Annotated[Path, tyro.conf.Positional]
     sequences: Annotated[Path, tyro.conf.Positional]
+    limit: int = 16
     batch: int = 2
     length: int = 512
     rounds: int = 3
@@ -61,7 +63,8 @@ class Config:
 
 def main(config: Config) -> None:
     """Compiles each way, then times them in turn."""
-    tokens = np.load(config.sequences)[:, : config.length].astype(np.int32)
+    tokens = np.load(config.sequences)[: config.limit, : config.length]
+    tokens = tokens.astype(np.int32)
     teacher = open_model(config.dense, dtype="bfloat16").read()
     calls: dict[str, Any] = {}
     results: dict[str, Any] = {}  # the last loss and gradient of each way

@@ -104,8 +104,8 @@ class ShrinkCalibration(Calibration):
 
     Attributes:
       correction: how much of what the layers before it lost each layer makes up for, in
-        [0, 1], where neurons and heads are chosen by --calibration; takes nearly twice
-        as long.
+        [0, 1], where neurons and heads are chosen by --calibration; the dense model
+        then runs beside the smaller one.
     """
 
     sequences: Count = 32  # a search of layers reads them many times
