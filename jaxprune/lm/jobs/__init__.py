@@ -34,6 +34,7 @@ __all__ = [
     "shrink_settings",
     "smaller_vocabulary",
     "speed",
+    "teacher",
     "transformation",
     "unequal_rules",
     "width_rules",

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprune import leaves
 from jaxprune.arrays import tree
-from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.settings import Calibration, Recovery, Trained
 from jaxprune.lm.measure import machine
@@ -71,7 +71,7 @@ class Work(NamedTuple):
     wide: int
     scores: int
 
-    def forward(self, tokens: int, *, head: bool = True) -> float:
+    def forward(self, tokens: float, *, head: bool = True) -> float:
         """FLOPs of running the model on so many tokens."""
         # A multiplication and an addition for each weight.
         return 2.0 * tokens * (self.active + (self.head if head else 0))
@@ -122,16 +122,29 @@ def recovery_needs(
         return 0.0, 0
     # The dense model is in each step where its predictions are not kept.
     teacher = recovery.recover_by == "distillation" and not recovery.top
+    size = _teacher_size(recovery, work)
     # Forward, forward again and back, and the teacher's forward.
-    passes = recovery.recover_steps * (5 if teacher else 4)
+    passes = recovery.recover_steps * (4 + (size if teacher else 0))
     tokens = passes * calibration.batch * calibration.length
     if recovery.top:
-        tokens += recovery.followed_tokens(work.trained, calibration.written_tokens)
+        followed = recovery.followed_tokens(work.trained, calibration.written_tokens)
+        tokens += size * followed
     memory = _trained_bytes(recovery.trained, work)
     # Logits, those without the likeliest, and the gradients of both.
     logits = calibration.batch * calibration.length * work.scores
     memory += 4 * min(logits, 4 * LOGITS)
-    return work.forward(tokens), memory + (work.weights if teacher else 0)
+    held = int(size * work.weights)
+    # A teacher whose predictions are kept is gone when the training begins.
+    memory = memory + held if teacher else max(memory, held if recovery.top else 0)
+    return work.forward(tokens), memory
+
+
+def _teacher_size(recovery: Recovery, work: Work) -> float:
+    """How many times the model's parameters the model has that is followed."""
+    if recovery.recover_teacher is None:
+        return 1.0
+    tensors = open_directory(recovery.recover_teacher).tensors.values()
+    return sum(math.prod(info.shape) for info in tensors) / work.parameters
 
 
 def _trained_bytes(trained: Trained, work: Work) -> int:

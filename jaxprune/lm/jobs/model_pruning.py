@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 import jaxprune as jp
 from jaxprune.arrays import lazy
@@ -32,10 +31,10 @@ from jaxprune.lm.jobs.prune_record import (
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.recovery import as_stored
 from jaxprune.lm.jobs.samples import Samples, prepare_samples
+from jaxprune.lm.jobs.teacher import open_teacher
 from jaxprune.lm.jobs.transformation import Change
 from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.models import hf
-from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.loaded_model import LoadedModel, device_mesh
 from jaxprune.typing import Pattern, Prunable
 
@@ -51,6 +50,7 @@ def begin_pruning(
         check_globs(job.pruning.exclude, source.tensors)
         texts = inputs.read_texts(job, source)
         model = open_for_job(job.model, job.loading, job.devices)
+        other_teacher = open_teacher(job, source, model)
         names = model.names
         prunable = prunable_leaf(lambda leaf: names[leaf].names, job.pruning.exclude)
         _check_pattern(chosen.pattern, model, prunable)
@@ -64,6 +64,7 @@ def begin_pruning(
         costs=costs,
         model=model,
         texts=texts,
+        other_teacher=other_teacher,
         chosen=chosen,
         prunable=prunable,
         samples=prepare_samples(job, source, texts, model.config.context),
@@ -133,8 +134,8 @@ class ModelPruning(ModelTransformation[PruneJob]):
         record["dtype"] = model.config.dtype
         return Change(pruned, moved, leaves, record)
 
-    def teacher(self, change: Change[LoadedModel]) -> Decoder:
-        """The model before; what has not moved is shared with the pruned one."""
+    def before(self, change: Change[LoadedModel]) -> LoadedModel:
+        """The dense model; what has not moved is shared with the pruned one."""
         model = change.model
         before = jp.tree.named_leaves(self.model.params)
         params = [
@@ -142,7 +143,7 @@ class ModelPruning(ModelTransformation[PruneJob]):
             for name, leaf in jp.tree.named_leaves(model.params).items()
         ]
         structure = jax.tree.structure(model.params)
-        return nnx.merge(model.graphdef, jax.tree.unflatten(structure, params))
+        return model._replace(params=jax.tree.unflatten(structure, params))
 
     def finish(self, change: Change[LoadedModel]) -> None:
         """Adds a sample of the pruned model, and its sizes."""

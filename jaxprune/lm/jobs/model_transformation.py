@@ -13,6 +13,7 @@ from jaxprune.arrays.console_progress import Progress
 from jaxprune.lm.jobs import recovery
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.inputs import JobTexts
+from jaxprune.lm.jobs.opening import read_dense
 from jaxprune.lm.jobs.sane_model import check_sane
 from jaxprune.lm.jobs.transformation import AnyJob, Change, Transformation
 from jaxprune.lm.measure.tables import (
@@ -108,10 +109,12 @@ class ModelTransformation(Transformation[AnyJob, LoadedModel]):
     Attributes:
       model: dense model.
       texts: what is calibrated on and evaluated.
+      other_teacher: the model of `--recover-teacher`, still in its files, or None.
     """
 
     model: LoadedModel
     texts: JobTexts
+    other_teacher: LoadedModel | None = None
 
     @functools.cached_property
     def measurements(self) -> Measurements:
@@ -161,8 +164,18 @@ class ModelTransformation(Transformation[AnyJob, LoadedModel]):
         self.texts = texts._replace(written=written)
 
     @abc.abstractmethod
+    def before(self, change: Change[LoadedModel]) -> LoadedModel:
+        """The dense model, with the tokens of what became of it."""
+
+    def with_tokens(self, model: LoadedModel) -> LoadedModel:
+        """Another model with the tokens that the job leaves."""
+        return model
+
     def teacher(self, change: Change[LoadedModel]) -> Decoder:
-        """The dense model, for a distillation of what became of it."""
+        """The model that a distillation follows."""
+        if self.other_teacher is None:
+            return self.before(change).decoder()
+        return self.with_tokens(read_dense(self.other_teacher)).decoder()
 
     @property
     def last_stage(self) -> str:

@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxprune.files import atomic
 from jaxprune.lm.checkpoints import rewrite
-from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.jobs import provenance
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.settings import Job
@@ -95,12 +95,13 @@ def job_facts(
       A JSON-able record; a run goes on only with the progress of an equal one.
     """
     configs = [n for n in source.others if n.endswith((".json", ".jinja"))]
-    # By size and time: to hash the weights would take as long as to read them.
-    files = {n: (source.path / n).stat() for n in (*source.metadata, *configs)}
     recovery, evaluation = job.recovery, job.evaluation
+    teacher = recovery.recover_teacher
     return {
         "model": str(source.path),
-        "files": {n: [s.st_size, s.st_mtime_ns] for n, s in files.items()},
+        "files": _times(source.path, (*source.metadata, *configs)),
+        "teacher": teacher
+        and _times(teacher, sorted(open_directory(teacher).metadata)),
         "ignored_config": list(job.loading.ignore_config),
         "dtype": job.loading.dtype,
         "calibration": [text.sha256 for text in calibration],
@@ -119,6 +120,12 @@ def job_facts(
         if recovery.recover_steps
         else None,
     }
+
+
+def _times(directory: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """Sizes and times of files: to hash weights would take as long as to read them."""
+    stats = {name: (directory / name).stat() for name in names}
+    return {n: [stat.st_size, stat.st_mtime_ns] for n, stat in stats.items()}
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def recover(
       calibration: settings whose batch and seed count.
       sequences: int32 tokens of texts that are trained on.
       model: model that is trained.
-      teacher: function that gives the model before; called by a distillation alone.
+      teacher: function that gives the model to follow; called by a distillation alone.
       matrices: names of the leaves that "matrices" and "lora" mean.
       work: directory of the progress.
       written: int32 tokens that the model before wrote itself, if it did.
@@ -180,6 +180,8 @@ def _record(
         record["hidden"] = recovery.recover_hidden
     if recovery.top:
         record["top"] = recovery.top
+    if recovery.recover_teacher is not None:
+        record["teacher"] = str(recovery.recover_teacher)
     if recovery.recover_text_share:
         record["text_share"] = recovery.recover_text_share
     return record

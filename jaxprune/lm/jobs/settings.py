@@ -19,6 +19,7 @@ from jaxprune.lm.jobs.option_types import (
     Count,
     Files,
     MaybeCount,
+    MaybePath,
     MaybeText,
     ModelPath,
     Names,
@@ -178,6 +179,9 @@ class Recovery:
         in every step and takes all of its predictions, as --recover-hidden does.
       recover_text_share: how much of the loss of a distillation is learning to predict
         the texts, from 0 to 1; what the model wrote itself is distilled alone.
+      recover_teacher: the directory of the model whose predictions a distillation
+        follows, with the same tokens: that before an earlier job, or a larger one. The
+        model before this job if left out.
     """
 
     recover_steps: Count = 0
@@ -188,6 +192,7 @@ class Recovery:
     recover_hidden: Number = 0.0
     recover_top: MaybeCount = None
     recover_text_share: Number = 0.0
+    recover_teacher: MaybePath = None
 
     @property
     def trained_files(self) -> tuple[Path, ...]:
@@ -285,8 +290,13 @@ RULES = (
         for option in (
             *("recover_text", "recover_train", "recover_hidden"),
             *("recover_learning_rate", "recover_by", "recover_top"),
-            "recover_text_share",
+            *("recover_text_share", "recover_teacher"),
         )
+    ),
+    Rule(
+        lambda v: v.recover_teacher is None or v.recover_by == "distillation",
+        "--recover-teacher is followed by a distillation, so it needs --recover-by "
+        "distillation",
     ),
     Rule(
         lambda v: not v.recover_hidden or v.recover_by == "distillation",

@@ -35,12 +35,12 @@ from jaxprune.lm.jobs.recovery import as_stored
 from jaxprune.lm.jobs.shrink_plan import plan_shrink
 from jaxprune.lm.jobs.shrink_rules import check_fits, check_shrink
 from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
+from jaxprune.lm.jobs.teacher import open_teacher
 from jaxprune.lm.jobs.transformation import Change, Prepared
 from jaxprune.lm.jobs.width_rules import channels_left
 from jaxprune.lm.measure import speed
 from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.models import hf
-from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.shrinking import channels, search, units
 from jaxprune.lm.shrinking.unequal import narrow_unequally
@@ -82,6 +82,7 @@ def prepare_shrink(job: ShrinkJob, console: Console) -> Prepared:
         )
         model = open_for_job(job.model, job.loading, job.devices)
         check_fits(job.removal, source, model.config, job.loading.ignore_config)
+        other_teacher = open_teacher(job, source, model)
         texts = inputs.read_texts(job, source)
         # What is solved at several sizes takes about twice the room of the model.
         copies = 3 if job.removal.unequal else 1
@@ -96,6 +97,7 @@ def prepare_shrink(job: ShrinkJob, console: Console) -> Prepared:
         costs=costs,
         model=model,
         texts=texts,
+        other_teacher=other_teacher,
         fewer=fewer,
     )
     return Prepared(
@@ -132,12 +134,14 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
             self.texts = self.measurements.texts = self.fewer[1]
         self.write_calibration(self.reference)
 
+    def with_tokens(self, model: LoadedModel) -> LoadedModel:
+        """Another model with the tokens that the job leaves."""
+        return model if self.fewer is None else model.with_tokens(self.fewer[0].kept)
+
     @functools.cached_property
     def reference(self) -> LoadedModel:
         """The model that loses more, and teaches: the dense one with its new tokens."""
-        if self.fewer is None:
-            return self.model
-        return self.model.with_tokens(self.fewer[0].kept)
+        return self.with_tokens(self.model)
 
     def change(self) -> Change[LoadedModel]:
         """Removes what was asked for; the weights that stay are as they are stored."""
@@ -161,9 +165,9 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         matrices = {n for n, leaf in named.items() if jp.tree.prunable(n, leaf)}
         return Change(small, set(named), matrices, record)
 
-    def teacher(self, change: Change[LoadedModel]) -> Decoder:
-        """The model before, which knows the tokens that stay."""
-        return self.reference.decoder()
+    def before(self, change: Change[LoadedModel]) -> LoadedModel:
+        """The dense model, which knows the tokens that stay."""
+        return self.reference
 
     def finish(self, change: Change[LoadedModel]) -> None:
         """Adds the sizes of both models, and how fast they are."""

@@ -157,10 +157,11 @@ _VOCABULARY = (
             v.vocab is None
             or not v.recover_steps
             or v.recover_by != "distillation"
+            or v.recover_teacher is not None
             or len(v.asked) > 1
         ),
         "--vocab alone leaves nothing to distil, since the tokens that stay keep their "
-        "weights; give --recover-by retraining, or remove more",
+        "weights; give --recover-by retraining or a --recover-teacher, or remove more",
     ),
 )
 RULES = (

@@ -1,0 +1,80 @@
+"""The model that a distillation follows, where it is another than the model before."""
+
+from typing import Any
+
+from jaxprune.arrays.rules import Rule, check
+from jaxprune.files.safetensors_file import read_json
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
+from jaxprune.lm.jobs.opening import open_for_job
+from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.jobs.shrink_settings import ShrinkJob
+from jaxprune.lm.models.loaded_model import LoadedModel
+
+_TOKENIZER = "tokenizer.json"
+_RULES = (
+    Rule(
+        lambda v: v.teacher.vocab_size == v.model.vocab_size and v.same_tokens,
+        "--recover-teacher must have the model's tokens, but '{path}' has others",
+        "give a model of the same tokenizer",
+    ),
+    Rule(
+        lambda v: v.teacher.context >= v.length,
+        "--recover-teacher must take sequences of --length {length}, but the context "
+        "of '{path}' is {teacher.context}",
+        "give shorter ones",
+    ),
+    Rule(
+        lambda v: not v.hidden or v.teacher.width == v.model.width,
+        "--recover-hidden compares the last hidden states channel by channel, but "
+        "'{path}' has {teacher.width} channels and the model {model.width}",
+        "leave it out",
+    ),
+)
+
+
+def open_teacher(
+    job: PruneJob | ShrinkJob, source: CheckpointDir, model: LoadedModel
+) -> LoadedModel | None:
+    """The model of `--recover-teacher`, still in its files.
+
+    Args:
+      job: what was asked for.
+      source: directory of the model that is pruned or made smaller.
+      model: that model.
+
+    Returns:
+      The teacher, or None for the model before.
+
+    Raises:
+      ValueError: it has other tokens, or does not fit otherwise.
+    """
+    path = job.recovery.recover_teacher
+    if path is None:
+        return None
+    directory = open_directory(path)
+    teacher = open_for_job(path, job.loading, job.devices)
+    check(
+        _RULES,
+        teacher=teacher.config,
+        model=model.config,
+        same_tokens=_has_equal_tokens(directory, source),
+        length=job.calibration.length,
+        hidden=job.recovery.recover_hidden,
+        path=path,
+    )
+    return teacher
+
+
+def _has_equal_tokens(one: CheckpointDir, other: CheckpointDir) -> bool:
+    """Whether tokens have equal ids; unknown, and so true, without a tokenizer.json."""
+    files = [source.path / _TOKENIZER for source in (one, other)]
+    if not all(file.is_file() for file in files):
+        return True
+    first, second = (_vocabulary(read_json(file)) for file in files)
+    return first == second
+
+
+def _vocabulary(tokenizer: Any) -> Any:
+    """Tokens with their ids, as a model of the tokenizers package holds them."""
+    model = tokenizer.get("model") if isinstance(tokenizer, dict) else None
+    return model.get("vocab") if isinstance(model, dict) else None
