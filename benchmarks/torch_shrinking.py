@@ -2,7 +2,7 @@
 
 The methods of the papers, as their code runs them. Each method removes units by zeroing
 the columns of the next matrix that read their outputs, which computes the same as
-removing the units. No checkpoint is written.
+removing the units. `--out` writes a checkpoint without neurons that are gone.
 
 - magnitude-sp: the norms of those columns.
 - wanda-sp: abs(W_ij) ||X_j|| summed over the outputs, layer after layer, each for the
@@ -12,6 +12,7 @@ removing the units. No checkpoint is written.
   together, so that layers differ in size. Neither can be written as a checkpoint of a
   family without biases and with one size for all layers, as Gemma's.
 - block-influence: the layers go whose output is most like their input.
+- from-scratch: new random weights, and as many neurons less, whichever.
 
 References: An et al., Fluctuation-based Adaptive Structured Pruning for Large Language
 Models, AAAI 2024, arXiv:2312.11983, whose code defines magnitude-sp and wanda-sp too.
@@ -21,6 +22,7 @@ Expect, 2024, arXiv:2403.03853.
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,7 +37,8 @@ from benchmarks.torch_pruning import capture, hooked, perplexity, report, tokens
 from benchmarks.torch_recovery import recover
 
 Method = Literal[
-    "none", "magnitude-sp", "wanda-sp", "flap", "flap-adaptive", "block-influence"
+    *("none", "magnitude-sp", "wanda-sp", "flap", "flap-adaptive", "block-influence"),
+    "from-scratch",
 ]
 
 
@@ -56,6 +59,7 @@ class Config:
       recover: steps of `benchmarks.torch_recovery` before that, on the same sequences.
       dense: the directory of the dense model, for that.
       learning_rate: learning rate of its first step.
+      out: the directory to write a Llama to, smaller by its neurons; none if left out.
       threads: number of threads of torch.
     """
 
@@ -71,6 +75,7 @@ class Config:
     recover: int = 0
     dense: Path | None = None
     learning_rate: float = 2e-5
+    out: Path | None = None
     threads: int = 2
 
 
@@ -91,6 +96,8 @@ def main(config: Config) -> None:
             ids = calibrated(config)
             rate = config.learning_rate
             recover(model, config.dense or config.model, ids, config.recover, rate)
+    if config.out is not None:
+        write_smaller(model, config.model, config.out)
     with costs["evaluate"]:
         perplexities = {k: perplexity(model, x) for k, x in texts.items()}
     report(
@@ -107,7 +114,10 @@ def remove(model: nn.Module, config: Config) -> None:
     if config.method == "none":
         return
     layers = model.base_model.layers
-    if config.method == "magnitude-sp":
+    if config.method == "from-scratch":
+        torch.manual_seed(0)
+        model.load_state_dict(type(model)(model.config).state_dict())
+    if config.method in ("magnitude-sp", "from-scratch"):
         for layer in layers:
             for units in units_of(layer, config):
                 units.zero(units.weight.square().sum(0).sqrt())
@@ -126,6 +136,30 @@ def remove(model: nn.Module, config: Config) -> None:
             advance(layer, hidden, kwargs)
     else:
         fluctuation(layers, hidden, arguments, config)
+
+
+def write_smaller(model: nn.Module, source: Path, out: Path) -> None:
+    """Writes a model without the neurons whose columns are zero.
+
+    Args:
+      model: a Llama, whose layers lost as many neurons each; it is changed.
+      source: the directory that it came from, for the tokenizer.
+      out: the directory to write.
+    """
+    mlps = [layer.mlp for layer in model.base_model.layers]
+    biased = any(mlp.down_proj.bias is not None for mlp in mlps)
+    for mlp in mlps:
+        kept = mlp.down_proj.weight.any(0)  # (neurons,)
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            linear.weight = nn.Parameter(linear.weight[kept])
+            if biased:  # config.json has one word for all three
+                linear.bias = nn.Parameter(torch.zeros(int(kept.sum())))
+        mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, kept])
+    model.config.intermediate_size = len(mlps[0].gate_proj.weight)
+    model.config.mlp_bias = biased
+    model.save_pretrained(out)
+    for path in source.glob("tokenizer*.json"):
+        shutil.copy(path, out)
 
 
 def calibrated(config: Config) -> Tensor:

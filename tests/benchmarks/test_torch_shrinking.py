@@ -141,3 +141,28 @@ def test_a_recovery_comes_back_to_the_dense_model_and_keeps_zeros(
     assert divergence(dense, model, ids[:4]) < 0.5 * far
     assert [gone(layer) for layer in model.base_model.layers] == before
     assert torch.equal(model.get_input_embeddings().weight, embedding)
+
+
+@pytest.mark.parametrize("method", ["wanda-sp", "flap", "from-scratch"])
+def test_what_is_written_computes_what_the_zeroed_model_does(tmp_path, method):
+    ids = np.random.default_rng(2).integers(0, 61, (6, 20))
+    np.save(tmp_path / "ids.npy", ids)
+    settings = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    llama = transformers.LlamaForCausalLM(settings).eval()
+    config = torch_shrinking.Config(
+        model=tmp_path, method=method, ffn=0.25, calibration=tmp_path / "ids.npy"
+    )
+    first = next(llama.parameters()).clone()
+    with torch.no_grad():
+        torch_shrinking.remove(llama, config)
+        expected = llama(torch.tensor(ids)).logits
+        torch_shrinking.write_smaller(llama, tmp_path, tmp_path / "small")
+    small = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "small").eval()
+    assert small.config.intermediate_size == 18
+    assert torch.equal(next(small.parameters()), first) == (method != "from-scratch")
+    with torch.no_grad():
+        torch.testing.assert_close(small(torch.tensor(ids)).logits, expected)
