@@ -154,9 +154,7 @@ def _recovered(config: Config, method: str, steps: int) -> Path:
     if method == "ours, in rounds":
         # Half of what goes, half of the steps, and both again.
         first, half, narrow = (out.with_name(f"{out.name}, {i}") for i in range(3))
-        count = json.loads((config.model / CONFIG).read_text())[
-            "intermediate_size"
-        ]
+        count = json.loads((config.model / CONFIG).read_text())["intermediate_size"]
         gone = round(config.ffn * count)
         if not (half / RECORD).is_file():
             _shrink(config, config.model, first, gone // 2 / count)

@@ -303,7 +303,9 @@ def draw_training(
     trained: list[text_files.AnyText],
     bos: int | None,
 ) -> Int[np.ndarray, "sequences length"]:
-    """Sequences to train on: all that the texts have, or as many as are used.
+    """Sequences to train on, as many of each text as are used.
+
+    A text that has fewer gives its sequences again and again.
 
     Args:
       recovery: settings that say how many steps are made.
@@ -318,15 +320,21 @@ def draw_training(
     used = recovery.recover_steps * calibration.batch  # each once, if there are
     # What the model wrote itself has the share of a text.
     used = math.ceil(used * len(trained) / (len(trained) + recovery.own_text))
-    share = math.ceil(used / len(trained))
-    available = min(text.room(body, share) for text in trained)
-    number = max(len(trained), min(available * len(trained), used))
+    due = text_files.shares(max(used, len(trained)), trained)
+    available = [
+        max(1, text.room(body, n)) for text, n in zip(trained, due, strict=True)
+    ]
     drawn = text_files.draw_sequences(
         trained,
-        sequences=number,
+        sequences=available,
         length=calibration.length,
         bos=bos,
         seed=calibration.seed + 1,  # other sequences than those calibrated on
         most=0,
     )
-    return drawn.tokens  # (number, length)
+    longest = max(available)
+    parts = [
+        np.resize(part, (min(n, longest), calibration.length))
+        for part, n in zip(drawn.parts, due, strict=True)
+    ]
+    return text_files.interleave(parts)  # (number, length)

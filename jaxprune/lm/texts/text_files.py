@@ -257,7 +257,7 @@ class Drawn(NamedTuple):
 def draw_sequences(
     texts: Sequence[AnyText],
     *,
-    sequences: int,
+    sequences: int | Sequence[int],
     length: int,
     bos: int | None,
     seed: int,
@@ -267,8 +267,8 @@ def draw_sequences(
 
     Args:
       texts: texts of the mixture.
-      sequences: number of sequences in all; the first texts give one more where it must
-        be.
+      sequences: number of sequences in all, or of each text; of a number in all the
+        first texts give one more where it must be.
       length: number of tokens of each, BOS included.
       bos: token that each sequence of a text begins with; rows of .npy are as they are.
       seed: rng seed that decides which; the order follows the texts' in turn.
@@ -286,9 +286,7 @@ def draw_sequences(
       >>> draw_sequences([text], sequences=4, length=8, bos=1, seed=0).tokens.shape
       (4, 8)
     """
-    rules.check([_ONE_OF_EACH], sequences=sequences, texts=len(texts))
-    share, extra = divmod(sequences, len(texts))  # the first texts give one more
-    counts = [share + (i < extra) for i in range(len(texts))]
+    counts = shares(sequences, texts) if isinstance(sequences, int) else [*sequences]
     _check_enough(texts, counts, length, bos)
     parts, undrawn = [], []
     for i, (text, count) in enumerate(zip(texts, counts, strict=True)):
@@ -300,6 +298,13 @@ def draw_sequences(
         parts.append(tokens)
         undrawn.append(remaining)
     return Drawn(interleave(parts), counts, parts, undrawn)
+
+
+def shares(sequences: int, texts: Sequence[AnyText]) -> list[int]:
+    """The number of sequences of each text, of so many in all."""
+    rules.check([_ONE_OF_EACH], sequences=sequences, texts=len(texts))
+    share, extra = divmod(sequences, len(texts))
+    return [share + (i < extra) for i in range(len(texts))]
 
 
 def interleave(
