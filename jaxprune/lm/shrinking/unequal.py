@@ -34,7 +34,8 @@ from jaxprune.lm.shrinking.units import Narrowing
 from jaxprune.posttraining.unit_sizes import SolvedSizes, solve_sizes
 from jaxprune.structured import shrink as structured
 
-_SOLVED, _DAMAGES, _SIZES = "sizes", "damages.json", "sizes.json"  # in the progress
+# In the progress.
+_SOLVED, _DAMAGES, _SIZES, _LAST = "sizes", "damages.json", "sizes.json", "units"
 STEPS = 8
 """Parts of a layer by which the numbers of its units differ."""
 _GENERATIONS = 24
@@ -117,7 +118,7 @@ def narrow_unequally(
     counts = {group.name: group.units for group in chosen_groups}
     batches = units.equal_batches(tokens, batch)
     small, report = _solve_chosen(
-        model, sizes, counts, roles, batches, narrowing.correction
+        model, sizes, counts, roles, batches, narrowing.correction, work / _LAST
     )
     by_layer = [small.config.sizes(layer) for layer in range(small.config.layers)]
     return small, {**report, "unequal": {**nats, "layers": by_layer}}
@@ -323,6 +324,7 @@ def _solve_chosen(
     roles: Mapping[str, str],
     batches: Sequence[np.ndarray],
     correction: float,
+    directory: Path,
 ) -> tuple[LoadedModel, dict[str, Any]]:
     """The model at the chosen sizes, solved layer after layer, and the report."""
     absent = [name for name, size in sizes.items() if not size]
@@ -339,6 +341,7 @@ def _solve_chosen(
         batches=batches,
         relative=True,
         correction=correction,
+        directory=directory,
     )
     report = result.report
     small = units.with_smaller(model, result.params)

@@ -19,6 +19,7 @@ from jaxprune.lm.jobs.shrink_rules import check_fits
 from jaxprune.lm.jobs.shrink_settings import Removal
 from jaxprune.lm.models.decoder.config import LayerSizes
 from jaxprune.lm.models.loaded_model import open_model
+from jaxprune.posttraining import solvers
 
 LAYERS = 3
 
@@ -127,8 +128,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(place, small, capsys, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr(atomic, "replace_json", dies(name, count))
             assert cli.main([*map(str, command)]) != 0
+    remove, calls = solvers.units.remove_from_all, []
+
+    def noted(*arguments, **options):
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return remove(*arguments, **options)
+
+    monkeypatch.setattr(solvers.units, "remove_from_all", noted)
+    assert cli.main([*map(str, command)]) != 0
     code, record, err = run(capsys, *command)
     assert code == 0, err
+    # The last of the solutions went on as well: two layers' parts were there.
+    parts = np.array(small["units"]["unequal"]["layers"])[:, 1:]
+    assert len(calls) == 1 + ((parts > 0) & (parts < [2, 48])).sum()
     assert record["units"]["unequal"] == small["units"]["unequal"]
     first, second = (tiny_cli.weights(place / n) for n in ("small", "again"))
     assert first.keys() == second.keys()

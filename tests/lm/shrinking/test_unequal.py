@@ -13,7 +13,9 @@ def test_the_report_has_layers_that_stay_whole_and_parts_that_go_whole(tmp_path)
     names = [name for name, role in roles.items() if role == "ffn"]
     sizes, counts = dict(zip(names, (0, 48), strict=True)), dict.fromkeys(names, 48)
     tokens = tiny_hf.tokens(4, 8)
-    small, report = unequal._solve_chosen(model, sizes, counts, roles, [tokens], 0.0)
+    small, report = unequal._solve_chosen(
+        model, sizes, counts, roles, [tokens], 0.0, tmp_path / "units"
+    )
     assert [layer.mlp_width for layer in small.config.layer_sizes] == [0, 48]
     assert report["kept"] == dict(zip(names, ([], [*range(48)]), strict=True))
     assert [report["groups"][name]["after"] for name in names] == [0, 48]
