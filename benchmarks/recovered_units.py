@@ -31,7 +31,7 @@ from jaxprune.lm.texts.self_calibration import self_calibration
 TRAINED = ("plays", "technical")
 HELD_OUT = ("other-plays", "other-technical", "news")
 METHODS = ("ours", "ours, in rounds", "wanda-sp", "flap", "from-scratch")
-_LENGTH = 512
+_LENGTH, _CALIBRATION, _OWN = 512, "calibration.npy", "own.npy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,8 @@ def main(config: Config) -> None:
 
 
 def _write_calibration(config: Config, paths: dict[str, Path]) -> None:
-    """Token files: sequences of the texts in turn, and those of the dense model."""
-    if (config.work / "own.npy").is_file():
+    """Token files: what the dense model writes, and that behind those of the texts."""
+    if (config.work / _CALIBRATION).is_file():
         return
     encode = texts.encoder(config.model)
     each = config.sequences // len(TRAINED)
@@ -88,7 +88,6 @@ def _write_calibration(config: Config, paths: dict[str, Path]) -> None:
         for name in TRAINED
     ]
     rows = np.stack(drawn, 1).reshape(-1, _LENGTH)  # the texts in turn
-    _save(config.work / "calibration.npy", rows)
     loaded = hf.load(config.model, dtype="bfloat16")
     tokenizer = hf.load_tokenizer(config.model)
     own = self_calibration(
@@ -99,7 +98,8 @@ def _write_calibration(config: Config, paths: dict[str, Path]) -> None:
         special=set(tokenizer.special),
         batch=8,
     )
-    _save(config.work / "own.npy", own)
+    _save(config.work / _OWN, own)
+    _save(config.work / _CALIBRATION, np.concatenate([rows, own]))
 
 
 def _save(path: Path, rows: np.ndarray) -> None:
@@ -118,24 +118,17 @@ def _small(config: Config, method: str) -> Path:
         return out
     _run(
         *("benchmarks.torch_shrinking", config.model, "--method", method),
-        *("--ffn", config.ffn, "--calibration", _joined(config), "--out", out),
+        *("--ffn", config.ffn, "--calibration", config.work / _CALIBRATION),
+        *("--out", out),
         *("--sequences", config.sequences * 3 // 2, "--threads", 1),
     )
     return out
 
 
-def _joined(config: Config) -> Path:
-    """One file of all that is calibrated on, for torch."""
-    path = config.work / "joined.npy"
-    parts = [np.load(config.work / name) for name in ("calibration.npy", "own.npy")]
-    _save(path, np.concatenate(parts))
-    return path
-
-
 def _shrink(config: Config, model: Path, out: Path, share: float) -> None:
     _run(
         *("jaxprune", "shrink", model, out, "--ffn", share, "--dtype", "bfloat16"),
-        *("--calibration", config.work / "calibration.npy", config.work / "own.npy"),
+        *("--calibration", config.work / _CALIBRATION),
         *("--sequences", config.sequences * 3 // 2, "--length", _LENGTH),
         *(*_evaluated(config), "--speed-rounds", 0, "--overwrite"),
     )
@@ -172,7 +165,7 @@ def _recover(config: Config, model: Path, out: Path, steps: int, method: str) ->
     scratch = method == "from-scratch"
     rate = config.scratch_rate if scratch else config.learning_rate
     plays, prose, own = (
-        config.work / name for name in ("plays.txt", "technical.txt", "own.npy")
+        config.work / name for name in ("plays.txt", "technical.txt", _OWN)
     )
     _run(
         *("jaxprune", "prune", model, out, "--dtype", "bfloat16", "--sparsity", 0),
