@@ -73,8 +73,11 @@ def recovery_bytes(
         return predictions
     # In float32 the weights; AdamW's moments are of small factors under "lora".
     weight_bytes = 4 if recovery.trained == "lora" else 12
-    sizes = (math.prod(info.shape) for info in source.tensors.values())
-    return predictions + 2 * weight_bytes * sum(sizes)
+    shapes = [info.shape for info in source.tensors.values()]
+    if recovery.trained != "all":  # neither embedding nor head
+        vocabulary = source.config.get("vocab_size")
+        shapes = [s for s in shapes if len(s) > 1 and vocabulary not in s]
+    return predictions + 2 * weight_bytes * sum(map(math.prod, shapes))
 
 
 def job_facts(

@@ -1,6 +1,7 @@
 """`--plan` says what would be done and writes nothing; what a directory decides."""
 
 import json
+import math
 
 import pytest
 
@@ -192,18 +193,22 @@ def test_a_plan_counts_checkpoints_and_predictions_of_a_recovery(
 ):
     words = ["prune", place / "model", tmp_path / "out", *HALF, "--plan"]
     words += ["--calibration", place / "a.txt", *SMALL]
-    plain, taught, kept = (
+    plain, taught, kept, matrices = (
         run(capsys, *words, *more)[1]["disk_bytes"]
         for more in (
             [],
             ["--recover-steps", "5", "--recover-top", "0"],
             ["--recover-steps", "5"],
+            ["--recover-steps", "5", "--recover-train", "matrices"],
         )
     )
     size = sum(value.size for value in tiny_cli.tensors().values())
     assert taught - plain == 2 * 12 * size
     # 5 steps of 4 sequences of 16 tokens, of each 64 likeliest and all others.
     assert kept - taught == 5 * 4 * 16 * (64 * 8 + 4)
+    # Then neither embedding, head nor norms are trained.
+    size -= sum(map(math.prod, tiny_cli.MATRICES.values()))
+    assert kept - matrices == 2 * 12 * size
 
 
 def test_a_text_that_is_evaluated_and_trained_on_is_told(place, tmp_path, capsys):
