@@ -27,7 +27,7 @@ from jaxprune.files import atomic
 from jaxprune.files.safetensors_file import read_json
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.loaded_model import LoadedModel
-from jaxprune.lm.recovery.distill import divergence_of_states
+from jaxprune.lm.recovery import predictions, sampled_tokens
 from jaxprune.lm.shrinking import size_choice, units
 from jaxprune.lm.shrinking.size_choice import Choice, Menu
 from jaxprune.lm.shrinking.units import Narrowing
@@ -36,6 +36,7 @@ from jaxprune.structured import shrink as structured
 
 # In the progress.
 _SOLVED, _DAMAGES, _SIZES, _LAST = "sizes", "damages.json", "sizes.json", "units"
+_PREDICTIONS = "judging"
 STEPS = 8
 """Parts of a layer by which the numbers of its units differ."""
 _GENERATIONS = 24
@@ -180,7 +181,7 @@ def _choose(
     note: Callable[[str], None],
 ) -> tuple[dict[str, int], dict[str, float]]:
     """The size of each group; the divergences with equal and with chosen sizes."""
-    judge = _Judge(task, judges)
+    judge = _Judge(task, judges, work)
     menus = _measured_menus(task, judge, work / _DAMAGES)
     places = {name: menu.sizes.index(task.start[name]) for name, menu in menus.items()}
     budget = size_choice.total_cost(menus, places)
@@ -228,27 +229,34 @@ def _choose(
 class _Judge:
     """How far the model with some sizes is from the whole one, on a few sequences."""
 
-    def __init__(self, task: _Task, batches: Sequence[np.ndarray]) -> None:
-        """Runs the whole model once; `batches` are tokens (size, length) each."""
-        self._solved = task.solved
-        self._leaves = jp.tree.named_leaves(task.model.params)
-        self._structure = jax.tree.structure(task.model.params)
-        graphdef = task.model.graphdef
+    def __init__(self, task: _Task, batches: Sequence[np.ndarray], work: Path) -> None:
+        """Lets the whole model predict `batches`, tokens (size, length) each."""
+        model, size = task.model, len(batches[0])
+        sequences = np.concatenate(batches)
+        kept = predictions.keep_predictions(
+            model.decoder(), sequences, work / _PREDICTIONS, batch=size
+        )
+        vocabulary = model.config.vocab_size
+        named = sampled_tokens.named_tokens(vocabulary, [sequences, *kept.likeliest()])
+        # The head is that of the whole model, whatever the layers lost: most of a
+        # large one's logits are the same from size to size, and small.
+        sample = sampled_tokens.draw_tokens(named)
+        if sample is not None:
+            model, sequences = model.with_tokens(sample.ids), sample.places(sequences)
+        loss = predictions.from_predictions(kept, sample=sample)
+        assert loss.read is not None  # of what is kept on disk
+        graphdef = model.graphdef
 
         @jax.jit
-        def states(params: Any, ids: Any) -> Float[jax.Array, "batch length width"]:
-            model = nnx.merge(graphdef, params)
-            return model.states(model.embed(ids))[0]
-
-        @jax.jit
-        def nats(params: Any, ids: Any, dense: Any) -> Float[jax.Array, ""]:
-            # The head is that of the whole model, whatever the layers lost.
-            model = nnx.merge(graphdef, params)
-            smaller = states(params, ids)
-            return jnp.mean(divergence_of_states(model, model, dense, smaller))
+        def nats(params: Any, arrays: Any, ids: Any) -> Float[jax.Array, ""]:
+            return loss.fn(nnx.merge(graphdef, params), arrays, ids)
 
         self._nats = nats
-        self._batches = [(ids, states(task.model.params, ids)) for ids in batches]
+        rows = np.split(np.arange(len(sequences)), len(batches))
+        self._batches = [(loss.read(places), sequences[places]) for places in rows]
+        self._solved = task.solved
+        self._leaves = jp.tree.named_leaves(model.params)
+        self._structure = jax.tree.structure(model.params)
         self._matrices: dict[str, tuple[int, jax.Array]] = {}  # one of each group
 
     def nats(self, sizes: Mapping[str, int], batches: int | None) -> float:
