@@ -99,12 +99,12 @@ def job_facts(
     """
     configs = [n for n in source.others if n.endswith((".json", ".jinja"))]
     recovery, evaluation = job.recovery, job.evaluation
-    teacher = recovery.recover_teacher
-    return {
+    facts: dict[str, Any] = {}
+    if (teacher := recovery.recover_teacher) is not None:
+        facts["teacher"] = _times(teacher, sorted(open_directory(teacher).metadata))
+    return facts | {
         "model": str(source.path),
         "files": _times(source.path, (*source.metadata, *configs)),
-        "teacher": teacher
-        and _times(teacher, sorted(open_directory(teacher).metadata)),
         "ignored_config": list(job.loading.ignore_config),
         "dtype": job.loading.dtype,
         "calibration": [text.sha256 for text in calibration],
