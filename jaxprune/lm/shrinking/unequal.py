@@ -2,12 +2,13 @@
 
 Every layer's neurons and heads are solved at several sizes once, on three quarters of
 the calibration's sequences, in the model whose layers are cut alike
-(`posttraining.unit_sizes`). The last quarter judges, by KL(whole model || smaller one):
-how far the model with equal layers moves when one group has another size is the damage
-of that size. A knapsack and a short search (`size_choice`) then choose the sizes that
-have as many parameters together as equal layers. At the end these sizes are solved as
-any others are: layer after layer, on all sequences. What was solved, measured and
-chosen is kept in the directory of progress.
+(`posttraining.unit_sizes`). The last quarter judges, by KL(whole model || smaller one)
+over the whole model's likeliest tokens and the sum of all others: how far the model
+with equal layers moves when one group has another size is the damage of that size. A
+knapsack and a short search (`size_choice`) then choose the sizes that have as many
+parameters together as equal layers. At the end these sizes are solved as any others
+are: layer after layer, on all sequences. What was solved, measured and chosen is kept
+in the directory of progress.
 """
 
 import functools
