@@ -70,6 +70,10 @@ class Loss(NamedTuple):
     arrays: Any = None
     read: Callable[[np.ndarray], Any] | None = None
 
+    def arrays_of(self, rows: np.ndarray) -> Any:
+        """The arrays for the sequences of these numbers, int (batch,)."""
+        return self.arrays if self.read is None else self.read(rows)
+
 
 def from_text(sample: TokenSample | None = None) -> Loss:
     """The cross entropy of the text's own tokens.
@@ -174,8 +178,7 @@ def retrain(
             progress(done, losses[-1])
     state = placement.committed(state)  # else the first step is compiled twice
     for rows in _order(len(sequences), settings)[len(losses) :]:
-        arrays = loss.arrays if loss.read is None else loss.read(rows)
-        *state, value = step(*state, frozen, arrays, sequences[rows])
+        *state, value = step(*state, frozen, loss.arrays_of(rows), sequences[rows])
         losses.append(float(value))
         rules.check([_FINITE], loss=losses[-1], step=len(losses))
         if checkpoints is not None and checkpoints.due():

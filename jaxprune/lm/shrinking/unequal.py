@@ -245,7 +245,6 @@ class _Judge:
         if sample is not None:
             model, sequences = model.with_tokens(sample.ids), sample.places(sequences)
         loss = predictions.from_predictions(kept, sample=sample)
-        assert loss.read is not None  # of what is kept on disk
         graphdef = model.graphdef
 
         @jax.jit
@@ -254,7 +253,7 @@ class _Judge:
 
         self._nats = nats
         rows = np.split(np.arange(len(sequences)), len(batches))
-        self._batches = [(loss.read(places), sequences[places]) for places in rows]
+        self._batches = [(loss.arrays_of(places), sequences[places]) for places in rows]
         self._solved = task.solved
         self._leaves = jp.tree.named_leaves(model.params)
         self._structure = jax.tree.structure(model.params)
