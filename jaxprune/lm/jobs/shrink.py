@@ -87,7 +87,7 @@ def prepare_shrink(job: ShrinkJob, console: Console) -> Prepared:
         # What is solved at several sizes takes about twice the room of the model.
         copies = 3 if job.removal.unequal else 1
         progress_dir.check_room(job, source, copies, texts.trained_tokens)
-        fewer = smaller_vocabulary.choose_for_job(job, source, texts, console)
+        smaller_vocabulary.check_vocabulary(job, source, texts)
     note_ignored(model, console)
     _note_narrowed(job.loading.dtype, source, console)
     shrinking = ModelShrinking(
@@ -98,7 +98,6 @@ def prepare_shrink(job: ShrinkJob, console: Console) -> Prepared:
         model=model,
         texts=texts,
         other_teacher=other_teacher,
-        fewer=fewer,
     )
     return Prepared(
         functools.partial(plan_shrink, job, source, model, texts, console),
@@ -111,7 +110,8 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
     """A model that loses tokens, channels, layers, experts, heads and neurons.
 
     Attributes:
-      fewer: vocabulary that it gets, and the texts by its tokens; None where all stay.
+      fewer: vocabulary that it gets, and the texts by its tokens, once the dense model
+        was looked at; None where all stay.
     """
 
     NAME, STAGE = "shrink", "shrunk"
@@ -130,6 +130,12 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         # In memory to the end: it teaches, and is timed beside the small one.
         self.model = read_dense(self.model)
         super().look_at_dense()
+        if self.job.removal.vocab is not None:
+            with self.costs.phase("choose tokens"):
+                self.fewer = smaller_vocabulary.choose_for_job(
+                    *(self.job, self.source, self.texts),
+                    *(self.model.decoder(), self.console),
+                )
         if self.fewer is not None:  # the dense model was measured by its own tokens
             self.texts = self.measurements.texts = self.fewer[1]
         self.write_calibration(self.reference)

@@ -109,6 +109,8 @@ def _needs(
     flops = work.forward((3 if job.recovery.recover_steps else 2) * work.evaluated)
     flops += estimates.writing_flops(calibration, work)
     total = len({name.split("/")[1] for name in work.matrices})
+    if removal.vocab is not None:  # which tokens the dense model expects
+        flops += once
     if removal.layers is not None:  # a search runs what is left without each layer
         flops += once * sum(range(layers + 1, total + 1)) / total
     if removal.narrowing.narrows and calibration.calibration:

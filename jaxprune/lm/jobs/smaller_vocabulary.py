@@ -1,15 +1,17 @@
 """A job's vocabulary: the tokens that its texts need, and its texts split by them.
 
-Both come before the weights are read. The model before is measured by its own tokens;
-all that follows, calibration, search, recovery and the second measurement, is by the
+That enough can stay is known before the weights are read. Which do, the dense model
+says too: it is measured by its own tokens, and expects others along the calibration.
+All that follows, calibration, search, recovery and the second measurement, is by the
 new ones, on the same stretches of text.
 """
 
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
+from jaxprune.arrays.console_progress import Progress
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.jobs import inputs
 from jaxprune.lm.jobs.console import Console
@@ -17,20 +19,44 @@ from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.opening import text_beginning
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.lm.measure import perplexity
+from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.hf import Tokenizer
 from jaxprune.lm.texts import text_files
 from jaxprune.lm.texts.long_text import LongText, encode_text
+from jaxprune.lm.vocabulary.expected_counts import expected_counts
 from jaxprune.lm.vocabulary.new_vocabulary import (
     NewVocabulary,
     choose_vocabulary,
     count_tokens,
 )
+from jaxprune.posttraining.progress import ProgressLog
 
 _COUNTED = 2**22  # tokens of a text, from its beginning
+_EXPECTED = "expected"  # in the progress
+
+
+def check_vocabulary(job: ShrinkJob, source: CheckpointDir, texts: JobTexts) -> None:
+    """Refuses a vocabulary that cannot become as small, without reading a weight.
+
+    Args:
+      job: what was asked for.
+      source: directory of the model.
+      texts: texts by the model's tokenizer.
+
+    Raises:
+      ValueError: the tokenizer is not understood, or so few tokens cannot stay.
+    """
+    size, tokenizer = job.removal.vocab, texts.tokenizer
+    if size is not None and tokenizer is not None:
+        choose_vocabulary(source, tokenizer, _count_mixture(texts), size)
 
 
 def choose_for_job(
-    job: ShrinkJob, source: CheckpointDir, texts: JobTexts, console: Console
+    job: ShrinkJob,
+    source: CheckpointDir,
+    texts: JobTexts,
+    model: Decoder,
+    console: Console,
 ) -> tuple[NewVocabulary, JobTexts] | None:
     """The vocabulary that a job asks for, and its texts by the new tokenizer.
 
@@ -38,23 +64,42 @@ def choose_for_job(
       job: what was asked for.
       source: directory of the model.
       texts: texts by the model's tokenizer.
+      model: dense model.
       console: where it is said what stays.
 
     Returns:
       Both, or None where all tokens stay.
 
     Raises:
-      ValueError: the tokenizer is not understood, or so few tokens cannot stay.
+      ValueError: as `check_vocabulary`.
     """
     size, tokenizer = job.removal.vocab, texts.tokenizer
     if size is None or tokenizer is None:  # token ids alone were refused before
         return None
-    vocabulary = choose_vocabulary(source, tokenizer, _count_mixture(texts), size)
+    vocabulary = choose_vocabulary(
+        source, tokenizer, _count_mixture(texts), size, _expect(job, texts, model)
+    )
     console.note(
         f"{len(vocabulary.kept):,} of {vocabulary.rows:,} tokens stay; of the "
         f"calibration's tokens they are {vocabulary.covered:.2%}"
     )
     return vocabulary, _split_anew(job, texts, tokenizer, vocabulary)
+
+
+def _expect(
+    job: ShrinkJob, texts: JobTexts, model: Decoder
+) -> Float[np.ndarray, " rows"]:
+    """How often the dense model expects each token; kept in the progress."""
+    log = ProgressLog(job.work / "vocabulary", {})
+    if (kept := log.read(_EXPECTED)) is not None:
+        return kept[0][_EXPECTED]
+    batch = job.calibration.batch
+    with Progress(len(texts.sequences), "expecting tokens", unit="sequence") as shown:
+        counts = expected_counts(
+            model, texts.sequences, batch=batch, progress=shown.update
+        )
+    log.write(_EXPECTED, {_EXPECTED: counts}, {"tokens": texts.sequences.size})
+    return counts
 
 
 def _count_mixture(texts: JobTexts) -> Int[np.ndarray, " rows"]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
@@ -61,17 +61,21 @@ def choose_vocabulary(
     tokenizer: hf.Tokenizer,
     counts: Int[np.ndarray, " rows"],
     size: int,
+    expected: Float[np.ndarray, " rows"] | None = None,
 ) -> NewVocabulary:
     """Chooses the tokens that stay, and renumbers the files that name them.
 
-    Added tokens, bytes, single characters, BOS, EOS and what config.json,
-    generation_config.json or tokenizer_config.json name stay in any case.
+    Added tokens, bytes, BOS, EOS and what config.json, generation_config.json or
+    tokenizer_config.json name stay in any case, and single characters as
+    `token_choice.choose_tokens` says.
 
     Args:
       opened: directory of the model.
       tokenizer: tokenizer of the directory.
       counts: number of times that each id is in the texts, (rows of the embedding,).
       size: number of tokens to keep, a multiple of 64.
+      expected: how often the model expects each id along them, of
+        `expected_counts`; it then weighs as much as the counts.
 
     Returns:
       The vocabulary; nothing is written.
@@ -98,7 +102,8 @@ def choose_vocabulary(
     if content.get("padding"):
         named.add(content["padding"]["pad_id"])
     check(_NAMED, beyond=sorted(i for i in named if i >= len(counts)), rows=len(counts))
-    kept = token_choice.choose_tokens(content, counts, size, named)
+    weights = counts if expected is None else _share(counts) + _share(expected)
+    kept = token_choice.choose_tokens(content, weights, size, named)
     new_ids = {int(number): i for i, number in enumerate(kept)}
     reindexed = tokenizer_files.reindexed_tokenizer(content, new_ids)
     files: dict[str, Mapping[str, Any] | None] = {tokenizer_files.TOKENIZER: reindexed}
@@ -116,6 +121,11 @@ def choose_vocabulary(
         files | dict.fromkeys(twins),
         _renumbered_tokenizer(tokenizer, reindexed, new_ids),
     )
+
+
+def _share(counts: np.ndarray) -> Float[np.ndarray, " rows"]:
+    """Each count's share of all, float64; 0 where there are none."""
+    return counts / max(float(counts.sum()), 1.0)
 
 
 def _with_rows(setting: dict[str, Any], rows: int) -> dict[str, Any]:

@@ -8,15 +8,17 @@ were when others go.
 """
 
 import heapq
+import json
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule, check
 
+_BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 _MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 
 _KNOWN = (
@@ -65,20 +67,23 @@ def token_ids(content: Mapping[str, Any]) -> dict[str, int]:
 
 def choose_tokens(
     content: Mapping[str, Any],
-    counts: Int[np.ndarray, " rows"],
+    counts: Int[np.ndarray, " rows"] | Float[np.ndarray, " rows"],
     size: int,
     needed: Set[int] = frozenset(),
 ) -> Int[np.ndarray, " size"]:
     """The tokens that stay.
 
-    Added tokens, bytes, single characters and the unknown token stay in any case. Then
-    comes, by its count in the texts, each token with those that it is merged from. Of
-    equal counts come first those of characters that the texts have, then those of the
-    lowest ids, which in most tokenizers were the more frequent tokens.
+    Added tokens, bytes, single characters and the unknown token stay in any case; of a
+    tokenizer that falls back to bytes only the ASCII characters, since all others can
+    be written by their bytes. Then comes, by its count in the texts, each token with
+    those that it is merged from. Of equal counts come first those of characters that
+    the texts have, then those of the lowest ids, which in most tokenizers were the more
+    frequent tokens.
 
     Args:
       content: parsed tokenizer.json.
-      counts: number of times that each id was seen, (rows of the embedding,).
+      counts: number of times that each id was seen or is expected, (rows of the
+        embedding,).
       size: number of tokens to keep.
       needed: ids that stay in any case too, as those that config.json names.
 
@@ -107,7 +112,7 @@ def choose_tokens(
     order = sorted(
         ids.items(),
         key=lambda item: (
-            -int(counts[item[1]]),
+            -float(counts[item[1]]),
             not script.issuperset(item[0]),
             item[1],
         ),
@@ -140,12 +145,29 @@ def _always_kept(content: Mapping[str, Any], ids: Mapping[str, int]) -> set[int]
         model.get("end_of_word_suffix") or "",
         model.get("continuing_subword_prefix") or "",
     )
+    spelled = _spelled_in_bytes(content, ids)
     for token, number in ids.items():
         text = token.removesuffix(marks[0]).removeprefix(marks[1])
-        is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-        if len(text) == 1 or is_byte:
+        if token in _BYTES or (len(text) == 1 and not spelled(text)):
             kept.add(number)
     return kept
+
+
+def _spelled_in_bytes(
+    content: Mapping[str, Any], ids: Mapping[str, int]
+) -> Callable[[str], bool]:
+    """Which characters, where they are no tokens, become bytes and are read back."""
+    decoder = content.get("decoder") or {}
+    decoders = [decoder, *decoder.get("decoders", ())]
+    falls_back = (
+        bool(content["model"].get("byte_fallback"))
+        and ids.keys() >= _BYTES
+        and any(part.get("type") == "ByteFallback" for part in decoders)
+    )
+    steps = [content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
+    # What stands for a space is looked for among tokens, before bytes are joined.
+    named = {*json.dumps(steps, ensure_ascii=False)}
+    return lambda letter: falls_back and not letter.isascii() and letter not in named
 
 
 def _parts_of(model: Mapping[str, Any]) -> Callable[[str], Set[str]]:

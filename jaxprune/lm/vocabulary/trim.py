@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints import new_weights
@@ -55,6 +55,7 @@ def trim_vocabulary(
     texts: Iterable[str],
     size: int,
     *,
+    expected: Float[np.ndarray, " rows"] | None = None,
     ignore_config: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -62,16 +63,19 @@ def trim_vocabulary(
 ) -> TrimmedVocabulary:
     """Writes a model with the tokens that texts need most.
 
-    Added tokens, bytes, single characters and tokens that config.json,
-    generation_config.json or tokenizer_config.json name stay in any case. A text whose
-    tokens all stay is split into the same tokens. Others are split into shorter ones,
-    which no training has prepared the model for: try it with `jaxprune eval`.
+    Added tokens, bytes, characters that cannot be written by bytes, and tokens that
+    config.json, generation_config.json or tokenizer_config.json name stay in any case.
+    A text whose tokens all stay is split into the same tokens. Others are split into
+    shorter ones, which no training has prepared the model for: try it with `jaxprune
+    eval`.
 
     Args:
       source: directory of the model.
       directory: path of the new one.
       texts: texts of the kind that the model is used on.
       size: number of tokens to keep, a multiple of 64.
+      expected: how often the model expects each token along them, of
+        `expected_counts`; texts of the same kind then lose fewer tokens.
       ignore_config: attributes of config.json that are not looked at; see `hf.load`.
       provenance: facts of how it was made, JSON-able, for jaxprune.json.
       overwrite: whether an earlier result may be replaced.
@@ -93,7 +97,7 @@ def trim_vocabulary(
     counts = np.zeros(config.vocab_size, np.int64)
     for text in texts:
         counts += count_tokens(tokenizer.encode(text), config.vocab_size)
-    vocabulary = choose_vocabulary(opened, tokenizer, counts, size)
+    vocabulary = choose_vocabulary(opened, tokenizer, counts, size, expected)
     small = dataclasses.replace(config, vocab_size=size)
     settings = dict(vocabulary.settings)
     new_config = hf.smaller_config(

@@ -19,6 +19,7 @@ pytest.importorskip("tokenizers")
 
 from jaxprune.lm import cli
 from jaxprune.lm.checkpoints import rewrite
+from jaxprune.lm.jobs import smaller_vocabulary
 from jaxprune.lm.models import hf
 from jaxprune.lm.texts import text_files
 
@@ -279,3 +280,22 @@ def test_transformers_loads_it_with_nothing_missing(place, capsys):
         scores = model(torch.tensor([tokens])).logits.numpy()
     expected = logits(place / "read", np.array([tokens]))
     np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+@pytest.mark.full
+def test_what_the_model_expects_is_kept_through_a_kill(place, capsys, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(smaller_vocabulary, "_split_anew", killed)
+        trimmed(capsys, place, place / "killed")
+    monkeypatch.setattr(smaller_vocabulary, "expected_counts", killed)
+    code, record, _ = trimmed(capsys, place, place / "killed")
+    assert code == 0
+    monkeypatch.undo()
+    code, whole, _ = trimmed(capsys, place, place / "whole")
+    assert record["vocabulary"] == whole["vocabulary"]
+    assert (place / "killed/tokenizer.json").read_text() == (
+        place / "whole/tokenizer.json"
+    ).read_text()
