@@ -31,13 +31,15 @@ class Config:
       model: a Hugging Face directory with a tokenizer.json.
       out: the folder to write: texts, smaller models with their records.
       sizes: how many tokens stay.
+      sequences: sequences of 512 tokens along which the model expects tokens.
       limit: windows of each text that are evaluated.
-      rounds: how often the models are timed, in turn.
+      rounds: how often the models are timed, in turn; 0 does not time them.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
     out: Annotated[Path, tyro.conf.Positional]
     sizes: tuple[int, ...] = (65536, 32768)
+    sequences: int = 64
     limit: int = 8
     rounds: int = 5
 
@@ -51,6 +53,7 @@ def main(config: Config) -> None:
         if not (out / rewrite.NAME).is_file():
             words = ["shrink", config.model, out, "--vocab", size, "--limit"]
             words += [config.limit, "--speed-rounds", config.rounds]
+            words += ["--sequences", config.sequences, "--length", 512]
             words += ["--calibration", *(paths[name] for name in CALIBRATION)]
             words += ["--evaluate", *(paths[name] for name in HELD_OUT)]
             if code := cli.main([*map(str, words)]):
@@ -59,8 +62,9 @@ def main(config: Config) -> None:
     rows = [line for record in records for line in _rows(record)]
     header = ["tokens", "text", "bits/byte", "was", "change", "tokens of it", "was"]
     print(columns([header, *rows], right=True))
-    header = ["tokens", "weights, M", "decode, times", "by round", "dense itself"]
-    print(columns([header, *map(_speed_row, records)], right=True))
+    if config.rounds:
+        header = ["tokens", "weights, M", "decode, times", "by round", "dense itself"]
+        print(columns([header, *map(_speed_row, records)], right=True))
     measure.report("smaller_vocabulary", model=config.model.name, texts=rows)
 
 
