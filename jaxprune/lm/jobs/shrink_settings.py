@@ -29,8 +29,9 @@ class Removal:
     """What is removed.
 
     Attributes:
-      vocab: how many tokens to leave, a multiple of 64: those that --calibration needs
-        most, and what any text needs. The texts then are split by the new tokenizer.
+      vocab: how many tokens to leave, a multiple of 64: those that --calibration has
+        most and that the model expects along it, and what any text needs. The texts
+        then are split by the new tokenizer.
       hidden: the share of the channels of the residual stream to remove, the same in
         all layers: those by which least of what the matrices are given enters, on
         --calibration. The matrices that read the stream are then fitted to what stays.
