@@ -88,6 +88,7 @@ def _write_calibration(config: Config, paths: dict[str, Path]) -> None:
         for name in TRAINED
     ]
     rows = np.stack(drawn, 1).reshape(-1, _LENGTH)  # the texts in turn
+    # Once for all methods: what each of them wrote itself would not be the same text.
     loaded = hf.load(config.model, dtype="bfloat16")
     tokenizer = hf.load_tokenizer(config.model)
     own = self_calibration(
@@ -116,6 +117,7 @@ def _small(config: Config, method: str) -> Path:
     if method == "ours":
         _shrink(config, config.model, out, config.ffn)
         return out
+    # A process of its own: torch's threads would stay beside those of XLA.
     _run(
         *("benchmarks.torch_shrinking", config.model, "--method", method),
         *("--ffn", config.ffn, "--calibration", config.work / _CALIBRATION),
@@ -167,6 +169,7 @@ def _recover(config: Config, model: Path, out: Path, steps: int, method: str) ->
     plays, prose, own = (
         config.work / name for name in ("plays.txt", "technical.txt", _OWN)
     )
+    # To prune nothing is a job that trains alone, of any directory.
     _run(
         *("jaxprune", "prune", model, out, "--dtype", "bfloat16", "--sparsity", 0),
         *("--method", "magnitude", "--prompt-steps", 0, "--overwrite"),
