@@ -81,7 +81,8 @@ def choose_vocabulary(
       The vocabulary; nothing is written.
 
     Raises:
-      ValueError: the tokenizer is not understood, or so few tokens cannot stay.
+      ValueError: the tokenizer is not understood, so few tokens cannot stay, or what is
+        expected is of other tokens.
     """
     check_size(size)
     content = {"added_tokens": [], **_read_json(opened, tokenizer_files.TOKENIZER)}
@@ -102,7 +103,10 @@ def choose_vocabulary(
     if content.get("padding"):
         named.add(content["padding"]["pad_id"])
     check(_NAMED, beyond=sorted(i for i in named if i >= len(counts)), rows=len(counts))
-    weights = counts if expected is None else _share(counts) + _share(expected)
+    weights = counts
+    if expected is not None:
+        check(_EXPECTED, expected=expected, counts=counts)
+        weights = _share(counts) + _share(expected)
     kept = token_choice.choose_tokens(content, weights, size, named)
     new_ids = {int(number): i for i, number in enumerate(kept)}
     reindexed = tokenizer_files.reindexed_tokenizer(content, new_ids)
@@ -174,6 +178,12 @@ def _read_json(opened: CheckpointDir, name: str) -> dict[str, Any]:
     return json.loads((opened.path / name).read_text(encoding="utf-8"))
 
 
+_EXPECTED = Rule(
+    lambda v: v.expected.shape == v.counts.shape and v.expected.min() >= 0,
+    "expected must have a number of at least 0 for each of the {counts.size} ids, got "
+    "shape {expected.shape}",
+    "take those of expected_counts, of this very model",
+)
 _SIZE = Rule(
     lambda v: v.size > 0 and v.size % v.multiple == 0,
     "the number of tokens must be a positive multiple of {multiple}, got {size}",

@@ -42,6 +42,17 @@ def test_expected_tokens_stay_beside_those_of_the_texts(tmp_path):
     assert by_both.covered <= by_counts.covered  # of what the text has
 
 
+@pytest.mark.parametrize("expected", [np.ones(9), np.full(448, -1.0)])
+def test_expectations_of_another_model_are_refused(expected, tmp_path):
+    tiny_tokenizers.model_folder(tmp_path / "model", "byte-level")
+    out = tmp_path / "small"
+    with pytest.raises(ValueError, match=r"expected must have .* each of the 448 ids"):
+        trim.trim_vocabulary(
+            tmp_path / "model", out, ["a word"], 320, expected=expected
+        )
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("decoder", [True, False])
 def test_characters_that_bytes_can_write_may_go(decoder):
     content = json.loads(tiny_tokenizers.trained("byte-fallback").to_str())
