@@ -46,7 +46,7 @@ FLOORS: dict[str, set[str]] = {
     "lm.measure": {"flax", "lm_eval"},
     "lm.recovery": {"flax"},
     "lm.shrinking": {"flax"},
-    "lm.vocabulary": {"tokenizers"},
+    "lm.vocabulary": {"flax", "tokenizers"},
     "lm.export": {"flax", "gguf", "ml_dtypes", "orbax"},
     "lm.jobs": {"flax", "tyro"},
     "lm.torch_models": {"torch", "transformers", "PIL"},
