@@ -106,7 +106,7 @@ def choose_vocabulary(
     weights = counts
     if expected is not None:
         check(_EXPECTED, expected=expected, counts=counts)
-        weights = _share(counts) + _share(expected)
+        weights = _frequencies(counts) + _frequencies(expected)
     kept = token_choice.choose_tokens(content, weights, size, named)
     new_ids = {int(number): i for i, number in enumerate(kept)}
     reindexed = tokenizer_files.reindexed_tokenizer(content, new_ids)
@@ -127,8 +127,8 @@ def choose_vocabulary(
     )
 
 
-def _share(counts: np.ndarray) -> Float[np.ndarray, " rows"]:
-    """Each count's share of all, float64; 0 where there are none."""
+def _frequencies(counts: np.ndarray) -> Float[np.ndarray, " rows"]:
+    """Each count over the sum of all, float64; 0 where there are none."""
     return counts / max(float(counts.sum()), 1.0)
 
 
