@@ -61,7 +61,8 @@ def main(config: Config) -> None:
                 raise SystemExit(code)
     records = [rewrite.read_provenance(config.out / str(s)) for s in config.sizes]
     rows = [line for record in records for line in _rows(record)]
-    header = ["tokens", "text", "bits/byte", "was", "change", "tokens of it", "was"]
+    header = ["tokens", "text", "bits/byte", "was", "change", "perplexity, times"]
+    header += ["tokens of it", "was"]
     print(columns([header, *rows], right=True))
     if config.rounds:
         header = ["tokens", "weights, M", "decode, times", "by round", "dense itself"]
@@ -77,7 +78,9 @@ def _rows(record: dict[str, Any]) -> list[list[str]]:
         bits, was = after["bits_per_byte"], before["bits_per_byte"]
         change = f"{bits / was - 1:+.2%}"
         size = f"{record['vocabulary']['after']:,}"
-        rows.append([size, name, f"{bits:.4f}", f"{was:.4f}", change])
+        # Of a token of the dense model, since the smaller one's are shorter.
+        times = before["perplexity"] ** (bits / was - 1)
+        rows.append([size, name, f"{bits:.4f}", f"{was:.4f}", change, f"{times:.3f}"])
         rows[-1] += [f"{after['tokens']:,}", f"{before['tokens']:,}"]
     return rows
 

@@ -323,7 +323,7 @@ def _ways(job: ShrinkJob, narrowed: bool) -> list[str]:
     """What chose what goes, in a word for each."""
     removal = job.removal
     ways = {
-        "token counts": removal.vocab is not None,
+        "counted and expected tokens": removal.vocab is not None,
         "activations": bool(removal.hidden),
         "a search": removal.search,
         "sizes by layer": removal.unequal,

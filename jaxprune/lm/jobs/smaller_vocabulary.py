@@ -93,12 +93,10 @@ def _expect(
     log = ProgressLog(job.work / "vocabulary", {})
     if (kept := log.read(_EXPECTED)) is not None:
         return kept[0][_EXPECTED]
-    batch = job.calibration.batch
-    with Progress(len(texts.sequences), "expecting tokens", unit="sequence") as shown:
-        counts = expected_counts(
-            model, texts.sequences, batch=batch, progress=shown.update
-        )
-    log.write(_EXPECTED, {_EXPECTED: counts}, {"tokens": texts.sequences.size})
+    sequences, batch = texts.sequences, job.calibration.batch
+    with Progress(len(sequences), "expecting tokens", unit="sequence") as shown:
+        counts = expected_counts(model, sequences, batch=batch, progress=shown.update)
+    log.write(_EXPECTED, {_EXPECTED: counts}, {"tokens": sequences.size})
     return counts
 
 

@@ -74,11 +74,11 @@ def choose_tokens(
     """The tokens that stay.
 
     Added tokens, bytes, single characters and the unknown token stay in any case; of a
-    tokenizer that falls back to bytes only the ASCII characters, since all others can
-    be written by their bytes. Then comes, by its count in the texts, each token with
-    those that it is merged from. Of equal counts come first those of characters that
-    the texts have, then those of the lowest ids, which in most tokenizers were the more
-    frequent tokens.
+    tokenizer that falls back to bytes only ASCII and the characters that its own steps
+    name, as for a space, since all others can be written by their bytes. Then comes, by
+    its count in the texts, each token with those that it is merged from. Of equal
+    counts come first those of characters that the texts have, then those of the lowest
+    ids, which in most tokenizers were the more frequent tokens.
 
     Args:
       content: parsed tokenizer.json.

@@ -103,7 +103,8 @@ def trim_vocabulary(
     new_config = hf.smaller_config(
         settings.pop(CONFIG) or opened.config, small, ignore_config=ignore_config
     )
-    facts = {"method": "vocabulary by counts", "vocabulary": vocabulary.facts}
+    ways = "counts" if expected is None else "counts and expected counts"
+    facts = {"method": f"vocabulary by {ways}", "vocabulary": vocabulary.facts}
     paths = new_weights.write_new_weights(
         opened,
         directory,

@@ -77,7 +77,7 @@ def test_tokens_alone_go_and_the_rows_that_stay_are_the_same(place, capsys):
         np.testing.assert_array_equal(tensor, rows)
     assert record["vocabulary"]["after"] == 320
     assert "320 of 448 tokens stay; of the calibration's tokens they are" in err
-    assert record["method"] == "shrink by token counts"
+    assert record["method"] == "shrink by counted and expected tokens"
     assert record["sizes"]["after"]["tokens"] == 320
     assert not (place / "alone" / "vocab.json").exists()
     page = (place / "alone" / "report.html").read_text()
