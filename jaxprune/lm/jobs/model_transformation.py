@@ -6,7 +6,7 @@ They are measured by the perplexity of texts, and can be trained again.
 import abc
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxprune.arrays.console_progress import Progress
@@ -131,11 +131,14 @@ class ModelTransformation(Transformation[AnyJob, LoadedModel]):
         with self.costs.phase("evaluate before"):
             self.measurements.measure_dense(self.model.decoder())
 
-    def write_calibration(self, writer: LoadedModel) -> None:
+    def write_calibration(
+        self, writer: LoadedModel, never_first: Collection[int] = ()
+    ) -> None:
         """Lets a model write what `--calibration self` asks for.
 
         Args:
           writer: model whose parameters are in memory, with the tokens of the texts.
+          never_first: tokens that no sequence begins with, beside special ones.
         """
         calibration, texts = self.job.calibration, self.texts
         number = calibration.self_sequences
@@ -151,7 +154,7 @@ class ModelTransformation(Transformation[AnyJob, LoadedModel]):
                 seed=calibration.seed,
                 temperature=calibration.calibration_temperature,
                 bos=texts.begins.token,
-                special=_never_first(texts),
+                special=_never_first(texts).union(never_first),
                 batch=sequences_at_once(
                     decoder,
                     sequences=number,

@@ -236,6 +236,7 @@ def check_pruning(job: PruneJob, *, through_torch: bool = False) -> passes.Pass:
         "self_sequences": job.calibration.self_sequences,
         "streams": job.streams,
         "through_torch": through_torch,
+        "fewer_tokens": False,
     }
     check(WORDS, **values)
     # Only now, since these refuse what they cannot read.

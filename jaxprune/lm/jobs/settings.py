@@ -347,7 +347,13 @@ RULES = (
         "--recover-text self stands beside texts; give a FILE too",
     ),
     Rule(
-        lambda v: SELF not in v.recover_text or v.recover_by == "distillation",
+        # To learn what the model wrote itself would sharpen what it predicts; with
+        # other tokens no prediction of the dense model can be followed.
+        lambda v: (
+            SELF not in v.recover_text
+            or v.recover_by == "distillation"
+            or v.fewer_tokens
+        ),
         "--recover-text self is followed, not learned, so it needs --recover-by "
         "distillation",
     ),
@@ -385,4 +391,4 @@ RULES = (
     ),
 )
 """What every job's options keep; `files` are the calibration's without "self", and
-`self_sequences` the number that it stands for."""
+`self_sequences` the number that it stands for; `fewer_tokens` is whether some go."""

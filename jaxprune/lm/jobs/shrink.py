@@ -130,7 +130,11 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         # In memory to the end: it teaches, and is timed beside the small one.
         self.model = read_dense(self.model)
         super().look_at_dense()
-        if self.job.removal.vocab is not None:
+        chooses = self.job.removal.vocab is not None
+        # Of the kinds of its texts: a first token of another language goes on in it.
+        apart = smaller_vocabulary.tokens_apart(self.texts) if chooses else ()
+        self.write_calibration(self.model, never_first=apart)
+        if chooses:
             with self.costs.phase("choose tokens"):
                 self.fewer = smaller_vocabulary.choose_for_job(
                     *(self.job, self.source, self.texts),
@@ -138,7 +142,6 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
                 )
         if self.fewer is not None:  # the dense model was measured by its own tokens
             self.texts = self.measurements.texts = self.fewer[1]
-        self.write_calibration(self.reference)
 
     def with_tokens(self, model: LoadedModel) -> LoadedModel:
         """Another model with the tokens that the job leaves."""

@@ -133,12 +133,6 @@ _REMOVAL = (
 )
 _VOCABULARY = (
     Rule(
-        # Tokens are counted in files; all else that goes is chosen by the model.
-        lambda v: v.vocab is None or not v.self_sequences or len(v.asked) > 1,
-        "--vocab alone uses nothing that the model writes; leave --calibration self "
-        "out, or remove more",
-    ),
-    Rule(
         lambda v: v.vocab is None or (v.vocab > 0 and v.vocab % MULTIPLE == 0),
         f"--vocab must be a positive multiple of {MULTIPLE}, got {{vocab}}",
     ),
@@ -188,6 +182,7 @@ def check_shrink(job: ShrinkJob) -> None:
         asked=job.removal.asked,
         files=files,
         self_sequences=job.calibration.self_sequences,
+        fewer_tokens=job.removal.vocab is not None,
         ids=", ".join(str(path) for path in paths if text_files.is_ids(path)),
         through_torch=False,
     )

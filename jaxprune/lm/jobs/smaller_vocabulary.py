@@ -1,7 +1,8 @@
 """A job's vocabulary: the tokens that its texts need, and its texts split by them.
 
 That enough can stay is known before the weights are read. Which do, the dense model
-says too: it is measured by its own tokens, and expects others along the calibration.
+says too: it is measured by its own tokens, writes text with them, and expects others
+along all of the calibration.
 All that follows, calibration, search, recovery and the second measurement, is by the
 new ones, on the same stretches of text.
 """
@@ -49,6 +50,18 @@ def check_vocabulary(job: ShrinkJob, source: CheckpointDir, texts: JobTexts) -> 
     size, tokenizer = job.removal.vocab, texts.tokenizer
     if size is not None and tokenizer is not None:
         choose_vocabulary(source, tokenizer, _count_mixture(texts), size)
+
+
+def tokens_apart(texts: JobTexts) -> Int[np.ndarray, " apart"]:
+    """The tokens that none of the calibration texts has.
+
+    Args:
+      texts: texts by the model's tokenizer.
+
+    Returns:
+      Their ids, int64.
+    """
+    return np.flatnonzero(_count_mixture(texts) == 0)
 
 
 def choose_for_job(
@@ -104,6 +117,8 @@ def _count_mixture(texts: JobTexts) -> Int[np.ndarray, " rows"]:
     """How often the calibration has each token, where each text counts alike."""
     rows = texts.vocab_size
     counts = [count_tokens(t.first(_COUNTED), rows) for t in texts.calibration]
+    if texts.written is not None:  # counts as a text
+        counts.append(count_tokens(texts.written.ravel(), rows))
     longest = max(int(count.sum()) for count in counts)
     # A short text of a kind says as much of that kind as a long one.
     return sum(
@@ -125,6 +140,10 @@ def _split_anew(
     calibration = [_retokenized(t, before, tokenizer, size) for t in texts.calibration]
     calibrating, most = job.calibration, job.evaluation.limit
     drawn = inputs.draw_calibration(calibrating, calibration, begins, most)
+    written = texts.written
+    if written is not None:
+        written = written[:, int(texts.begins.token is not None) :]
+        written = _written_anew(written, before, tokenizer, begins.token)
     training = None
     if texts.training is not None:
         paths = job.recovery.trained_files or calibrating.files
@@ -146,7 +165,25 @@ def _split_anew(
         windows=windows,
         training=training,
         vocab_size=size,
+        written=written,
     )
+
+
+def _written_anew(
+    written: Int[np.ndarray, "sequences body"],
+    before: Tokenizer,
+    after: Tokenizer,
+    bos: int | None,
+) -> Int[np.ndarray, "sequences length"]:
+    """What the dense model wrote, each sequence as another tokenizer splits it."""
+    rows = []
+    for row in written.tolist():
+        tokens = after.encode(before.decode(row, special=True), bos=False)
+        # Mostly more tokens than before. Where they are fewer, since the model did not
+        # write them as its tokenizer splits them, the first ones fill the row.
+        rows.append(np.resize(np.int32(tokens), len(row)))
+    anew = np.stack(rows)
+    return anew if bos is None else np.insert(anew, 0, bos, axis=1)
 
 
 def _retokenized(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import types
 
 import jax
 import numpy as np
@@ -19,9 +20,12 @@ pytest.importorskip("tokenizers")
 
 from jaxprune.lm import cli
 from jaxprune.lm.checkpoints import rewrite
-from jaxprune.lm.jobs import smaller_vocabulary
+from jaxprune.lm.jobs import model_transformation, smaller_vocabulary
+from jaxprune.lm.jobs import shrink as shrink_job
 from jaxprune.lm.models import hf
+from jaxprune.lm.shrinking import units
 from jaxprune.lm.texts import text_files
+from jaxprune.lm.texts.self_calibration import self_calibration
 
 SHORT = ("--length", 32, "--context", 32, "--sequences", 8, "--any-perplexity")
 
@@ -105,23 +109,62 @@ def test_both_models_are_measured_on_the_same_text(place, capsys):
 
 
 @pytest.mark.full
-def test_the_model_with_fewer_tokens_writes_its_calibration(place, capsys):
-    words = ("self", *SHORT, "--ffn", 0.5)  # after the text
+def test_the_dense_model_writes_a_calibration_which_is_split_anew(
+    place, capsys, monkeypatch
+):
+    wrote, narrowed = [], []
+
+    def writes(model, **options):
+        wrote.append((model.config.vocab_size, options["special"]))
+        wrote.append(self_calibration(model, **options))
+        return wrote[-1]
+
+    def narrow(model, narrowing, tokens, **options):
+        narrowed.append(tokens)
+        return units.narrow(model, narrowing, tokens, **options)
+
+    monkeypatch.setattr(model_transformation, "self_calibration", writes)
+    monkeypatch.setattr(shrink_job, "units", types.SimpleNamespace(**vars(units)))
+    monkeypatch.setattr(shrink_job.units, "narrow", narrow)
     code, record, _ = shrink(
         *(capsys, place / "model", place / "wrote", "--vocab", 320),
-        *("--calibration", place / "a.txt", *words),
+        *("--calibration", place / "a.txt", "self", *SHORT, "--ffn", 0.5),
     )
     assert code == 0
     assert record["calibration"]["self"] == 4
     assert record["calibration"]["sequences"] == 8
     assert record["sizes"]["after"]["tokens"] == 320
+    (size, never_first), rows = wrote
+    assert size == 448
+    before, after = (hf.load_tokenizer(place / name) for name in ("model", "wrote"))
+    seen = set(before.encode(text(1500), bos=False))
+    assert {*range(size)} - seen <= never_first  # BOS too is never drawn
+    assert {*rows[:, 1]} <= seen
+    begins = [after.tokens.token_to_id(before.tokens.id_to_token(rows[0, 0]))]
+    for row, anew in zip(rows, narrowed[0][1::2], strict=True):
+        words = before.decode(row[1:], special=True)
+        expected = [*begins, *after.encode(words, bos=False)][: len(anew)]
+        np.testing.assert_array_equal(anew[: len(expected)], expected)
 
 
-def test_text_that_nothing_uses_is_not_written(place, capsys):
-    words = ("--vocab", 320, "--calibration", place / "a.txt", "self", *SHORT)
-    code, _, err = shrink(capsys, place / "model", place / "no", *words)
+@pytest.mark.full
+def test_what_the_model_wrote_counts_as_a_text_and_is_learned(place, capsys):
+    words = ("self", *SHORT, "--recover-by", "retraining", "--recover-steps", 2)
+    words = (*words, "--recover-text", place / "a.txt", "self")
+    code, record, err = shrink(
+        *(capsys, place / "model", place / "learned", "--vocab", 320),
+        *("--calibration", place / "a.txt", *words),
+    )
+    assert code == 0
+    assert record["retraining"]["texts"] == ["a.txt", "self"]
+    alone = trimmed(capsys, place, place / "unlearned")[1]["vocabulary"]
+    assert record["vocabulary"]["covered"] != alone["covered"]
+    code, _, err = run(
+        *(capsys, "prune", place / "model", place / "no", "--sparsity", 0.5),
+        *("--calibration", place / "a.txt", *words),
+    )
     assert code == 1
-    assert "--vocab alone uses nothing that the model writes" in err
+    assert "--recover-text self is followed, not learned" in err
 
 
 def test_what_the_model_writes_does_not_say_which_tokens_a_text_needs(place, capsys):
