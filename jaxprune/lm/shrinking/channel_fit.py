@@ -106,7 +106,8 @@ def fit_readers(
     """The narrower model whose matrices make up for the channels that went.
 
     Args:
-      model: model with its parameters in memory.
+      model: model with its parameters in memory; its head may be one of its own where
+        that of `small` is the embedding.
       small: the same without the other channels, of `hf.keep_channels`.
       kept: numbers of the channels that stayed, ascending.
       tokens: tokens of the calibration.
@@ -145,8 +146,10 @@ def fit_readers(
             narrow.states, _ = narrow.run(i, _layer_params(small.params, named, i))
             progress.update(1)
     moments = _moments(zip(narrow.normalised(), whole.normalised(), strict=True))
-    if model.config.tie_weights:
-        tables = (named[EMBEDDING], before[EMBEDDING])
+    if small.config.tie_weights:
+        tied = model.config.tie_weights
+        head = before[EMBEDDING] if tied else before["head/kernel"].T
+        tables = (named[EMBEDDING], head)  # (vocab, k), (vocab, d)
         named["norm/scale"] = _with_gains(
             named["norm/scale"],
             _fitted_gains(moments, tables),

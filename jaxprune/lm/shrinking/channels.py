@@ -1,18 +1,26 @@
 """Which channels of the residual stream a decoder can do without.
 
-A channel's score is the sum over all norms that read the stream, the last one too, of
+Where the stream can be rotated, its channels become its principal components: with x
+what a norm that reads it gives, gains aside, those of the sum of E[x x^T] over all such
+norms, the last one too. Those of least variance go, as in SliceGPT, in all layers the
+same. Where the head is the embedding, channels are mixed with those alone whose gains
+in the last norm are about theirs, since the embedding cannot take them.
+
+Elsewhere a channel's score is the sum over these norms of
 
   E[x_j^2] / sum over all channels of the same,
 
-x what the norm gives, its gains included: the share of what the matrices behind it are
-given that enters by channel j. The channels with the least go, in all layers the same.
-Weighing them by the squares of the matrices' rows, as Wanda does, chose no better on
-SmolLM2 135M. `channel_fit` then fits the matrices that read the stream to what
-is left of it.
+gains included: the share of what the matrices behind it are given that enters by
+channel j. Weighing them by the squares of the matrices' rows, as Wanda does, chose no
+better on SmolLM2 135M. `channel_fit` then fits the matrices that read the stream to
+what is left of it.
+
+Reference:
+  Ashkboos et al., "SliceGPT", 2024, arXiv 2401.15024.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +28,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxprune.arrays import tree
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.shrinking.channel_fit import ReportingNorm, fit_readers, norms_of
+
+_ALIKE = 1.1  # greatest ratio of gains of channels that are mixed under a tied head
+_LAST = "norm/scale"
 
 
 def without_channels(
@@ -42,16 +54,156 @@ def without_channels(
       batch: number of sequences that the model sees at once.
 
     Returns:
-      The smaller model; JSON-able: "kept" channels and the "scores" of all.
+      The smaller model; JSON-able: "kept" channels, the "scores" of all, and whether
+      they are "principal" components, the first of which then stay.
     """
     hf.check_channels(model.config, range(remaining))
-    with Progress(len(tokens), "scoring channels", leave=False) as progress:
-        scores = channel_scores(model, tokens, batch=batch, progress=progress.update)
+    principal = hf.can_rotate(model.config)
+    whole = tied = model
+    if principal:
+        whole, tied, scores = principal_channels(model, tokens, batch=batch)
+    else:
+        with Progress(len(tokens), "scoring channels", leave=False) as progress:
+            scores = channel_scores(
+                model, tokens, batch=batch, progress=progress.update
+            )
     # Of equal scores the first stays.
     kept = np.sort(np.argsort(-scores, kind="stable")[:remaining])
-    small = model.reshaped(*hf.keep_channels(model.config, model.params, kept.tolist()))
-    small = fit_readers(model, small, kept, tokens, batch=batch)
-    return small, {"kept": kept.tolist(), "scores": scores.tolist()}
+    small = model.reshaped(*hf.keep_channels(tied.config, tied.params, kept.tolist()))
+    small = fit_readers(whole, small, kept, tokens, batch=batch)
+    record = {"kept": kept.tolist(), "scores": scores.tolist(), "principal": principal}
+    return small, record
+
+
+class PrincipalChannels(NamedTuple):
+    """A model whose channels are principal components of its residual stream.
+
+    Attributes:
+      whole: the model, exactly; its head is one of its own.
+      tied: what the directory can say: `whole`, or where the head is the embedding, as
+        near as the gains of the last norm come.
+      scores: share of the variance of each channel, float64 (width,), descending.
+    """
+
+    whole: LoadedModel
+    tied: LoadedModel
+    scores: Float[np.ndarray, " width"]
+
+
+def principal_channels(
+    model: LoadedModel,
+    tokens: Int[np.ndarray, "sequences length"],
+    *,
+    batch: int = 4,
+) -> PrincipalChannels:
+    """The model in the basis of the principal components of its residual stream.
+
+    Args:
+      model: model with its parameters in memory, of those that `hf.can_rotate`.
+      tokens: sequences that show what the model is for.
+      batch: number of sequences that the model sees at once.
+
+    Returns:
+      The model in the new basis, and the variances.
+
+    Raises:
+      ValueError: the stream cannot be rotated.
+    """
+    config, params = model.config, model.params
+    identity = jnp.eye(config.width)
+    folded = model.reshaped(*hf.rotate_channels(config, params, identity))
+    moments = _moments(folded, tokens, batch)
+    gains = tree.named_leaves(params)[_LAST].astype(jnp.float32)
+    gains = np.asarray(gains + (config.norm == "rms_plus_one"))
+    mixed = _alike(gains) if config.tie_weights else [np.arange(config.width)]
+    basis, variances = _principal_basis(moments, mixed)
+    whole = model.reshaped(*hf.rotate_channels(config, params, jnp.asarray(basis)))
+    tied = whole
+    if config.tie_weights:
+        # Where the gains of what is mixed are equal, these are exact.
+        named = tree.named_leaves(whole.params)
+        stored = (gains @ basis**2) - (config.norm == "rms_plus_one")
+        named[_LAST] = jnp.asarray(stored, named[_LAST].dtype)
+        structure = jax.tree.structure(params)
+        leaves = [named[name] for name in tree.names(params)]
+        tied = model._replace(params=jax.tree.unflatten(structure, leaves))
+    return PrincipalChannels(whole, tied, variances / variances.sum())
+
+
+def _moments(
+    model: LoadedModel, tokens: Int[np.ndarray, "sequences length"], batch: int
+) -> Float[np.ndarray, "width width"]:
+    """The sums of x x^T over tokens and norms that read the stream, float64."""
+
+    def product(x: Array) -> Array:
+        x = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+        return jnp.matmul(x.T, x, precision="highest")
+
+    total = np.zeros((model.config.width,) * 2)
+    with Progress(len(tokens), "principal channels", leave=False) as progress:
+        for moments in _of_norms(model, tokens, batch, product, progress.update):
+            total += moments.astype(np.float64).sum(0)
+    return total
+
+
+def _alike(gains: Float[np.ndarray, " width"]) -> list[Int[np.ndarray, " group"]]:
+    """The channels in groups of about the same gain, each in one."""
+    groups: list[list[int]] = []
+    for channel in np.argsort(gains, kind="stable").tolist():
+        if groups:
+            pair = sorted(abs(gains[c]) for c in (groups[-1][0], channel))
+            same_sign = gains[groups[-1][0]] * gains[channel] > 0
+            if same_sign and pair[1] <= _ALIKE * pair[0]:
+                groups[-1].append(channel)
+                continue
+        groups.append([channel])
+    return [np.array(group) for group in groups]
+
+
+def _principal_basis(
+    moments: Float[np.ndarray, "width width"],
+    groups: list[Int[np.ndarray, " group"]],
+) -> tuple[Float[np.ndarray, "width width"], Float[np.ndarray, " width"]]:
+    """An orthogonal basis that mixes within groups, and its variances, descending."""
+    basis, variances = np.zeros_like(moments), np.zeros(len(moments))
+    columns = np.split(
+        np.arange(len(moments)), np.cumsum([len(g) for g in groups])[:-1]
+    )
+    for group, place in zip(groups, columns, strict=True):
+        values, vectors = np.linalg.eigh(moments[np.ix_(group, group)])
+        basis[np.ix_(group, place)] = vectors
+        variances[place] = np.maximum(values, 0)  # rounding leaves some below
+    order = np.argsort(-variances, kind="stable")
+    return basis[:, order], variances[order]
+
+
+def _of_norms(
+    model: LoadedModel,
+    tokens: Int[np.ndarray, "sequences length"],
+    batch: int,
+    summarise: Callable[[Array], Array],
+    progress: Callable[[int], None],
+) -> Iterator[Float[np.ndarray, "norms ..."]]:
+    """A summary of what each norm that reads the stream gives, batch by batch."""
+
+    @jax.jit
+    def summaries(params: Any, ids: Array) -> Float[Array, "norms ..."]:
+        decoder, outputs = nnx.merge(model.graphdef, params), []
+
+        def report(x: Array) -> None:
+            outputs.append(summarise(x))
+
+        for layer in decoder.layers:
+            for name in norms_of(layer):
+                setattr(layer, name, ReportingNorm(getattr(layer, name), report))
+        decoder.norm = ReportingNorm(decoder.norm, report)
+        decoder.states(decoder.embed(ids))
+        return jnp.stack(outputs)
+
+    for i in range(0, len(tokens), batch):
+        ids = tokens[i : i + batch]
+        yield jax.device_get(summaries(model.params, ids))
+        progress(len(ids))
 
 
 def channel_scores(
@@ -73,26 +225,11 @@ def channel_scores(
       Scores, float64, which add up to the number of norms.
     """
 
-    @jax.jit
-    def mean_squares(params: Any, ids: Array) -> Float[Array, "norms width"]:
-        decoder, squares = nnx.merge(model.graphdef, params), []
+    def squares(x: Array) -> Array:
+        return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(0, 1))
 
-        def report(x: Array) -> None:
-            squares.append(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(0, 1)))
-
-        for layer in decoder.layers:
-            for name in norms_of(layer):
-                setattr(layer, name, ReportingNorm(getattr(layer, name), report))
-        decoder.norm = ReportingNorm(decoder.norm, report)
-        decoder.states(decoder.embed(ids))
-        return jnp.stack(squares)
-
-    total = 0.0
-    for i in range(0, len(tokens), batch):
-        ids = tokens[i : i + batch]
-        squares = jax.device_get(mean_squares(model.params, ids))
-        total = total + squares.astype(np.float64)  # (norms, width)
-        progress(len(ids))
-    energies = np.asarray(total)  # (norms, width)
+    energies = np.zeros(1)
+    for sums in _of_norms(model, tokens, batch, squares, progress):
+        energies = energies + sums.astype(np.float64)  # (norms, width)
     totals = np.maximum(energies.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
     return np.sum(energies / totals, axis=0)

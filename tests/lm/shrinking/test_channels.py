@@ -49,10 +49,16 @@ def distance(one, another):
 def test_channels_without_anything_in_them_go_and_nothing_changes(name, tmp_path):
     model = opened(name, tmp_path / "whole", nothing_into_odd)
     small, record = channels.without_channels(model, IDS, 16, batch=4)
-    assert record["kept"] == KEPT.tolist()
-    assert record["scores"][1::2] == [0.0] * 16
-    # Each of the two norms of the layer and the last gives 1.
-    assert sum(record["scores"]) == pytest.approx(3)
+    assert record["principal"] == (name != "gemma3")  # whose norms write too
+    if record["principal"]:
+        assert record["kept"] == [*range(16)]
+        assert record["scores"][16:] == pytest.approx([0.0] * 16, abs=1e-9)
+        assert sum(record["scores"]) == pytest.approx(1)
+    else:
+        assert record["kept"] == KEPT.tolist()
+        assert record["scores"][1::2] == [0.0] * 16
+        # Each of the two norms of the layer and the last gives 1.
+        assert sum(record["scores"]) == pytest.approx(3)
     np.testing.assert_allclose(
         tiny_cli.called(small.decoder(), IDS),
         tiny_cli.called(model.decoder(), IDS),
@@ -66,9 +72,7 @@ def test_layers_may_lack_attention_or_an_mlp(tmp_path):
     model = opened("llama", tmp_path / "whole", nothing_into_odd, layers=2)
     model = units.without_parts(model, {(0, "heads"), (1, "ffn")})
     small, record = channels.without_channels(model, IDS, 16, batch=8)
-    assert record["kept"] == KEPT.tolist()
-    # One norm of each layer, and the last.
-    assert sum(record["scores"]) == pytest.approx(3)
+    assert record["kept"] == [*range(16)]
     np.testing.assert_allclose(
         tiny_cli.called(small.decoder(), IDS),
         tiny_cli.called(model.decoder(), IDS),
@@ -89,3 +93,75 @@ def test_matrices_are_fitted_to_what_the_other_channels_tell(name, tmp_path):
         tiny_cli.called(m.decoder(), new) for m in (model, fitted, cut)
     )
     assert distance(after, dense) < 0.7 * distance(before, dense)
+
+
+def in_a_subspace(leaf):
+    """As if the stream lay in 16 dimensions across all channels."""
+    directions = np.linalg.qr(np.random.default_rng(3).normal(size=(32, 32)))[0][:16]
+    return (leaf @ directions.T @ directions).astype(np.float32)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["llama", "qwen2-moe"])
+def test_a_stream_in_a_subspace_loses_what_no_channel_alone_could(name, tmp_path):
+    model = opened(name, tmp_path / "whole", in_a_subspace, layers=2)
+    assert not model.config.tie_weights
+    small, record = channels.without_channels(model, IDS, 16, batch=4)
+    assert sum(record["scores"][:16]) == pytest.approx(1)
+    assert small.config.width == 16
+    np.testing.assert_allclose(
+        tiny_cli.called(small.decoder(), IDS),
+        tiny_cli.called(model.decoder(), IDS),
+        rtol=0,
+        atol=1e-3,  # logits of some dozens
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3-moe", "mistral"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_principal_channels_change_nothing_but_a_tied_head(name, tied, tmp_path):
+    tiny_hf.random_folder(name, tmp_path / "model", tie_word_embeddings=tied)
+    model = open_model(tmp_path / "model").read()
+    assert model.config.tie_weights == tied
+    rotated = channels.principal_channels(model, IDS)
+    assert not rotated.whole.config.tie_weights
+    dense, whole = (tiny_cli.called(m.decoder(), IDS) for m in (model, rotated.whole))
+    np.testing.assert_allclose(whole, dense, rtol=0, atol=1e-3)
+    assert rotated.tied.config == model.config
+    assert (rotated.tied is rotated.whole) == (not tied)
+
+
+@pytest.mark.full
+def test_channels_of_one_gain_are_mixed_before_a_tied_head(tmp_path):
+    tiny_hf.random_folder("llama", tmp_path / "model", tie_word_embeddings=True)
+    model = open_model(tmp_path / "model").read()
+    named = tree.named_leaves(model.params)
+    gains = np.resize(np.float32([0.5, 2, 2, -2]), 32)
+    leaves = [gains if n == "norm/scale" else leaf for n, leaf in named.items()]
+    structure = jax.tree.structure(model.params)
+    model = model._replace(params=jax.tree.unflatten(structure, leaves))
+    whole, tied, scores = channels.principal_channels(model, IDS)
+    assert sorted(scores, reverse=True) == scores.tolist()
+    # The gains of what is mixed are equal, so this is exact too.
+    np.testing.assert_allclose(
+        tiny_cli.called(tied.decoder(), IDS),
+        tiny_cli.called(model.decoder(), IDS),
+        rtol=0,
+        atol=1e-3,
+    )
+    gains_after = np.asarray(tree.named_leaves(tied.params)["norm/scale"])
+    np.testing.assert_allclose(sorted(gains_after), sorted(gains), rtol=1e-5)
+    embedding = tree.named_leaves(tied.params)["embedding/embedding"]
+    assert not np.allclose(np.sort(embedding), np.sort(leaves[0]), atol=1e-2)
+    assert whole.config.vocab_size == model.config.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("gemma3", "added to the stream"), ("gpt2", "LayerNorm")]
+)
+def test_streams_that_cannot_be_rotated_are_refused(name, words):
+    config = hf.decoder_config(tiny_hf.config_json(name))
+    assert not hf.can_rotate(config)
+    with pytest.raises(ValueError, match=words):
+        hf.rotate_channels(config, {}, np.eye(config.width))

@@ -6,6 +6,7 @@ from jaxprune.lm.models.hf.families import decoder_config, vision_config
 from jaxprune.lm.models.hf.loading import Loaded, abstract, embedded, load, tensors
 from jaxprune.lm.models.hf.narrower import check_channels, keep_channels
 from jaxprune.lm.models.hf.parameters import Dtype, Shardings, split_over, to_tensors
+from jaxprune.lm.models.hf.rotation import can_rotate, rotate_channels
 from jaxprune.lm.models.hf.smaller import (
     changed_axes,
     keep_experts,
@@ -33,6 +34,7 @@ __all__ = [
     "Tokenizer",
     "abstract",
     "block_configs",
+    "can_rotate",
     "changed_axes",
     "check_channels",
     "decoder_config",
@@ -45,6 +47,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "resized",
+    "rotate_channels",
     "shrinkable",
     "smaller_config",
     "smaller_tensors",

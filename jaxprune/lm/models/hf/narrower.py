@@ -24,7 +24,9 @@ from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf.smaller import EMBEDDING, changed_axes
 from jaxprune.lm.models.hf.smaller_config import with_width
 
-_WRITERS = re.compile(r"layers/\d+/(attention/out|mlp/(shared/)?down)/")
+WRITERS = re.compile(r"layers/\d+/(attention/out|mlp/(shared/)?down)/")
+"""The beginnings of leaves that write into the stream, the embedding aside."""
+
 _READING_NORMS = re.compile(r"layers/\d+/(norm_attention|norm_mlp)/")
 
 _RULES = (
@@ -130,7 +132,7 @@ class _Factors:
             # A tied head is the embedding, so the norm before it undoes its factor.
             undone = self.embedding if self._config.tie_weights else 1.0
             return 1 / (self.stream * undone)
-        if _WRITERS.match(name):
+        if WRITERS.match(name):
             return self.stream
         if _READING_NORMS.match(name):
             return 1 / self.stream
