@@ -166,7 +166,7 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
             "pattern": "whole tokens, channels, layers, experts, heads and neurons",
             "sparsity": self.job.removal.asked,
             "ignored_config": list(self.model.ignored),
-            "method": "shrink by " + ", ".join(_ways(self.job, "units" in record)),
+            "method": "shrink by " + ", ".join(_ways(self.job, record)),
         }
         # Measured is what will be written.
         small = as_stored(small, set(jp.tree.names(small.params)))
@@ -322,18 +322,20 @@ def _remaining_budget(
     return min(budget * before / after, 1.0)
 
 
-def _ways(job: ShrinkJob, narrowed: bool) -> list[str]:
+def _ways(job: ShrinkJob, record: dict[str, Any]) -> list[str]:
     """What chose what goes, in a word for each."""
-    removal = job.removal
+    removal, width = job.removal, record.get("channels")
+    principal = width is not None and width["principal"]
     ways = {
         "counted and expected tokens": removal.vocab is not None,
-        "activations": bool(removal.hidden),
+        "principal components": principal,
+        "activations": width is not None and not principal,
         "a search": removal.search,
         "sizes by layer": removal.unequal,
         "the loss without each layer": removal.layers is not None,
         "the layers named": bool(removal.drop_layers),
         "reap": bool(removal.experts),
-        "obs" if job.calibration.calibration else "magnitude": narrowed,
+        "obs" if job.calibration.calibration else "magnitude": "units" in record,
     }
     return [way for way, used in ways.items() if used]
 

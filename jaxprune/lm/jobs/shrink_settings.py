@@ -33,8 +33,10 @@ class Removal:
         most and that the model expects along it, and what any text needs. The texts
         then are split by the new tokenizer.
       hidden: the share of the channels of the residual stream to remove, the same in
-        all layers: those by which least of what the matrices are given enters, on
-        --calibration. The matrices that read the stream are then fitted to what stays.
+        all layers: its principal components of least variance on --calibration where
+        norms stand before matrices alone, else the channels by which least of what the
+        matrices are given enters. The matrices that read the stream are then fitted to
+        what stays.
       ffn: the share of the neurons of each MLP to remove.
       multiple: the neurons and channels that are left are the nearest multiple of this;
         64 or 128 suits the kernels of GPUs and TPUs.

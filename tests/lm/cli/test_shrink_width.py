@@ -25,7 +25,7 @@ def test_channels_go_and_the_directory_says_so(place, capsys):
     assert code == 0
     config = config_of(place / "alone")
     assert (config["hidden_size"], config["head_dim"]) == (24, 8)
-    assert record["method"] == "shrink by activations"
+    assert record["method"] == "shrink by principal components"
     assert record["sizes"]["after"]["width"] == len(record["channels"]["kept"]) == 24
     assert "channels of the residual stream" in (
         place / "alone" / "report.html"
