@@ -104,6 +104,13 @@ def _gradual(
     return jp.gradual(optimizer(rate, track=()), span.cubic(), **options)
 
 
+def _gradual_root(
+    rate: optax.ScalarOrSchedule, span: Span, power: float, **options: Any
+) -> optax.GradientTransformation:
+    tx = optax.chain(optimizer(rate, track=()), jp.contrib.scale_by_density(power))
+    return jp.gradual(tx, span.cubic(), **options)
+
+
 def _straight(
     rate: optax.ScalarOrSchedule, span: Span, *, freezes: bool = True, **options: Any
 ) -> optax.GradientTransformation:
@@ -131,7 +138,10 @@ def _admm(
 
 
 def _sparse(
-    rate: optax.ScalarOrSchedule, span: Span, grow: jp.grow.Grow | None = None
+    rate: optax.ScalarOrSchedule,
+    span: Span,
+    grow: jp.grow.Grow | None = None,
+    power: float = 0.0,
 ) -> optax.GradientTransformation:
     """Sparse from the first step: a random mask, and what `grow` makes of it."""
     schedule: jp.schedules.Schedule = jp.schedules.once(0, span.final)
@@ -139,7 +149,7 @@ def _sparse(
         period = max(span.freeze // 30, 1)  # 2.5 % of the steps
         schedule = jp.schedules.constant(span.final, 0, span.freeze, every=period)
     return jp.gradual(
-        optimizer(rate, track=()),
+        optax.chain(optimizer(rate, track=()), jp.contrib.scale_by_density(power)),
         schedule,
         # What leaves the mask is the smallest weight; a mask that never moves is drawn
         # once.
@@ -178,6 +188,15 @@ METHODS: dict[str, Method] = {
     "set": functools.partial(_sparse, grow=jp.grow.random()),
     "rigl": functools.partial(_sparse, grow=jp.grow.gradient()),
     "static_random": _sparse,
+    "gradual_preconditioned_late_root": late(
+        functools.partial(_gradual_root, power=0.5)
+    ),
+    "set_density": functools.partial(_sparse, grow=jp.grow.random(), power=1.0),
+    "rigl_density": functools.partial(_sparse, grow=jp.grow.gradient(), power=1.0),
+    "static_random_density": functools.partial(_sparse, power=1.0),
+    "set_root": functools.partial(_sparse, grow=jp.grow.random(), power=0.5),
+    "rigl_root": functools.partial(_sparse, grow=jp.grow.gradient(), power=0.5),
+    "static_random_root": functools.partial(_sparse, power=0.5),
 }
 """Name to optimizer. `ste_` is straight-through; `_free` never freezes its masks.
 

@@ -5,9 +5,16 @@ from jaxprune.contrib.calibrate_gradients import (
     calibrate_gradients as calibrate_gradients,
 )
 from jaxprune.contrib.lora import lora as lora
+from jaxprune.contrib.scale_by_density import scale_by_density as scale_by_density
 from jaxprune.contrib.state_shardings import state_shardings as state_shardings
 
-__all__ = ["admm", "calibrate_gradients", "lora", "state_shardings"]
+__all__ = [
+    "admm",
+    "calibrate_gradients",
+    "lora",
+    "scale_by_density",
+    "state_shardings",
+]
 
 
 def __dir__() -> list[str]:

@@ -29,6 +29,7 @@ FUNCTIONS = [
     "grow.random",
     "keep_masks",
     "contrib.lora",
+    "contrib.scale_by_density",
     "masks.apply",
     "masks.combine",
     "masks.get",

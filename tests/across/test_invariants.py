@@ -45,6 +45,7 @@ TABLE = {
         optax.adamw(0.1), {0: 0.5}, freeze=2, every=1
     ),
     "lora": lambda masks: jp.contrib.lora(optax.adamw(0.1), rank=2),
+    "scale_by_density": lambda masks: jp.contrib.scale_by_density(),
     "all": lambda masks: jp.keep_masks(
         optax.chain(
             jp.track_gradients(average=STATISTICS),

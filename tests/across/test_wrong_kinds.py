@@ -86,6 +86,10 @@ CALLS = {
         MASKED | {"freeze": 3, "every": 1, "penalty": 0.01},
     ),
     "contrib.lora": (stepped(jp.contrib.lora), {"optimizer": ADAM, "rank": 2}),
+    "contrib.scale_by_density": (
+        stepped(jp.contrib.scale_by_density),
+        {"power": 0.5, "prunable": jp.tree.prunable},
+    ),
     "contrib.state_shardings": (
         jp.contrib.state_shardings,
         {"optimizer": ADAM, "params": PARAMS},

@@ -110,9 +110,10 @@ def principal_channels(
       ValueError: the stream cannot be rotated.
     """
     config, params = model.config, model.params
-    identity = jnp.eye(config.width)
-    folded = model.reshaped(*hf.rotate_channels(config, params, identity))
-    moments = _moments(folded, tokens, batch)
+    # In the basis of before, with the gains in the matrices; let go once measured.
+    folded = hf.rotate_channels(config, params, jnp.eye(config.width))
+    moments = _moments(model.reshaped(*folded), tokens, batch)
+    del folded
     gains = tree.named_leaves(params)[_LAST].astype(jnp.float32)
     gains = np.asarray(gains + (config.norm == "rms_plus_one"))
     mixed = _alike(gains) if config.tie_weights else [np.arange(config.width)]
