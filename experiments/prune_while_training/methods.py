@@ -104,13 +104,6 @@ def _gradual(
     return jp.gradual(optimizer(rate, track=()), span.cubic(), **options)
 
 
-def _gradual_root(
-    rate: optax.ScalarOrSchedule, span: Span, power: float, **options: Any
-) -> optax.GradientTransformation:
-    tx = optax.chain(optimizer(rate, track=()), jp.contrib.scale_by_density(power))
-    return jp.gradual(tx, span.cubic(), **options)
-
-
 def _straight(
     rate: optax.ScalarOrSchedule, span: Span, *, freezes: bool = True, **options: Any
 ) -> optax.GradientTransformation:
@@ -188,16 +181,12 @@ METHODS: dict[str, Method] = {
     "set": functools.partial(_sparse, grow=jp.grow.random()),
     "rigl": functools.partial(_sparse, grow=jp.grow.gradient()),
     "static_random": _sparse,
-    "gradual_preconditioned_late_root": late(
-        functools.partial(_gradual_root, power=0.5)
-    ),
-    "set_density": functools.partial(_sparse, grow=jp.grow.random(), power=1.0),
-    "rigl_density": functools.partial(_sparse, grow=jp.grow.gradient(), power=1.0),
-    "static_random_density": functools.partial(_sparse, power=1.0),
-    "set_root": functools.partial(_sparse, grow=jp.grow.random(), power=0.5),
-    "rigl_root": functools.partial(_sparse, grow=jp.grow.gradient(), power=0.5),
-    "static_random_root": functools.partial(_sparse, power=0.5),
+    "set_scaled": functools.partial(_sparse, grow=jp.grow.random(), power=0.5),
+    "rigl_scaled": functools.partial(_sparse, grow=jp.grow.gradient(), power=0.5),
+    "static_random_scaled": functools.partial(_sparse, power=0.5),
+    "set_scaled_fully": functools.partial(_sparse, grow=jp.grow.random(), power=1.0),
 }
-"""Name to optimizer. `ste_` is straight-through; `_free` never freezes its masks.
+"""Name to optimizer. `ste_` is straight-through; `_free` never freezes its masks;
+`_scaled` divides steps by the root of each matrix's density, `_fully` by the density.
 
 ADMM ranks by E[g^2] v^2 in each layer, as ELSA does, if its name does not say more."""
