@@ -183,7 +183,7 @@ def _written_anew(
         tokens = after.encode(before.decode(row, special=True), bos=False)
         # Mostly more tokens than before. Where they are fewer, since the model did not
         # write them as its tokenizer splits them, the first ones fill the row.
-        rows.append(np.resize(np.int32(tokens), len(row)))
+        rows.append(np.resize(np.asarray(tokens, np.int32), len(row)))
     anew = np.stack(rows)
     return anew if bos is None else np.insert(anew, 0, bos, axis=1)
 
