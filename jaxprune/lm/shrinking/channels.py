@@ -19,6 +19,7 @@ Reference:
   Ashkboos et al., "SliceGPT", 2024, arXiv 2401.15024.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -142,9 +143,16 @@ def _moments(
 
     total = np.zeros((model.config.width,) * 2)
     with Progress(len(tokens), "principal channels", leave=False) as progress:
-        for moments in _of_norms(model, tokens, batch, product, progress.update):
-            total += moments.astype(np.float64).sum(0)
+        # Added up at once: as many matrices as norms would be gigabytes.
+        for moments in _of_norms(
+            model, tokens, batch, product, _sum_of, progress.update
+        ):
+            total += moments
     return total
+
+
+def _sum_of(matrices: list[Array]) -> Array:
+    return functools.reduce(jnp.add, matrices)
 
 
 def _alike(gains: Float[np.ndarray, " width"]) -> list[Int[np.ndarray, " group"]]:
@@ -183,12 +191,13 @@ def _of_norms(
     tokens: Int[np.ndarray, "sequences length"],
     batch: int,
     summarise: Callable[[Array], Array],
+    combine: Callable[[list[Array]], Array],
     progress: Callable[[int], None],
-) -> Iterator[Float[np.ndarray, "norms ..."]]:
-    """A summary of what each norm that reads the stream gives, batch by batch."""
+) -> Iterator[Float[np.ndarray, "..."]]:
+    """Summaries of what the norms that read the stream give, batch by batch."""
 
     @jax.jit
-    def summaries(params: Any, ids: Array) -> Float[Array, "norms ..."]:
+    def summaries(params: Any, ids: Array) -> Float[Array, "..."]:
         decoder, outputs = nnx.merge(model.graphdef, params), []
 
         def report(x: Array) -> None:
@@ -199,7 +208,7 @@ def _of_norms(
                 setattr(layer, name, ReportingNorm(getattr(layer, name), report))
         decoder.norm = ReportingNorm(decoder.norm, report)
         decoder.states(decoder.embed(ids))
-        return jnp.stack(outputs)
+        return combine(outputs)
 
     for i in range(0, len(tokens), batch):
         ids = tokens[i : i + batch]
@@ -230,7 +239,7 @@ def channel_scores(
         return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(0, 1))
 
     energies = np.zeros(1)
-    for sums in _of_norms(model, tokens, batch, squares, progress):
+    for sums in _of_norms(model, tokens, batch, squares, jnp.stack, progress):
         energies = energies + sums.astype(np.float64)  # (norms, width)
     totals = np.maximum(energies.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
     return np.sum(energies / totals, axis=0)
