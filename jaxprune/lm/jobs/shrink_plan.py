@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxprune.arrays.messages import columns
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.jobs import estimates, progress_dir
+from jaxprune.lm.jobs import estimates, progress_dir, smaller_vocabulary
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.estimates import Needs
 from jaxprune.lm.jobs.inputs import JobTexts
@@ -110,7 +110,8 @@ def _needs(
     flops += estimates.writing_flops(calibration, work)
     total = len({name.split("/")[1] for name in work.matrices})
     if removal.vocab is not None:  # which tokens the dense model expects
-        flops += once
+        most = smaller_vocabulary.PREDICTED * calibration.length
+        flops += work.forward(min(work.tokens, most))
     if removal.layers is not None:  # a search runs what is left without each layer
         flops += once * sum(range(layers + 1, total + 1)) / total
     if removal.narrowing.narrows and calibration.calibration:
@@ -142,10 +143,13 @@ def _needs(
     # reach less of the rate.
     timed = 3 * job.evaluation.speed_rounds * work.forward(256 + 8 * 32)
     activations = 3 * work.tokens * work.wide if removal.narrowing.narrows else 0
-    # The greatest of three moments: measuring, narrowing, training.
+    # The greatest of some moments: measuring, making channels others, narrowing,
+    # training.
     measured = 3 * calibration.batch * job.evaluation.context * work.scores
     peak = estimates.base_memory() + max(
         2 * work.weights + measured,
+        # The dense model, the same in another basis, and what is fitted to it.
+        3 * work.weights if removal.hidden else 0,
         2 * work.weights + activations + 3 * estimates.largest_hessian(work),
         # The dense model stays to the end: it is timed beside the small one.
         2 * work.weights + memory,

@@ -33,8 +33,10 @@ from jaxprune.lm.vocabulary.new_vocabulary import (
 from jaxprune.posttraining.progress import ProgressLog
 
 _COUNTED = 2**22  # tokens of a text, from its beginning
-_PREDICTED = 64  # sequences of the calibration along which tokens are expected
 _EXPECTED = "expected"  # in the progress
+
+PREDICTED = 64
+"""The most sequences of the calibration along which tokens are expected."""
 
 
 def check_vocabulary(job: ShrinkJob, source: CheckpointDir, texts: JobTexts) -> None:
@@ -108,7 +110,7 @@ def _expect(
     if (kept := log.read(_EXPECTED)) is not None:
         return kept[0][_EXPECTED]
     # The texts in turn, and enough: all logits of a token take most of the job.
-    sequences, batch = texts.sequences[:_PREDICTED], job.calibration.batch
+    sequences, batch = texts.sequences[:PREDICTED], job.calibration.batch
     with Progress(len(sequences), "expecting tokens", unit="sequence") as shown:
         counts = expected_counts(model, sequences, batch=batch, progress=shown.update)
     log.write(_EXPECTED, {_EXPECTED: counts}, {"tokens": sequences.size})
