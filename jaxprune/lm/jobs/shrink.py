@@ -130,16 +130,17 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         # In memory to the end: it teaches, and is timed beside the small one.
         self.model = read_dense(self.model)
         super().look_at_dense()
-        chooses = self.job.removal.vocab is not None
+        if self.job.removal.vocab is None:
+            self.write_calibration(self.model)
+            return
         # Of the kinds of its texts: a first token of another language goes on in it.
-        apart = smaller_vocabulary.tokens_apart(self.texts) if chooses else ()
+        apart = smaller_vocabulary.tokens_apart(self.texts)
         self.write_calibration(self.model, never_first=apart)
-        if chooses:
-            with self.costs.phase("choose tokens"):
-                self.fewer = smaller_vocabulary.choose_for_job(
-                    *(self.job, self.source, self.texts),
-                    *(self.model.decoder(), self.console),
-                )
+        with self.costs.phase("choose tokens"):
+            self.fewer = smaller_vocabulary.choose_for_job(
+                *(self.job, self.source, self.texts),
+                *(self.model.decoder(), self.console),
+            )
         if self.fewer is not None:  # the dense model was measured by its own tokens
             self.texts = self.measurements.texts = self.fewer[1]
 

@@ -142,16 +142,20 @@ def _needs(
     # The dense model twice and the small one: a prompt, then steps one by one, which
     # reach less of the rate.
     timed = 3 * job.evaluation.speed_rounds * work.forward(256 + 8 * 32)
+    peak = _peak(job, work, memory)
+    return Needs(int(peak), estimates.seconds(flops + timed + training), disk)
+
+
+def _peak(job: ShrinkJob, work: estimates.Work, training: int) -> float:
+    """Bytes at the greatest moment: measuring, other channels, narrowing, training."""
+    removal, calibration = job.removal, job.calibration
     activations = 3 * work.tokens * work.wide if removal.narrowing.narrows else 0
-    # The greatest of some moments: measuring, making channels others, narrowing,
-    # training.
     measured = 3 * calibration.batch * job.evaluation.context * work.scores
-    peak = estimates.base_memory() + max(
+    return estimates.base_memory() + max(
         2 * work.weights + measured,
         # The dense model, the same in another basis, and what is fitted to it.
         3 * work.weights if removal.hidden else 0,
         2 * work.weights + activations + 3 * estimates.largest_hessian(work),
         # The dense model stays to the end: it is timed beside the small one.
-        2 * work.weights + memory,
+        2 * work.weights + training,
     )
-    return Needs(int(peak), estimates.seconds(flops + timed + training), disk)

@@ -159,13 +159,12 @@ def _alike(gains: Float[np.ndarray, " width"]) -> list[Int[np.ndarray, " group"]
     """The channels in groups of about the same gain, each in one."""
     groups: list[list[int]] = []
     for channel in np.argsort(gains, kind="stable").tolist():
-        if groups:
-            pair = sorted(abs(gains[c]) for c in (groups[-1][0], channel))
-            same_sign = gains[groups[-1][0]] * gains[channel] > 0
-            if same_sign and pair[1] <= _ALIKE * pair[0]:
-                groups[-1].append(channel)
-                continue
-        groups.append([channel])
+        first, gain = gains[groups[-1][0]] if groups else 0.0, gains[channel]
+        low, high = sorted((abs(first), abs(gain)))
+        if first * gain > 0 and high <= _ALIKE * low:
+            groups[-1].append(channel)
+        else:
+            groups.append([channel])
     return [np.array(group) for group in groups]
 
 

@@ -99,10 +99,8 @@ def rotate_channels(
             if name.endswith("/scale"):
                 leaf = jnp.full_like(leaf, 1 - _stored_less(config))
             else:
-                matrix, norm = (
-                    jnp.asarray(basis, jnp.float32),
-                    _norm_before(config, name),
-                )
+                matrix = jnp.asarray(basis, jnp.float32)
+                norm = _norm_before(config, name)
                 if norm is not None:
                     scale = lazy.array(named[norm]).astype(jnp.float32)
                     matrix = (scale + _stored_less(config))[:, None] * matrix
