@@ -8,30 +8,20 @@ again. It needs torch and the packages of `benchmarks.texts`.
 """
 
 import dataclasses
-import io
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
 
-from benchmarks import measure, texts
+from benchmarks import commands, measure
+from benchmarks.commands import Calibration
 from jaxprune.arrays.messages import columns
-from jaxprune.files import atomic
 from jaxprune.lm.checkpoints.checkpoint_dir import CONFIG
-from jaxprune.lm.checkpoints.rewrite import NAME as RECORD
-from jaxprune.lm.models import hf
-from jaxprune.lm.texts.self_calibration import self_calibration
 
-TRAINED = ("plays", "technical")
-HELD_OUT = ("other-plays", "other-technical", "news")
 METHODS = ("ours", "ours, in rounds", "wanda-sp", "flap", "from-scratch")
-_LENGTH, _CALIBRATION, _OWN = 512, "calibration.npy", "own.npy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,155 +57,102 @@ class Config:
 def main(config: Config) -> None:
     """Runs what is missing, prints the table, then one JSON line."""
     config.work.mkdir(parents=True, exist_ok=True)
-    paths = texts.write_documents(config.work, (*TRAINED, *HELD_OUT))
-    _write_calibration(config, paths)
+    files = commands.write_calibration(config.model, config.work, config.sequences)
     for method in config.methods:
         for steps in config.steps:
-            _recovered(config, method, steps)
+            _recovered(config, files, method, steps)
     rows = list(_rows(config))
     print(columns([list(rows[0]), *([*row.values()] for row in rows)], right=True))
     measure.report("recovered_units", model=config.model.name, rows=rows)
 
 
-def _write_calibration(config: Config, paths: dict[str, Path]) -> None:
-    """Token files: what the dense model writes, and that behind those of the texts."""
-    if (config.work / _CALIBRATION).is_file():
-        return
-    encode = texts.encoder(config.model)
-    each = config.sequences // len(TRAINED)
-    drawn = [
-        texts.sequences([paths[name].read_text("utf-8")], encode, each, _LENGTH)
-        for name in TRAINED
-    ]
-    rows = np.stack(drawn, 1).reshape(-1, _LENGTH)  # the texts in turn
-    # Once for all methods: what each of them wrote itself would not be the same text.
-    loaded = hf.load(config.model, dtype="bfloat16")
-    tokenizer = hf.load_tokenizer(config.model)
-    own = self_calibration(
-        loaded.model,
-        sequences=each,
-        length=_LENGTH,
-        bos=tokenizer.bos if tokenizer.begins else None,
-        special=set(tokenizer.special),
-        batch=8,
-    )
-    _save(config.work / _OWN, own)
-    _save(config.work / _CALIBRATION, np.concatenate([rows, own]))
-
-
-def _save(path: Path, rows: np.ndarray) -> None:
-    content = io.BytesIO()
-    np.save(content, rows.astype(np.int32))
-    atomic.replace(path, content.getvalue())
-
-
-def _small(config: Config, method: str) -> Path:
+def _small(config: Config, files: Calibration, method: str) -> Path:
     """The directory of a smaller model, right after the removal."""
     out = config.work / method
     if (out / CONFIG).is_file():
         return out
     if method == "ours":
-        _shrink(config, config.model, out, config.ffn)
+        _shrink(config, files, config.model, out, config.ffn)
         return out
     # A process of its own: torch's threads would stay beside those of XLA.
-    _run(
+    commands.run_module(
         *("benchmarks.torch_shrinking", config.model, "--method", method),
-        *("--ffn", config.ffn, "--calibration", config.work / _CALIBRATION),
-        *("--out", out),
-        *("--sequences", config.sequences * 3 // 2, "--threads", 1),
+        *("--ffn", config.ffn, "--calibration", files.tokens, "--out", out),
+        *("--sequences", files.sequences, "--threads", 1),
     )
     return out
 
 
-def _shrink(config: Config, model: Path, out: Path, share: float) -> None:
-    _run(
+def _shrink(
+    config: Config, files: Calibration, model: Path, out: Path, share: float
+) -> None:
+    commands.run_module(
         *("jaxprune", "shrink", model, out, "--ffn", share, "--dtype", "bfloat16"),
-        *("--calibration", config.work / _CALIBRATION),
-        *("--sequences", config.sequences * 3 // 2, "--length", _LENGTH),
-        *(*_evaluated(config), "--speed-rounds", 0, "--overwrite"),
+        *("--calibration", files.tokens, "--sequences", files.sequences),
+        *("--length", commands.LENGTH, "--speed-rounds", 0, "--overwrite"),
+        *commands.evaluation(config.work, config.limit),
     )
 
 
-def _evaluated(config: Config) -> tuple[object, ...]:
-    files = [config.work / f"{name}.txt" for name in HELD_OUT]
-    return ("--evaluate", *files, "--limit", config.limit, "--any-perplexity")
-
-
-def _recovered(config: Config, method: str, steps: int) -> Path:
+def _recovered(config: Config, files: Calibration, method: str, steps: int) -> Path:
     """The directory of a smaller model after so many steps."""
     out = config.work / f"{method}, {steps}"
-    if (out / RECORD).is_file():
+    if commands.is_done(out):
         return out
     if method == "ours, in rounds":
         # Half of what goes, half of the steps, and both again.
         first, half, narrow = (out.with_name(f"{out.name}, {i}") for i in range(3))
         count = json.loads((config.model / CONFIG).read_text())["intermediate_size"]
         gone = round(config.ffn * count)
-        if not (half / RECORD).is_file():
-            _shrink(config, config.model, first, gone // 2 / count)
-            _recover(config, first, half, steps // 2, method)
+        if not commands.is_done(half):
+            _shrink(config, files, config.model, first, gone // 2 / count)
+            _recover(config, files, first, half, steps // 2)
         left = count - gone // 2
-        _shrink(config, half, narrow, (gone - gone // 2) / left)
-        _recover(config, narrow, out, steps - steps // 2, method)
+        _shrink(config, files, half, narrow, (gone - gone // 2) / left)
+        _recover(config, files, narrow, out, steps - steps // 2)
     else:
-        _recover(config, _small(config, method), out, steps, method)
+        small = _small(config, files, method)
+        _recover(config, files, small, out, steps, scratch=method == "from-scratch")
     return out
 
 
-def _recover(config: Config, model: Path, out: Path, steps: int, method: str) -> None:
-    """Trains a smaller model after the dense one."""
-    scratch = method == "from-scratch"
+def _recover(
+    config: Config,
+    files: Calibration,
+    model: Path,
+    out: Path,
+    steps: int,
+    *,
+    scratch: bool = False,
+) -> None:
     rate = config.scratch_rate if scratch else config.learning_rate
-    plays, prose, own = (
-        config.work / name for name in ("plays.txt", "technical.txt", _OWN)
-    )
-    # To prune nothing is a job that trains alone, of any directory.
-    _run(
-        *("jaxprune", "prune", model, out, "--dtype", "bfloat16", "--sparsity", 0),
-        *("--method", "magnitude", "--prompt-steps", 0, "--overwrite"),
-        *("--calibration", plays, prose, "--sequences", 2, "--length", _LENGTH),
-        *(*_evaluated(config), "--batch", config.batch, "--recover-steps", steps),
-        *("--recover-teacher", config.model, "--recover-text", plays, prose, own),
+    commands.recover(
+        *(model, out, config.model, files, "--recover-steps", steps),
         *("--recover-train", "all" if scratch else "matrices"),
-        *("--recover-learning-rate", rate),
+        *("--recover-learning-rate", rate, "--batch", config.batch),
+        *commands.evaluation(config.work, config.limit),
     )
-
-
-def _run(module: str, *words: object) -> None:
-    line = [sys.executable, "-m", module, *map(str, words)]
-    print(*line[2:], file=sys.stderr, flush=True)
-    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
 
 
 def _rows(config: Config) -> Iterator[dict[str, Any]]:
     """A row for each method and number of steps, none of them first."""
+    seconds = commands.work_seconds
     for method in config.methods:
         for index, steps in enumerate(config.steps):
             out = config.work / f"{method}, {steps}"
-            record = json.loads((out / RECORD).read_text())
             # In rounds there is no model right after all of the removal.
             if not index and method != "ours, in rounds":
-                yield _row(method, 0, record, "dense", _seconds(config.work / method))
+                yield _row(method, 0, out, "dense", seconds(config.work / method))
             paths = [config.work / method, out, *config.work.glob(f"{out.name}, ?")]
-            yield _row(method, steps, record, "distilled", sum(map(_seconds, paths)))
-
-
-def _seconds(directory: Path) -> float:
-    """How long a job took, without its evaluations; 0 of what no job made."""
-    path = directory / RECORD
-    phases = json.loads(path.read_text())["phases"] if path.is_file() else ()
-    return sum(x["seconds"] for x in phases if not x["name"].startswith("evaluate"))
+            yield _row(method, steps, out, "distilled", sum(map(seconds, paths)))
 
 
 def _row(
-    method: str, steps: int, record: dict[str, Any], stage: str, seconds: float
+    method: str, steps: int, out: Path, stage: str, seconds: float
 ) -> dict[str, Any]:
-    perplexities = {
-        name: record["perplexity"][f"{name}.txt"][stage]["perplexity"]
-        for name in HELD_OUT
-    }
-    shown = {name: f"{value:.2f}" for name, value in perplexities.items()}
-    mean = statistics.geometric_mean(perplexities.values())
+    values = commands.perplexities(commands.read_record(out), stage)
+    shown = {name: f"{value:.2f}" for name, value in values.items()}
+    mean = statistics.geometric_mean(values.values())
     row = {"method": method, "steps": str(steps), **shown, "mean": f"{mean:.2f}"}
     return {**row, "minutes": f"{seconds / 60:.0f}"}
 

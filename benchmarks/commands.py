@@ -1,0 +1,147 @@
+"""Texts, runs and records of the benchmarks that call the project's own commands."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import texts
+from jaxprune.files import atomic
+from jaxprune.lm.checkpoints.rewrite import NAME as RECORD
+from jaxprune.lm.models import hf
+from jaxprune.lm.texts.self_calibration import self_calibration
+
+TRAINED = ("plays", "technical")
+HELD_OUT = ("other-plays", "other-technical", "news")
+LENGTH = 512
+
+
+class Calibration(NamedTuple):
+    """Files to calibrate and to train on.
+
+    Attributes:
+      texts: the texts themselves, by name of `TRAINED`.
+      own: tokens that the dense model wrote, (sequences, length).
+      tokens: tokens of the texts in turn, and `own` behind them.
+      sequences: number of sequences in `tokens`.
+    """
+
+    texts: tuple[Path, ...]
+    own: Path
+    tokens: Path
+    sequences: int
+
+
+def write_calibration(model: Path, work: Path, sequences: int) -> Calibration:
+    """Writes texts and tokens to calibrate on, and those to be measured on.
+
+    Args:
+      model: a Hugging Face directory, which writes half as many sequences itself.
+      work: the folder of the files; what is there is left as it is.
+      sequences: number of sequences of the texts.
+
+    Returns:
+      The files.
+    """
+    paths = texts.write_documents(work, (*TRAINED, *HELD_OUT))
+    each = sequences // len(TRAINED)
+    read = tuple(paths[name] for name in TRAINED)
+    files = Calibration(
+        read, work / "own.npy", work / "calibration.npy", each * (len(TRAINED) + 1)
+    )
+    if files.tokens.is_file():
+        return files
+    encode = texts.encoder(model)
+    drawn = [
+        texts.sequences([path.read_text("utf-8")], encode, each, LENGTH)
+        for path in read
+    ]
+    rows = np.stack(drawn, 1).reshape(-1, LENGTH)  # the texts in turn
+    # Once for all methods: what each of them wrote itself would not be the same text.
+    loaded = hf.load(model, dtype="bfloat16")
+    tokenizer = hf.load_tokenizer(model)
+    own = self_calibration(
+        loaded.model,
+        sequences=each,
+        length=LENGTH,
+        bos=tokenizer.bos if tokenizer.begins else None,
+        special=set(tokenizer.special),
+        batch=8,
+    )
+    _save(files.own, own)
+    _save(files.tokens, np.concatenate([rows, own]))
+    return files
+
+
+def _save(path: Path, rows: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.save(content, rows.astype(np.int32))
+    atomic.replace(path, content.getvalue())
+
+
+def run_module(module: str, *words: object) -> None:
+    """Runs a module of Python with these words, in a process of its own.
+
+    Raises:
+      subprocess.CalledProcessError: it failed; what it said is on stderr.
+    """
+    line = [sys.executable, "-m", module, *map(str, words)]
+    print(*line[2:], file=sys.stderr, flush=True)
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+
+
+def recover(
+    model: Path, out: Path, teacher: Path, files: Calibration, *words: object
+) -> None:
+    """Trains what is left of a model after the dense one, and measures it.
+
+    Args:
+      model: directory of the smaller or pruned model.
+      out: directory to write.
+      teacher: directory of the dense model.
+      files: what is trained on.
+      *words: options of the recovery, and what measures it.
+
+    Raises:
+      subprocess.CalledProcessError: it failed; what it said is on stderr.
+    """
+    # To prune nothing is a job that trains alone, of any directory.
+    run_module(
+        *("jaxprune", "prune", model, out, "--dtype", "bfloat16", "--sparsity", 0),
+        *("--method", "magnitude", "--prompt-steps", 0, "--overwrite"),
+        *("--calibration", *files.texts, "--sequences", 2, "--length", LENGTH),
+        *("--recover-teacher", teacher, "--recover-text", *files.texts, files.own),
+        *words,
+    )
+
+
+def evaluation(work: Path, limit: int) -> tuple[object, ...]:
+    """Options that measure a model on so many windows of each held-out text."""
+    files = [work / f"{name}.txt" for name in HELD_OUT]
+    return ("--evaluate", *files, "--limit", limit, "--any-perplexity")
+
+
+def is_done(directory: Path) -> bool:
+    """Whether a job has written its record there."""
+    return (directory / RECORD).is_file()
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """The record that a job left in its directory."""
+    return json.loads((directory / RECORD).read_text())
+
+
+def perplexities(record: dict[str, Any], stage: str) -> dict[str, float]:
+    """Text name to the perplexity that a job measured, "dense" or at a later stage."""
+    measured = record["perplexity"]
+    return {name: measured[f"{name}.txt"][stage]["perplexity"] for name in HELD_OUT}
+
+
+def work_seconds(directory: Path) -> float:
+    """How long a job took, without its evaluations; 0 of what no job made."""
+    phases = read_record(directory)["phases"] if is_done(directory) else ()
+    return sum(x["seconds"] for x in phases if not x["name"].startswith("evaluate"))

@@ -1,0 +1,128 @@
+"""What does each `--effort` of `jaxprune prune` give for its seconds?
+
+`python -m benchmarks.effort_levels MODEL WORK` prunes a real model by each level, to
+each sparsity and to two of four weights, calibrated on plays, technical prose and, for
+the best level, on what the model writes; then it trains what the best level leaves
+after the dense model. It prints the perplexity of other plays, other prose and news,
+and minutes. What is in WORK is not run again. It needs the packages of
+`benchmarks.texts`.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from benchmarks import commands, measure
+from benchmarks.commands import Calibration
+from jaxprune.arrays.messages import columns
+from jaxprune.posttraining.passes.efforts import LEVELS, Effort
+
+_PATTERNS = ("0.5", "0.6", "0.7", "0.8", "2:4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Prunes, recovers and measures; prints a table.
+
+    Attributes:
+      model: a Hugging Face directory, the dense model.
+      work: the folder of texts, models and records.
+      levels: levels of effort.
+      patterns: shares of the weights that go, and patterns such as 2:4.
+      sequences: sequences of 512 tokens that are calibrated on, in equal shares.
+      dtype: the dtype that the model computes in.
+      steps: steps of the recovery after the best level; 0 for none.
+      batch: sequences of a step.
+      learning_rate: highest learning rate of the recovery.
+      limit: windows of each text that are evaluated.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    work: Annotated[Path, tyro.conf.Positional]
+    levels: tuple[Effort, ...] = ("quick", "good", "best")
+    patterns: tuple[str, ...] = _PATTERNS
+    sequences: int = 64
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    steps: int = 0
+    batch: int = 2
+    learning_rate: float = 1e-4
+    limit: int = 8
+
+
+def main(config: Config) -> None:
+    """Runs what is missing, prints the table, then one JSON line."""
+    config.work.mkdir(parents=True, exist_ok=True)
+    files = commands.write_calibration(config.model, config.work, config.sequences)
+    rows = list(_rows(config, files))
+    print(columns([list(rows[0]), *([*row.values()] for row in rows)], right=True))
+    measure.report("effort_levels", model=config.model.name, rows=rows)
+
+
+def _rows(config: Config, files: Calibration) -> Iterator[dict[str, Any]]:
+    """The dense model, then each cell, which is run if it is missing."""
+    for index, pattern in enumerate(config.patterns):
+        for place, level in enumerate(config.levels):
+            out = _pruned(config, files, level, pattern)
+            if not index and not place:
+                yield _row("", "dense", out, "dense", 0)
+            seconds = commands.work_seconds(out)
+            yield _row(pattern, level, out, "pruned", seconds)
+            if config.steps and level == "best":
+                trained = _recovered(config, files, out)
+                seconds += commands.work_seconds(trained)
+                title = f"{level}, {config.steps} steps"
+                yield _row(pattern, title, trained, "distilled", seconds)
+
+
+def _pruned(config: Config, files: Calibration, level: Effort, pattern: str) -> Path:
+    """The directory of the model that a level leaves."""
+    out = config.work / f"{level}-{pattern.replace(':', '-')}"
+    if commands.is_done(out):
+        return out
+    chosen = LEVELS[level]
+    calibration = (*files.texts, *([files.own] if chosen.own_text else []))
+    # What --effort says, but that its own text is written once for all cells.
+    commands.run_module(
+        *("jaxprune", "prune", config.model, out, "--overwrite"),
+        *("--method", chosen.method, "--correction", chosen.correction),
+        *("--refine", chosen.refine, "--dtype", config.dtype),
+        *(("--pattern",) if ":" in pattern else ("--sparsity",)),
+        *(pattern, "--calibration", *calibration, "--sequences", config.sequences),
+        *("--length", commands.LENGTH, "--prompt-steps", 0),
+        *commands.evaluation(config.work, config.limit),
+    )
+    return out
+
+
+def _recovered(config: Config, files: Calibration, pruned: Path) -> Path:
+    """The directory of a pruned model that was trained, zeros held."""
+    out = config.work / f"{pruned.name}-{config.steps}"
+    if not commands.is_done(out):
+        commands.recover(
+            *(pruned, out, config.model, files, "--recover-steps", config.steps),
+            *("--recover-learning-rate", config.learning_rate),
+            *("--recover-train", "matrices", "--batch", config.batch),
+            *commands.evaluation(config.work, config.limit),
+        )
+    return out
+
+
+def _row(
+    pattern: str, level: str, out: Path, stage: str, seconds: float
+) -> dict[str, Any]:
+    values = commands.perplexities(commands.read_record(out), stage)
+    shown = {name: f"{value:.2f}" for name, value in values.items()}
+    mean = f"{statistics.geometric_mean(values.values()):.2f}"
+    minutes = f"{seconds / 60:.0f}"
+    return {
+        **{"removed": pattern, "effort": level},
+        **{**shown, "mean": mean, "minutes": minutes},
+    }
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,48 @@
+"""The table of efforts: rows of the records that the commands left."""
+
+import json
+import statistics
+
+import pytest
+
+pytest.importorskip("tyro")
+
+from benchmarks import commands, effort_levels
+from benchmarks.effort_levels import Config
+from jaxprune.lm.checkpoints.rewrite import NAME
+
+
+def record(folder, stages, seconds):
+    """What a job leaves: perplexities of 2 to 4 times a stage's number, and phases."""
+    folder.mkdir()
+    texts = {
+        f"{name}.txt": {
+            stage: {"perplexity": number * times} for stage, number in stages.items()
+        }
+        for times, name in enumerate(commands.HELD_OUT, 2)
+    }
+    names = ("read", "prune", "evaluate after")
+    phases = [{"name": name, "seconds": seconds} for name in names]
+    (folder / NAME).write_text(json.dumps({"perplexity": texts, "phases": phases}))
+
+
+def test_a_recovery_counts_the_minutes_of_the_pruning_and_no_evaluation(tmp_path):
+    record(tmp_path / "quick-0.5", {"dense": 1, "pruned": 10}, 30)
+    record(tmp_path / "best-0.5", {"dense": 1, "pruned": 5}, 600)
+    record(tmp_path / "best-0.5-32", {"dense": 5, "distilled": 3}, 300)
+    config = Config(
+        tmp_path, tmp_path, levels=("quick", "best"), patterns=("0.5",), steps=32
+    )
+    files = commands.Calibration((), tmp_path / "own", tmp_path / "tokens", 96)
+    rows = list(effort_levels._rows(config, files))
+    assert [row["effort"] for row in rows] == [
+        "dense",
+        "quick",
+        "best",
+        "best, 32 steps",
+    ]
+    assert [row["minutes"] for row in rows] == ["0", "1", "20", "30"]
+    mean = statistics.geometric_mean((2, 3, 4))
+    for row, number in zip(rows, (1, 10, 5, 3), strict=True):
+        assert float(row["news"]) == 4 * number
+        assert float(row["mean"]) == pytest.approx(mean * number, abs=0.01)
