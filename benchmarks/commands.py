@@ -50,6 +50,7 @@ def write_calibration(model: Path, work: Path, sequences: int) -> Calibration:
     paths = texts.write_documents(work, (*TRAINED, *HELD_OUT))
     each = sequences // len(TRAINED)
     read = tuple(paths[name] for name in TRAINED)
+    # Of what the model writes there is as much as of each text.
     files = Calibration(
         read, work / "own.npy", work / "calibration.npy", each * (len(TRAINED) + 1)
     )
@@ -122,6 +123,7 @@ def recover(
 def evaluation(work: Path, limit: int) -> tuple[object, ...]:
     """Options that measure a model on so many windows of each held-out text."""
     files = [work / f"{name}.txt" for name in HELD_OUT]
+    # What is left right after a removal may be worse than guessing.
     return ("--evaluate", *files, "--limit", limit, "--any-perplexity")
 
 
@@ -143,5 +145,6 @@ def perplexities(record: dict[str, Any], stage: str) -> dict[str, float]:
 
 def work_seconds(directory: Path) -> float:
     """How long a job took, without its evaluations; 0 of what no job made."""
+    # Evaluations are the same for all methods, and no part of any of them.
     phases = read_record(directory)["phases"] if is_done(directory) else ()
     return sum(x["seconds"] for x in phases if not x["name"].startswith("evaluate"))

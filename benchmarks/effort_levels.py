@@ -68,6 +68,7 @@ def _rows(config: Config, files: Calibration) -> Iterator[dict[str, Any]]:
         for place, level in enumerate(config.levels):
             out = _pruned(config, files, level, pattern)
             if not index and not place:
+                # Every job measures the dense model: the first one's will do.
                 yield _row("", "dense", out, "dense", 0)
             seconds = commands.work_seconds(out)
             yield _row(pattern, level, out, "pruned", seconds)
@@ -80,6 +81,7 @@ def _rows(config: Config, files: Calibration) -> Iterator[dict[str, Any]]:
 
 def _pruned(config: Config, files: Calibration, level: Effort, pattern: str) -> Path:
     """The directory of the model that a level leaves."""
+    # Not every file system takes a colon.
     out = config.work / f"{level}-{pattern.replace(':', '-')}"
     if commands.is_done(out):
         return out
@@ -102,6 +104,7 @@ def _recovered(config: Config, files: Calibration, pruned: Path) -> Path:
     """The directory of a pruned model that was trained, zeros held."""
     out = config.work / f"{pruned.name}-{config.steps}"
     if not commands.is_done(out):
+        # Matrices alone: what has zeros is trained, and the embedding stays.
         commands.recover(
             *(pruned, out, config.model, files, "--recover-steps", config.steps),
             *("--recover-learning-rate", config.learning_rate),
