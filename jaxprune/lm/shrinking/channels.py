@@ -37,6 +37,7 @@ from jaxprune.lm.shrinking.channel_fit import ReportingNorm, fit_readers, norms_
 
 _ALIKE = 1.1  # greatest ratio of gains of channels that are mixed under a tied head
 _LAST = "norm/scale"
+_TINY = np.finfo(np.float32).tiny
 
 
 def without_channels(
@@ -139,6 +140,8 @@ def _moments(
 
     def product(x: Array) -> Array:
         x = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+        # Without the one gain of each norm, every token is of one size.
+        x = x / jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + _TINY)
         return jnp.matmul(x.T, x, precision="highest")
 
     total = np.zeros((model.config.width,) * 2)

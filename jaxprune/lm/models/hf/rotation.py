@@ -5,6 +5,10 @@ gains of each norm that reads the stream go into the matrices behind it, which a
 that read what the norm gives; then embedding, writers and readers are rotated. A head
 that is the embedding becomes one of its own, since the embedding takes no gains.
 
+The gains' own root mean square stays in the norm, one gain for all channels, which a
+rotation does not change. In SmolLM2 135M it is .04 to .4, and matrices that took it too
+were so small that a recovery at the usual learning rate ruined them.
+
 Reference:
   Ashkboos et al., "SliceGPT", 2024, arXiv 2401.15024, section 3.2. There each layer has
   a basis of its own, and the residual additions matrices between them, which no
@@ -67,7 +71,7 @@ def rotate_channels(
 
     Returns:
       The shape, whose head is not the embedding, and the parameters in the dtypes of
-      before; the gains of norms that read the stream are 1.
+      before; each norm that reads the stream has one gain for all channels.
 
     Raises:
       ValueError: the model is one that `can_rotate` says no of; the sentence says why.
@@ -97,13 +101,15 @@ def rotate_channels(
         if name in axes:
             leaf = lazy.array(leaf)
             if name.endswith("/scale"):
-                leaf = jnp.full_like(leaf, 1 - _stored_less(config))
+                leaf = _one_gain(config, leaf)
             else:
                 matrix = jnp.asarray(basis, jnp.float32)
                 norm = _norm_before(config, name)
                 if norm is not None:
-                    scale = lazy.array(named[norm]).astype(jnp.float32)
-                    matrix = (scale + _stored_less(config))[:, None] * matrix
+                    scale = lazy.array(named[norm])
+                    # By what stays as it is stored, rounded.
+                    size = _gains(config, _one_gain(config, scale))
+                    matrix = (_gains(config, scale) / size)[:, None] * matrix
                 leaf = _times(leaf, axes[name], matrix)
         rotated[name] = leaf
     _, state = nnx.split(abstract(untied), nnx.Param)
@@ -121,6 +127,21 @@ def _norm_before(config: DecoderConfig, name: str) -> str | None:
     if config.block == "parallel_shared":
         module = "attention"
     return f"layers/{layer}/norm_{module}/scale"
+
+
+def _one_gain(
+    config: DecoderConfig, scale: Float[Array, " width"]
+) -> Float[Array, " width"]:
+    """The root mean square of a norm's gains in the place of each, as it is stored."""
+    size = jnp.sqrt(jnp.mean(jnp.square(_gains(config, scale))))
+    size = jnp.where(size == 0, 1.0, size)
+    return jnp.full_like(scale, size - _stored_less(config))
+
+
+def _gains(
+    config: DecoderConfig, scale: Float[Array, " width"]
+) -> Float[Array, " width"]:
+    return scale.astype(jnp.float32) + _stored_less(config)
 
 
 def _stored_less(config: DecoderConfig) -> int:
