@@ -1,6 +1,7 @@
 """Channels that go by what enters by them, and matrices that are fitted to the rest."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -165,3 +166,19 @@ def test_streams_that_cannot_be_rotated_are_refused(name, words):
     assert not hf.can_rotate(config)
     with pytest.raises(ValueError, match=words):
         hf.rotate_channels(config, {}, np.eye(config.width))
+
+
+def test_matrices_keep_their_size_where_gains_are_small(tmp_path):
+    tiny_hf.random_folder("llama", tmp_path / "model", tie_word_embeddings=False)
+    model = open_model(tmp_path / "model").read()
+    named = tree.named_leaves(model.params)
+    small, kernel = "layers/0/norm_attention/scale", "layers/0/attention/q/kernel"
+    named[small] = jnp.full_like(named[small], 1 / 16)
+    structure = jax.tree.structure(model.params)
+    params = jax.tree.unflatten(structure, [*named.values()])
+    basis = jax.random.orthogonal(jax.random.key(0), model.config.width)
+    rotated = tree.named_leaves(hf.rotate_channels(model.config, params, basis)[1])
+    # A step of a recovery is as large beside these as beside those of before.
+    sizes = [jnp.linalg.norm(leaves[kernel]) for leaves in (named, rotated)]
+    np.testing.assert_allclose(*sizes, rtol=1e-5)
+    np.testing.assert_array_equal(rotated[small], named[small])
