@@ -181,12 +181,14 @@ METHODS: dict[str, Method] = {
     "set": functools.partial(_sparse, grow=jp.grow.random()),
     "rigl": functools.partial(_sparse, grow=jp.grow.gradient()),
     "static_random": _sparse,
-    "set_scaled": functools.partial(_sparse, grow=jp.grow.random(), power=0.5),
-    "rigl_scaled": functools.partial(_sparse, grow=jp.grow.gradient(), power=0.5),
-    "static_random_scaled": functools.partial(_sparse, power=0.5),
+    "set_scaled": functools.partial(_sparse, grow=jp.grow.random(), power=0.75),
+    "rigl_scaled": functools.partial(_sparse, grow=jp.grow.gradient(), power=0.75),
+    "static_random_scaled": functools.partial(_sparse, power=0.75),
+    "set_scaled_by_root": functools.partial(_sparse, grow=jp.grow.random(), power=0.5),
     "set_scaled_fully": functools.partial(_sparse, grow=jp.grow.random(), power=1.0),
 }
 """Name to optimizer. `ste_` is straight-through; `_free` never freezes its masks;
-`_scaled` divides steps by the root of each matrix's density, `_fully` by the density.
+`_scaled` divides steps by each matrix's density to the power 0.75, `_by_root` by its
+root, `_fully` by itself.
 
 ADMM ranks by E[g^2] v^2 in each layer, as ELSA does, if its name does not say more."""
