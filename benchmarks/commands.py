@@ -1,17 +1,17 @@
 """Texts, runs and records of the benchmarks that call the project's own commands."""
 
 import io
-import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks import texts
 from jaxprune.files import atomic
-from jaxprune.lm.checkpoints.rewrite import NAME as RECORD
+from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.models import hf
 from jaxprune.lm.texts.self_calibration import self_calibration
 
@@ -129,22 +129,28 @@ def evaluation(work: Path, limit: int) -> tuple[object, ...]:
 
 def is_done(directory: Path) -> bool:
     """Whether a job has written its record there."""
-    return (directory / RECORD).is_file()
+    return (directory / rewrite.NAME).is_file()
 
 
-def read_record(directory: Path) -> dict[str, Any]:
-    """The record that a job left in its directory."""
-    return json.loads((directory / RECORD).read_text())
+def perplexity_columns(directory: Path, stage: str) -> dict[str, str]:
+    """The perplexity of each held-out text and their geometric mean, as cells.
 
+    Args:
+      directory: what a job wrote.
+      stage: when it was measured: "dense" or a later one, "pruned", say.
 
-def perplexities(record: dict[str, Any], stage: str) -> dict[str, float]:
-    """Text name to the perplexity that a job measured, "dense" or at a later stage."""
-    measured = record["perplexity"]
-    return {name: measured[f"{name}.txt"][stage]["perplexity"] for name in HELD_OUT}
+    Returns:
+      Text name, and "mean", to the number.
+    """
+    measured = rewrite.read_provenance(directory)["perplexity"]
+    values = {name: measured[f"{name}.txt"][stage]["perplexity"] for name in HELD_OUT}
+    values["mean"] = statistics.geometric_mean(values.values())
+    return {name: f"{value:.2f}" for name, value in values.items()}
 
 
 def work_seconds(directory: Path) -> float:
     """How long a job took, without its evaluations; 0 of what no job made."""
     # Evaluations are the same for all methods, and no part of any of them.
-    phases = read_record(directory)["phases"] if is_done(directory) else ()
+    done = is_done(directory)
+    phases = rewrite.read_provenance(directory)["phases"] if done else ()
     return sum(x["seconds"] for x in phases if not x["name"].startswith("evaluate"))

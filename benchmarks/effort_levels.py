@@ -9,10 +9,9 @@ and minutes. What is in WORK is not run again. It needs the packages of
 """
 
 import dataclasses
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
@@ -34,7 +33,6 @@ class Config:
       levels: levels of effort.
       patterns: shares of the weights that go, and patterns such as 2:4.
       sequences: sequences of 512 tokens that are calibrated on, in equal shares.
-      dtype: the dtype that the model computes in.
       steps: steps of the recovery after the best level; 0 for none.
       batch: sequences of a step.
       learning_rate: highest learning rate of the recovery.
@@ -46,7 +44,6 @@ class Config:
     levels: tuple[Effort, ...] = ("quick", "good", "best")
     patterns: tuple[str, ...] = _PATTERNS
     sequences: int = 64
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     steps: int = 0
     batch: int = 2
     learning_rate: float = 1e-4
@@ -91,7 +88,7 @@ def _pruned(config: Config, files: Calibration, level: Effort, pattern: str) -> 
     commands.run_module(
         *("jaxprune", "prune", config.model, out, "--overwrite"),
         *("--method", chosen.method, "--correction", chosen.correction),
-        *("--refine", chosen.refine, "--dtype", config.dtype),
+        *("--refine", chosen.refine, "--dtype", "bfloat16"),
         *(("--pattern",) if ":" in pattern else ("--sparsity",)),
         *(pattern, "--calibration", *calibration, "--sequences", config.sequences),
         *("--length", commands.LENGTH, "--prompt-steps", 0),
@@ -117,14 +114,9 @@ def _recovered(config: Config, files: Calibration, pruned: Path) -> Path:
 def _row(
     pattern: str, level: str, out: Path, stage: str, seconds: float
 ) -> dict[str, Any]:
-    values = commands.perplexities(commands.read_record(out), stage)
-    shown = {name: f"{value:.2f}" for name, value in values.items()}
-    mean = f"{statistics.geometric_mean(values.values()):.2f}"
+    measured = commands.perplexity_columns(out, stage)
     minutes = f"{seconds / 60:.0f}"
-    return {
-        **{"removed": pattern, "effort": level},
-        **{**shown, "mean": mean, "minutes": minutes},
-    }
+    return {"removed": pattern, "effort": level, **measured, "minutes": minutes}
 
 
 if __name__ == "__main__":

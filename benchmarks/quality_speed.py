@@ -23,11 +23,10 @@ import tyro
 from matplotlib.figure import Figure
 
 from benchmarks import texts
+from benchmarks.commands import HELD_OUT, TRAINED
 from jaxprune.files import atomic
 from jaxprune.lm.report.canvas import COLOURS, FAINT, STYLE, svg
 
-CALIBRATION = ("plays", "technical")
-HELD_OUT = ("other-plays", "other-technical", "news")
 STAGES = ("make", "measure", "time", "draw")
 
 _PRUNE = ("prune", "--method", "alps", "--sparsity")
@@ -113,7 +112,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs what is missing, then writes the table and the figure."""
-    paths = texts.write_documents(config.work / "texts", (*CALIBRATION, *HELD_OUT))
+    paths = texts.write_documents(config.work / "texts", (*TRAINED, *HELD_OUT))
     models = {name: _made(config, name, paths) for name in config.forms}
     if "measure" in config.stages:
         for name, model in models.items():
@@ -147,7 +146,7 @@ def _made(config: Config, form: str, paths: Mapping[str, Path]) -> Path:
         job, *words = FORMS[form].words
         _command(
             *(job, config.model, out, *words, "--sequences", config.sequences),
-            *("--calibration", *(paths[name] for name in CALIBRATION)),
+            *("--calibration", *(paths[name] for name in TRAINED)),
             *("--evaluate", *(paths[name] for name in HELD_OUT)),
             # `eval` measures more windows later, packed as the form is timed.
             *("--limit", 1, *_QUICKLY[job]),

@@ -9,7 +9,6 @@ again. It needs torch and the packages of `benchmarks.texts`.
 
 import dataclasses
 import json
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -150,11 +149,9 @@ def _rows(config: Config) -> Iterator[dict[str, Any]]:
 def _row(
     method: str, steps: int, out: Path, stage: str, seconds: float
 ) -> dict[str, Any]:
-    values = commands.perplexities(commands.read_record(out), stage)
-    shown = {name: f"{value:.2f}" for name, value in values.items()}
-    mean = statistics.geometric_mean(values.values())
-    row = {"method": method, "steps": str(steps), **shown, "mean": f"{mean:.2f}"}
-    return {**row, "minutes": f"{seconds / 60:.0f}"}
+    measured = commands.perplexity_columns(out, stage)
+    minutes = f"{seconds / 60:.0f}"
+    return {"method": method, "steps": str(steps), **measured, "minutes": minutes}
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def scale_by_density(
       jp.gradual(optax.chain(optax.adamw(rate), jp.contrib.scale_by_density()), ...)
 
     Args:
-      power: 0.5 for independent changes, 1 for those that point one way; what lies
-        between them was best for SET at two sizes of a GPT.
+      power: 0.5 for independent changes, 1 for those that point one way. 0.75 was
+        best for SET in GPTs of two sizes.
       prunable: which leaves' updates are divided, a function of leaf name and leaf.
 
     Returns:

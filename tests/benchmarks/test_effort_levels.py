@@ -9,7 +9,7 @@ pytest.importorskip("tyro")
 
 from benchmarks import commands, effort_levels
 from benchmarks.effort_levels import Config
-from jaxprune.lm.checkpoints.rewrite import NAME
+from jaxprune.lm.checkpoints.rewrite import FORMAT, NAME, VERSION
 
 
 def record(folder, stages, seconds):
@@ -23,7 +23,9 @@ def record(folder, stages, seconds):
     }
     names = ("read", "prune", "evaluate after")
     phases = [{"name": name, "seconds": seconds} for name in names]
-    (folder / NAME).write_text(json.dumps({"perplexity": texts, "phases": phases}))
+    said = {"format": FORMAT, "version": VERSION, "tensors": {}, "files": {}}
+    said |= {"perplexity": texts, "phases": phases}
+    (folder / NAME).write_text(json.dumps(said))
 
 
 def test_a_recovery_counts_the_minutes_of_the_pruning_and_no_evaluation(tmp_path):

@@ -6,8 +6,9 @@ that read what the norm gives; then embedding, writers and readers are rotated. 
 that is the embedding becomes one of its own, since the embedding takes no gains.
 
 The gains' own root mean square stays in the norm, one gain for all channels, which a
-rotation does not change. In SmolLM2 135M it is .04 to .4, and matrices that took it too
-were so small that a recovery at the usual learning rate ruined them.
+rotation does not change. Where it is far below 1, as in SmolLM2 135M, matrices that
+took it too were too small for the learning rate of a recovery
+(docs/results/records/smaller_width.toml).
 
 Reference:
   Ashkboos et al., "SliceGPT", 2024, arXiv 2401.15024, section 3.2. There each layer has
