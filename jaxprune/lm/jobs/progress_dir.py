@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune.files import atomic
+from jaxprune.files.safetensors_file import read_json
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.jobs import provenance
@@ -18,6 +20,9 @@ from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.lm.texts import text_files
 
 _BEGUN = "command.json"  # which job the progress is of
+# What comes last: the facts that decide nothing else, and where its progress is.
+_RECOVERY_FACTS = frozenset({"recovery", "teacher"})
+_RECOVERY_PLACES = ("predictions", "distillation", "retraining")
 
 
 def refuse_done(job: Job, command: str) -> None:
@@ -135,6 +140,8 @@ def _times(directory: Path, names: Iterable[str]) -> dict[str, list[int]]:
 def hold_progress(work: Path, facts: Mapping[str, Any]) -> Iterator[None]:
     """Keeps the place of the progress for this run, and for this job.
 
+    A job whose recovery alone is another one goes on with all that comes before it.
+
     Args:
       work: place of the progress.
       facts: what decides the job's result, JSON-able.
@@ -151,6 +158,10 @@ def hold_progress(work: Path, facts: Mapping[str, Any]) -> Iterator[None]:
             # Nothing was done yet, so the place is free for any job.
             if not _has_progress(work):
                 begun.unlink(missing_ok=True)
+            elif _has_other_recovery(begun, facts):
+                for place in _RECOVERY_PLACES:
+                    shutil.rmtree(work / place, ignore_errors=True)
+                atomic.replace_json(begun, dict(facts))
             atomic.begin_or_resume(begun, facts)
             yield
         except BaseException:
@@ -158,6 +169,16 @@ def hold_progress(work: Path, facts: Mapping[str, Any]) -> Iterator[None]:
                 shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _has_other_recovery(begun: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether a job that was begun differs in its recovery, and in nothing else."""
+    if not begun.exists():
+        return False
+    # As `begin_or_resume` compares: the new job goes through JSON as the old one did.
+    old, new = read_json(begun), json.loads(json.dumps(dict(facts)))
+    different = {n for n in {**old, **new} if old.get(n, n) != new.get(n, n)}
+    return bool(different) and different <= _RECOVERY_FACTS
 
 
 def _is_later(file: Path, reference: Path) -> bool:

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.support import tiny_cli
+from tests.support import resumed, tiny_cli
 from tests.support.tiny_cli import place, run, shrink
 
 pytest.importorskip("tyro")
@@ -16,6 +16,7 @@ from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.jobs import model_pruning as command
 from jaxprune.lm.models import hf
 from jaxprune.lm.recovery import predictions
+from jaxprune.lm.recovery.checkpoints import Checkpoints
 from jaxprune.lm.texts.self_calibration import self_calibration
 
 __all__ = ["place"]
@@ -166,6 +167,36 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert prune(capsys, place, out, *words)[0] == 0
     found = tiny_cli.weights(place / out)
     for name, value in tiny_cli.weights(refined[0]).items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+@pytest.mark.full
+def test_another_recovery_goes_on_with_what_was_pruned(place, capsys, monkeypatch):
+    words = [*WANDA, "--calibration", place / "rows.npy"]
+    words += ["--recover-train", "matrices"]
+
+    def recovered(out, rate, by):
+        settings = ["--recover-by", by, "--recover-steps", "3"]
+        settings += ["--recover-learning-rate", rate]
+        return prune(capsys, place, out, *words, *settings)[0]
+
+    assert recovered("at-once", "1e-3", "distillation") == 0
+
+    def dies(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "due", lambda _: True)
+        patched.setattr(Checkpoints, "write", dies)
+        assert recovered("changed", "1e-2", "retraining") == 130
+        assert recovered("changed", "1e-2", "distillation") == 130
+    # The seed decides what was pruned.
+    assert prune(capsys, place, "changed", *words, "--seed", "1")[0] == 1
+    done = resumed.reads(monkeypatch)
+    assert recovered("changed", "1e-3", "distillation") == 0
+    assert all(done[:2])  # the first two segments
+    found = tiny_cli.weights(place / "changed")
+    for name, value in tiny_cli.weights(place / "at-once").items():
         np.testing.assert_array_equal(found[name], value)
 
 
