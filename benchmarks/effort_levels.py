@@ -18,6 +18,7 @@ import tyro
 from benchmarks import commands, measure
 from benchmarks.commands import Calibration
 from jaxprune.arrays.messages import columns
+from jaxprune.lm.jobs.settings import Dtype
 from jaxprune.posttraining.passes.efforts import LEVELS, Effort
 
 _PATTERNS = ("0.5", "0.6", "0.7", "0.8", "2:4")
@@ -37,6 +38,8 @@ class Config:
       batch: sequences of a step.
       learning_rate: highest learning rate of the recovery.
       limit: windows of each text that are evaluated.
+      dtype: dtype of parameters and products; a CPU without bfloat16 is faster in
+        float32.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -48,6 +51,7 @@ class Config:
     batch: int = 2
     learning_rate: float = 1e-4
     limit: int = 8
+    dtype: Dtype = "bfloat16"
 
 
 def main(config: Config) -> None:
@@ -88,7 +92,7 @@ def _pruned(config: Config, files: Calibration, level: Effort, pattern: str) -> 
     commands.run_module(
         *("jaxprune", "prune", config.model, out, "--overwrite"),
         *("--method", chosen.method, "--correction", chosen.correction),
-        *("--refine", chosen.refine, "--dtype", "bfloat16"),
+        *("--refine", chosen.refine, "--dtype", config.dtype),
         *(("--pattern",) if ":" in pattern else ("--sparsity",)),
         *(pattern, "--calibration", *calibration, "--sequences", config.sequences),
         *("--length", commands.LENGTH, "--prompt-steps", 0),
@@ -107,6 +111,7 @@ def _recovered(config: Config, files: Calibration, pruned: Path) -> Path:
             *("--recover-learning-rate", config.learning_rate),
             *("--recover-train", "matrices", "--batch", config.batch),
             *commands.evaluation(config.work, config.limit),
+            dtype=config.dtype,
         )
     return out
 
