@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxprune.arrays.console_progress import Progress
-from jaxprune.lm.jobs import recovery
+from jaxprune.lm.jobs import progress_dir, recovery
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.opening import read_dense
@@ -198,7 +198,7 @@ class ModelTransformation(Transformation[AnyJob, LoadedModel]):
                 model=change.model,
                 teacher=functools.partial(self.teacher, change),
                 matrices=change.matrices,
-                work=self.job.work,
+                work=self.job.work / progress_dir.RECOVERY,
                 written=self.texts.written,
             )
         with self.costs.phase(f"evaluate {settings.stage}"):

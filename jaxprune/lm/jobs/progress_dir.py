@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,9 +19,9 @@ from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.lm.texts import text_files
 
 _BEGUN = "command.json"  # which job the progress is of
-# What comes last: the facts that decide nothing else, and where its progress is.
-_RECOVERY_FACTS = frozenset({"recovery", "teacher"})
-_RECOVERY_PLACES = ("predictions", "distillation", "retraining")
+RECOVERY = "recovery"
+"""Directory, in that of a job's progress, of what comes last."""
+_RECOVERY_FACTS = ("recovery", "teacher")  # they decide nothing else
 
 
 def refuse_done(job: Job, command: str) -> None:
@@ -159,8 +158,7 @@ def hold_progress(work: Path, facts: Mapping[str, Any]) -> Iterator[None]:
             if not _has_progress(work):
                 begun.unlink(missing_ok=True)
             elif _has_other_recovery(begun, facts):
-                for place in _RECOVERY_PLACES:
-                    shutil.rmtree(work / place, ignore_errors=True)
+                shutil.rmtree(work / RECOVERY, ignore_errors=True)
                 atomic.replace_json(begun, dict(facts))
             atomic.begin_or_resume(begun, facts)
             yield
@@ -175,10 +173,12 @@ def _has_other_recovery(begun: Path, facts: Mapping[str, Any]) -> bool:
     """Whether a job that was begun differs in its recovery, and in nothing else."""
     if not begun.exists():
         return False
-    # As `begin_or_resume` compares: the new job goes through JSON as the old one did.
-    old, new = read_json(begun), json.loads(json.dumps(dict(facts)))
-    different = {n for n in {**old, **new} if old.get(n, n) != new.get(n, n)}
-    return bool(different) and different <= _RECOVERY_FACTS
+    old = read_json(begun)
+    before = [
+        {name: fact for name, fact in of.items() if name not in _RECOVERY_FACTS}
+        for of in (old, facts)
+    ]
+    return bool(atomic.differences(old, facts)) and not atomic.differences(*before)
 
 
 def _is_later(file: Path, reference: Path) -> bool:

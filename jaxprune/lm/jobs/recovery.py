@@ -48,7 +48,7 @@ def recover(
       model: model that is trained.
       teacher: function that gives the model to follow; called by a distillation alone.
       matrices: names of the leaves that "matrices" and "lora" mean.
-      work: directory of the progress.
+      work: directory of the recovery's progress.
       written: int32 tokens that the model before wrote itself, if it did.
 
     Returns:
