@@ -161,3 +161,8 @@ def work_seconds(directory: Path) -> float:
     done = is_done(directory)
     phases = rewrite.read_provenance(directory)["phases"] if done else ()
     return sum(x["seconds"] for x in phases if not x["name"].startswith("evaluate"))
+
+
+def peak_gigabytes(directory: Path) -> str:
+    """The highest memory of the process that wrote a directory, as a cell, in GB."""
+    return f"{rewrite.read_provenance(directory)['peak_memory_bytes'] / 1e9:.1f}"

@@ -4,8 +4,8 @@
 each sparsity and to two of four weights, calibrated on plays, technical prose and, for
 the best level, on what the model writes; then it trains what the best level leaves
 after the dense model. It prints the perplexity of other plays, other prose and news,
-and minutes. What is in WORK is not run again. It needs the packages of
-`benchmarks.texts`.
+minutes, and the highest memory. What is in WORK is not run again. It needs the packages
+of `benchmarks.texts`.
 """
 
 import dataclasses
@@ -121,7 +121,11 @@ def _row(
 ) -> dict[str, Any]:
     measured = commands.perplexity_columns(out, stage)
     minutes = f"{seconds / 60:.0f}"
-    return {"removed": pattern, "effort": level, **measured, "minutes": minutes}
+    named = {"removed": pattern, "effort": level, **measured}
+    # The dense model is measured by a job that also prunes, so its memory is not known.
+    # A recovery takes more than the pruning before it.
+    peak = commands.peak_gigabytes(out) if pattern else ""
+    return {**named, "minutes": minutes, "peak, GB": peak}
 
 
 if __name__ == "__main__":

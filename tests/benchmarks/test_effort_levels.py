@@ -12,7 +12,7 @@ from benchmarks.effort_levels import Config
 from jaxprune.lm.checkpoints.rewrite import FORMAT, NAME, VERSION
 
 
-def record(folder, stages, seconds):
+def record(folder, stages, seconds, gigabytes):
     """What a job leaves: perplexities of 2 to 4 times a stage's number, and phases."""
     folder.mkdir()
     texts = {
@@ -25,13 +25,14 @@ def record(folder, stages, seconds):
     phases = [{"name": name, "seconds": seconds} for name in names]
     said = {"format": FORMAT, "version": VERSION, "tensors": {}, "files": {}}
     said |= {"perplexity": texts, "phases": phases}
+    said["peak_memory_bytes"] = gigabytes * 10**9
     (folder / NAME).write_text(json.dumps(said))
 
 
 def test_a_recovery_counts_the_minutes_of_the_pruning_and_no_evaluation(tmp_path):
-    record(tmp_path / "quick-0.5", {"dense": 1, "pruned": 10}, 30)
-    record(tmp_path / "best-0.5", {"dense": 1, "pruned": 5}, 600)
-    record(tmp_path / "best-0.5-32", {"dense": 5, "distilled": 3}, 300)
+    record(tmp_path / "quick-0.5", {"dense": 1, "pruned": 10}, 30, 1)
+    record(tmp_path / "best-0.5", {"dense": 1, "pruned": 5}, 600, 2)
+    record(tmp_path / "best-0.5-32", {"dense": 5, "distilled": 3}, 300, 4)
     config = Config(
         tmp_path, tmp_path, levels=("quick", "best"), patterns=("0.5",), steps=32
     )
@@ -44,6 +45,7 @@ def test_a_recovery_counts_the_minutes_of_the_pruning_and_no_evaluation(tmp_path
         "best, 32 steps",
     ]
     assert [row["minutes"] for row in rows] == ["0", "1", "20", "30"]
+    assert [row["peak, GB"] for row in rows] == ["", "1.0", "2.0", "4.0"]
     mean = statistics.geometric_mean((2, 3, 4))
     for row, number in zip(rows, (1, 10, 5, 3), strict=True):
         assert float(row["news"]) == 4 * number
