@@ -120,12 +120,13 @@ def _row(
     pattern: str, level: str, out: Path, stage: str, seconds: float
 ) -> dict[str, Any]:
     measured = commands.perplexity_columns(out, stage)
-    minutes = f"{seconds / 60:.0f}"
-    named = {"removed": pattern, "effort": level, **measured}
-    # The dense model is measured by a job that also prunes, so its memory is not known.
-    # A recovery takes more than the pruning before it.
-    peak = commands.peak_gigabytes(out) if pattern else ""
-    return {**named, "minutes": minutes, "peak, GB": peak}
+    cost = {
+        "minutes": f"{seconds / 60:.0f}",
+        # A job that also prunes measures the dense model: its memory is not known. That
+        # of a model that was trained is the recovery's.
+        "peak, GB": commands.peak_gigabytes(out) if pattern else "",
+    }
+    return {"removed": pattern, "effort": level, **measured, **cost}
 
 
 if __name__ == "__main__":
