@@ -12,7 +12,6 @@ import numpy as np
 from benchmarks import texts
 from jaxprune.files import atomic
 from jaxprune.lm.checkpoints import rewrite
-from jaxprune.lm.jobs.settings import Dtype
 from jaxprune.lm.models import hf
 from jaxprune.lm.texts.self_calibration import self_calibration
 
@@ -97,12 +96,7 @@ def run_module(module: str, *words: object) -> None:
 
 
 def recover(
-    model: Path,
-    out: Path,
-    teacher: Path,
-    files: Calibration,
-    *words: object,
-    dtype: Dtype = "bfloat16",
+    model: Path, out: Path, teacher: Path, files: Calibration, *words: object
 ) -> None:
     """Trains what is left of a model after the dense one, and measures it.
 
@@ -112,14 +106,13 @@ def recover(
       teacher: directory of the dense model.
       files: what is trained on.
       *words: options of the recovery, and what measures it.
-      dtype: dtype of the products.
 
     Raises:
       subprocess.CalledProcessError: it failed; what it said is on stderr.
     """
     # To prune nothing is a job that trains alone, of any directory.
     run_module(
-        *("jaxprune", "prune", model, out, "--dtype", dtype, "--sparsity", 0),
+        *("jaxprune", "prune", model, out, "--dtype", "bfloat16", "--sparsity", 0),
         *("--method", "magnitude", "--prompt-steps", 0, "--overwrite"),
         *("--calibration", *files.texts, "--sequences", 2, "--length", LENGTH),
         *("--recover-teacher", teacher, "--recover-text", *files.texts, files.own),

@@ -26,27 +26,20 @@ def record(folder, stages, seconds, gigabytes):
     said = {"format": FORMAT, "version": VERSION, "tensors": {}, "files": {}}
     said |= {"perplexity": texts, "phases": phases}
     said["peak_memory_bytes"] = gigabytes * 10**9
+    said |= {"distillation": {}} if "distilled" in stages else {}
     (folder / NAME).write_text(json.dumps(said))
 
 
-def test_a_recovery_counts_the_minutes_of_the_pruning_and_no_evaluation(tmp_path):
+def test_a_level_that_trains_is_measured_after_it_and_pays_for_it(tmp_path):
     record(tmp_path / "quick-0.5", {"dense": 1, "pruned": 10}, 30, 1)
-    record(tmp_path / "best-0.5", {"dense": 1, "pruned": 5}, 600, 2)
-    record(tmp_path / "best-0.5-32", {"dense": 5, "distilled": 3}, 300, 4)
-    config = Config(
-        tmp_path, tmp_path, levels=("quick", "best"), patterns=("0.5",), steps=32
-    )
-    files = commands.Calibration((), tmp_path / "own", tmp_path / "tokens", 96)
-    rows = list(effort_levels._rows(config, files))
-    assert [row["effort"] for row in rows] == [
-        "dense",
-        "quick",
-        "best",
-        "best, 32 steps",
-    ]
-    assert [row["minutes"] for row in rows] == ["0", "1", "20", "30"]
-    assert [row["peak, GB"] for row in rows] == ["", "1.0", "2.0", "4.0"]
+    stages = {"dense": 1, "pruned": 5, "distilled": 3}
+    record(tmp_path / "best-0.5", stages, 600, 4)
+    config = Config(tmp_path, tmp_path, levels=("quick", "best"), patterns=("0.5",))
+    rows = list(effort_levels._rows(config))
+    assert [row["effort"] for row in rows] == ["dense", "quick", "best"]
+    assert [row["minutes"] for row in rows] == ["", "1", "20"]
+    assert [row["peak, GB"] for row in rows] == ["", "1.0", "4.0"]
     mean = statistics.geometric_mean((2, 3, 4))
-    for row, number in zip(rows, (1, 10, 5, 3), strict=True):
+    for row, number in zip(rows, (1, 10, 3), strict=True):
         assert float(row["news"]) == 4 * number
         assert float(row["mean"]) == pytest.approx(mean * number, abs=0.01)

@@ -1,13 +1,21 @@
 """`jaxprune prune --effort`: one word in place of a method and its options."""
 
 import dataclasses
+import math
 from typing import Any
 
 from jaxprune.arrays.rules import Rule, check
+from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.jobs.option_rules import not_while, option_values
 from jaxprune.lm.jobs.prune_settings import PruneJob, Pruning, Solver
-from jaxprune.lm.jobs.settings import SELF
-from jaxprune.posttraining.passes.efforts import LEVELS
+from jaxprune.lm.jobs.settings import SELF, Recovery
+from jaxprune.posttraining.passes.efforts import LEVELS, Level
+
+LARGEST = 10**9
+"""Most parameters of a model that an effort trains; a larger one is refined, layer by
+layer. A training holds 16 bytes of each weight of the matrices."""
+
+_LEARNING_RATE = 3e-4
 
 
 def _undecided(group: type[Any], option: str) -> Rule:
@@ -26,7 +34,10 @@ _DECIDED = (
     _undecided(Pruning, "method"),
     *(
         _undecided(Solver, option)
-        for option in ("relative", "correction", "refine", "inputs")
+        for option in (
+            *("relative", "correction", "inputs"),
+            *("refine", "refine_learning_rate"),
+        )
     ),
 )
 
@@ -36,10 +47,11 @@ def choose_by_effort(job: PruneJob, *, writes: bool) -> PruneJob:
 
     Args:
       job: what was asked for.
-      writes: whether the model can write text to calibrate on.
+      writes: whether the model can write text to calibrate on, and be trained on it.
 
     Returns:
       The job as it would be without the word; the job itself where no effort is named.
+      A recovery that was asked for takes the place of the level's.
 
     Raises:
       ValueError: an option that the effort decides was given too.
@@ -48,15 +60,41 @@ def choose_by_effort(job: PruneJob, *, writes: bool) -> PruneJob:
         return job
     check(_DECIDED, **option_values(job))
     level = LEVELS[job.pruning.effort]
-    pruning = dataclasses.replace(job.pruning, method=level.method, effort=None)
-    solver = dataclasses.replace(
-        job.solver, correction=level.correction, refine=level.refine
-    )
+    writes = writes and not job.devices.coordinator  # several processes do neither
     calibration = job.calibration
     if level.own_text and writes and SELF not in calibration.calibration:
         # Without a text the model writes all of it, whatever the effort.
         texts = (*calibration.calibration, SELF)
         calibration = dataclasses.replace(calibration, calibration=texts)
-    return dataclasses.replace(
-        job, pruning=pruning, solver=solver, calibration=calibration
+    chosen = dataclasses.replace(
+        job,
+        pruning=dataclasses.replace(job.pruning, method=level.method, effort=None),
+        calibration=calibration,
     )
+    recovery = _recovery(chosen, level) if writes else job.recovery
+    refine = 0 if recovery.recover_steps else level.refine
+    solver = dataclasses.replace(job.solver, correction=level.correction, refine=refine)
+    return dataclasses.replace(chosen, solver=solver, recovery=recovery)
+
+
+def _recovery(job: PruneJob, level: Level) -> Recovery:
+    """The recovery that was asked for, or else that of the level where it can be."""
+    trains = (
+        level.recover_steps
+        and job.recovery == Recovery()
+        and job.calibration.files  # what it writes itself stands beside texts
+        and not job.quantization.quantize  # comes last
+    )
+    if not trains or _parameters(job) > LARGEST:
+        return job.recovery
+    return Recovery(
+        recover_steps=level.recover_steps,
+        recover_text=job.calibration.calibration,
+        recover_train="matrices",
+        recover_learning_rate=_LEARNING_RATE,
+    )
+
+
+def _parameters(job: PruneJob) -> int:
+    tensors = open_directory(job.model).tensors.values()
+    return sum(math.prod(info.shape) for info in tensors)

@@ -20,20 +20,23 @@ class Level(NamedTuple):
       correction: share that is made up for of what earlier matrices lost.
       refine: number of passes that refine each layer; 0 for none.
       own_text: whether a language model also calibrates on what it writes itself.
+      recover_steps: steps in which a language model that is pruned by the command
+        follows the dense one, in place of the refinement; 0 for none.
     """
 
     method: Literal["sparsegpt", "alps"]
     correction: float
     refine: int
     own_text: bool
+    recover_steps: int
 
 
 # Each is the lowest perplexity that was measured within its seconds, Gemma 3 270M
 # without 60 % of its weights: docs/results/records/all_together.toml.
 LEVELS: dict[str, Level] = {
-    "quick": Level("sparsegpt", correction=0.0, refine=0, own_text=False),
-    "good": Level("alps", correction=0.5, refine=0, own_text=False),
-    "best": Level("alps", correction=0.5, refine=4, own_text=True),
+    "quick": Level("sparsegpt", 0.0, refine=0, own_text=False, recover_steps=0),
+    "good": Level("alps", 0.5, refine=0, own_text=False, recover_steps=0),
+    "best": Level("alps", 0.5, refine=4, own_text=True, recover_steps=64),
 }
 """Name of a level of effort to what it does."""
 
@@ -75,7 +78,7 @@ def effort(level: Effort) -> Chain:
       0.5
     """
     check([_LEVEL], level=level, levels=LEVELS, names=", ".join(LEVELS))
-    method, correction, refine, _ = LEVELS[level]
+    method, correction, refine, *_ = LEVELS[level]
     solver: Any = METHODS[method]
     steps: list[Pass] = [solver(relative=True)]
     steps += [Correct(correction)] if correction else []

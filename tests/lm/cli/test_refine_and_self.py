@@ -245,14 +245,28 @@ def test_a_model_loses_neurons_by_what_it_writes_as_by_the_same_token_ids(
 
 
 @pytest.mark.full
-def test_the_effort_best_is_its_method_refined_on_its_own_text_too(place, capsys):
-    texts = ["--sparsity", "0.5", "--calibration", place / "rows.npy"]
+def test_the_effort_best_trains_on_its_own_text_too(place, capsys):
+    rows = place / "rows.npy"
+    texts = ["--sparsity", "0.5", "--calibration", rows]
     code, record, _ = prune(capsys, place, "best", "--effort", "best", *texts)
     assert code == 0
-    assert record["method"] == "alps"
-    assert (record["calibration"]["self"], record["refine"]["passes"]) == (4, 4)
-    words = ["--method", "alps", "--refine", "4", "--correction", "0.5", *texts, "self"]
+    assert (record["method"], record["refine"]) == ("alps", 0)
+    assert record["calibration"]["self"] == 4
+    assert record["distillation"]["texts"] == ["rows.npy", "self"]
+    words = ["--method", "alps", "--correction", "0.5", *texts, "self"]
+    words += ["--recover-steps", "64", "--recover-learning-rate", "3e-4"]
+    words += ["--recover-train", "matrices", "--recover-text", rows, "self"]
     assert prune(capsys, place, "in_words", *words)[0] == 0
     same = tiny_cli.weights(place / "in_words")
     for name, value in tiny_cli.weights(place / "best").items():
         np.testing.assert_array_equal(value, same[name])
+
+
+@pytest.mark.full
+def test_the_effort_best_of_few_bits_is_refined(place, capsys):
+    texts = ["--sparsity", "0.5", "--calibration", place / "rows.npy"]
+    words = ["--effort", "best", "--quantize", "int8", *texts]
+    code, record, _ = prune(capsys, place, "few_bits", *words)
+    assert code == 0
+    assert record["refine"]["passes"] == 4
+    assert "distillation" not in record

@@ -5,51 +5,96 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.tiny_cli import place
+
 pytest.importorskip("tyro")
 
 import jaxprune as jp
+from jaxprune.lm.jobs import effort
 from jaxprune.lm.jobs.effort import choose_by_effort
 from jaxprune.lm.jobs.passes import choose_pass
-from jaxprune.lm.jobs.prune_settings import PruneJob, Pruning, Solver
-from jaxprune.lm.jobs.settings import SELF, Calibration
+from jaxprune.lm.jobs.prune_settings import (
+    PruneDevices,
+    PruneJob,
+    Pruning,
+    Quantization,
+    Solver,
+)
+from jaxprune.lm.jobs.settings import SELF, Calibration, Recovery
 from jaxprune.posttraining.passes.efforts import LEVELS
+
+__all__ = ["place"]
 
 TEXT = Path("a.txt")
 
 
-def job_of(level, **groups):
+@pytest.fixture
+def model(place):
+    return place / "model"
+
+
+def job_of(level, model=Path("M"), **groups):
     pruning = Pruning(effort=level, sparsity=0.5)
     calibration = Calibration(calibration=(TEXT,))
     fields = {"pruning": pruning, "calibration": calibration, **groups}
-    return PruneJob(model=Path("M"), out=Path("O"), **fields)
+    return PruneJob(model=model, out=Path("O"), **fields)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_command_and_python_do_the_same_passes(level):
-    chosen = choose_pass(choose_by_effort(job_of(level), writes=True))
+    chosen = choose_pass(choose_by_effort(job_of(level), writes=False))
     assert chosen.chain == jp.passes.effort(level)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_more_effort_does_more(level):
-    """The levels that docs/results has: a solver, the stronger one, all together."""
-    job = choose_by_effort(job_of(level), writes=True)
-    done = (job.pruning.method, job.solver.correction, job.solver.refine)
+def test_more_effort_does_more(level, model):
+    """The levels that docs/results has: a solver, the stronger one, and training."""
+    job = choose_by_effort(job_of(level, model), writes=True)
+    done = (job.pruning.method, job.solver.correction, job.recovery.recover_steps)
     assert (
         done
         == {
             "quick": ("sparsegpt", 0.0, 0),
             "good": ("alps", 0.5, 0),
-            "best": ("alps", 0.5, 4),
+            "best": ("alps", 0.5, 64),
         }[level]
     )
-    wrote = (TEXT, SELF) if level == "best" else (TEXT,)
-    assert job.calibration.calibration == wrote
+    assert job.solver.refine == 0
+    texts = (TEXT, SELF) if level == "best" else (TEXT,)
+    assert job.calibration.calibration == texts
+    assert job.recovery.recover_text == (texts if level == "best" else ())
 
 
-def test_a_model_that_cannot_write_calibrates_on_what_it_is_given():
+def test_a_model_that_cannot_write_is_refined_on_what_it_is_given():
     job = choose_by_effort(job_of("best"), writes=False)
     assert job.calibration.calibration == (TEXT,)
+    assert (job.solver.refine, job.recovery) == (4, Recovery())
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"calibration": Calibration()},
+        {"quantization": Quantization(quantize="int4")},
+        {"devices": PruneDevices(mesh="data=2", coordinator="host:1")},
+    ],
+    ids=["no_text", "quantized", "processes"],
+)
+def test_what_takes_no_training_is_refined(groups, model):
+    job = choose_by_effort(job_of("best", model, **groups), writes=True)
+    assert (job.solver.refine, job.recovery) == (4, Recovery())
+
+
+def test_a_model_too_large_to_be_trained_is_refined(model, monkeypatch):
+    monkeypatch.setattr(effort, "LARGEST", 10)
+    job = choose_by_effort(job_of("best", model), writes=True)
+    assert (job.solver.refine, job.recovery) == (4, Recovery())
+
+
+def test_a_recovery_that_is_asked_for_takes_the_place_of_the_level_s(model):
+    asked = Recovery(recover_steps=7, recover_train="lora")
+    job = choose_by_effort(job_of("best", model, recovery=asked), writes=True)
+    assert (job.solver.refine, job.recovery) == (0, asked)
 
 
 def test_nothing_is_chosen_without_the_word():
@@ -64,6 +109,7 @@ def test_nothing_is_chosen_without_the_word():
         ({"solver": Solver(relative="no")}, "--relative"),
         ({"solver": Solver(correction=0.0)}, "--correction"),
         ({"solver": Solver(refine=2)}, "--refine"),
+        ({"solver": Solver(refine_learning_rate=1e-3)}, "--refine-learning-rate"),
         ({"solver": Solver(inputs="dense")}, "--inputs"),
     ],
 )
