@@ -6,13 +6,16 @@ All checks of the job are made, texts and headers are read, no weight is.
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.estimates import Needs
 from jaxprune.lm.jobs.inputs import JobTexts
-from jaxprune.lm.jobs.settings import Calibration
+from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.jobs.settings import SELF
+from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 
 
 def say_texts(
-    calibration: Calibration, texts: JobTexts | None, console: Console
+    job: PruneJob | ShrinkJob, texts: JobTexts | None, console: Console
 ) -> None:
-    """Says what would be calibrated and evaluated on."""
+    """Says what would be calibrated, trained and evaluated on."""
+    calibration, recovery = job.calibration, job.recovery
     if texts is None:
         console.say("calibrated on nothing, evaluated on nothing")
         return
@@ -27,6 +30,13 @@ def say_texts(
         )
     else:
         console.say("calibrated on nothing")
+    if recovery.recover_steps:  # an effort may have chosen it
+        trained = [p.name for p in recovery.trained_files or calibration.files]
+        trained += [str(SELF)] if recovery.own_text else []
+        console.say(
+            f"{recovery.stage} in {recovery.recover_steps} steps "
+            f"({recovery.trained}) on {', '.join(trained)}"
+        )
     windows = [f"{name} ({texts.roles[name]})" for name in texts.windows]
     console.say(f"evaluated on {', '.join(windows) or 'nothing'}")
 

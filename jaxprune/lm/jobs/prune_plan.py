@@ -73,7 +73,7 @@ def plan_prune(
     if reasons := _reasons(plan, job.pruning.exclude):
         counts = ", ".join(f"{count} ({why})" for why, count in reasons.items())
         console.say(f"left alone: {counts}")
-    say_texts(job.calibration, plan.texts, console)
+    say_texts(job, plan.texts, console)
     say_needs(plan.needs, console)
     return {
         "plan": rows,

@@ -60,7 +60,7 @@ def plan_shrink(
     if shapes:
         rows = [[what, f"{now:,}", f"{then:,}"] for what, now, then in shapes]
         console.say(columns([["", "now", "then"], *rows], right=True))
-    say_texts(job.calibration, texts, console)
+    say_texts(job, texts, console)
     work = estimates.count_work(job.calibration, model, texts)
     needs = _needs(job, source, work, _layers_left(removal, model.config))
     say_needs(needs, console)

@@ -77,7 +77,16 @@ def test_the_plan_for_people_names_texts_and_what_is_left_alone(
     assert "left alone: 1 (named as an output head)" in said
     assert "sequences of 16 tokens: a.txt 4, b.txt 4" in said
     assert "a.txt (held out from calibration)" in said
+    assert "distilled" not in said
     assert said.endswith("nothing was written\n")
+
+
+def test_the_plan_says_what_an_effort_trains(place, capsys, nothing_read_or_written):
+    words = ["prune", place / "model", place / "out", *HALF, *SMALL, "--plan"]
+    words += ["--effort", "best", "--calibration", place / "a.txt"]
+    assert cli.main([str(word) for word in words]) == 0
+    said = capsys.readouterr().out
+    assert "distilled in 64 steps (matrices) on a.txt, self\n" in said
 
 
 @pytest.mark.parametrize(
