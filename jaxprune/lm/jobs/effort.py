@@ -51,7 +51,7 @@ def choose_by_effort(job: PruneJob, *, writes: bool) -> PruneJob:
 
     Returns:
       The job as it would be without the word; the job itself where no effort is named.
-      A recovery that was asked for takes the place of the level's.
+      Options of a recovery that were given take the place of the level's.
 
     Raises:
       ValueError: an option that the effort decides was given too.
@@ -78,20 +78,23 @@ def choose_by_effort(job: PruneJob, *, writes: bool) -> PruneJob:
 
 
 def _recovery(job: PruneJob, level: Level) -> Recovery:
-    """The recovery that was asked for, or else that of the level where it can be."""
-    trains = (
-        level.recover_steps
-        and job.recovery == Recovery()
-        and job.calibration.files  # what it writes itself stands beside texts
-        and not job.quantization.quantize  # comes last
-    )
-    if not trains or _parameters(job) > LARGEST:
-        return job.recovery
-    return Recovery(
-        recover_steps=level.recover_steps,
-        recover_text=job.calibration.calibration,
-        recover_train="matrices",
-        recover_learning_rate=_LEARNING_RATE,
+    """The recovery of the level where it can be, with what was asked for instead."""
+    recovery = job.recovery
+    if (
+        not level.recover_steps
+        or recovery.recover_by != "distillation"
+        or not job.calibration.files  # what it writes itself stands beside texts
+        or job.quantization.quantize  # comes last
+        or (not recovery.recover_steps and _parameters(job) > LARGEST)
+    ):
+        return recovery
+    rate = recovery.recover_learning_rate
+    return dataclasses.replace(
+        recovery,
+        recover_steps=recovery.recover_steps or level.recover_steps,
+        recover_text=recovery.recover_text or job.calibration.calibration,
+        recover_train=recovery.recover_train or "matrices",
+        recover_learning_rate=_LEARNING_RATE if rate is None else rate,
     )
 
 

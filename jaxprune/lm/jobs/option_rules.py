@@ -31,9 +31,9 @@ def at_least(option: str, least: int, unit: str = "") -> Rule:
 
 
 def open_share(option: str) -> Rule:
-    """A rule that a number lies in (0, 1)."""
+    """A rule that a number, if there is one, lies in (0, 1)."""
     return Rule(
-        lambda v: 0 < getattr(v, option) < 1,
+        lambda v: getattr(v, option) is None or 0 < getattr(v, option) < 1,
         f"{_flag(option)} must be in (0, 1), got {{{option}}}",
     )
 

@@ -63,7 +63,7 @@ def recover(
         sequences, student = sample.places(sequences), model.with_tokens(sample.ids)
     settings = retrain.Settings(
         steps=recovery.recover_steps,
-        learning_rate=recovery.recover_learning_rate,
+        learning_rate=recovery.learning_rate,
         batch=calibration.batch,
         seed=calibration.seed,
         rank=_RANK if recovery.trained == "lora" else None,
@@ -170,7 +170,7 @@ def _record(
     texts = [path.name for path in recovery.trained_files or calibration.files]
     record: dict[str, Any] = {
         "steps": recovery.recover_steps,
-        "learning_rate": recovery.recover_learning_rate,
+        "learning_rate": recovery.learning_rate,
         "batch": calibration.batch,
         "trained": recovery.trained,
         "texts": [*texts, str(SELF)] if recovery.own_text else texts,

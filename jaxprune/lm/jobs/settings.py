@@ -19,6 +19,7 @@ from jaxprune.lm.jobs.option_types import (
     Count,
     Files,
     MaybeCount,
+    MaybeNumber,
     MaybePath,
     MaybeText,
     ModelPath,
@@ -164,8 +165,8 @@ class Recovery:
       recover_text: texts for that; those that are calibrated on if left out. The word
         "self" beside them stands for what --calibration self wrote, in as many
         sequences as each text has.
-      recover_learning_rate: the highest learning rate; it rises to it in a twentieth of
-        the steps and then falls to zero.
+      recover_learning_rate: the highest learning rate, 3e-5 if left out; it rises to it
+        in a twentieth of the steps and then falls to zero.
       recover_train: what is trained: all parameters, the matrices that were pruned (of
         a smaller model, those of its layers), norms and biases, or those matrices by
         changes of rank 16 (lora). If left out, all parameters by distillation, the
@@ -187,7 +188,7 @@ class Recovery:
     recover_steps: Count = 0
     recover_by: Literal["distillation", "retraining"] = "distillation"
     recover_text: Files = ()
-    recover_learning_rate: Number = 3e-5
+    recover_learning_rate: MaybeNumber = None
     recover_train: Annotated[Trained | None, choice_of(Trained), UNSET] = None
     recover_hidden: Number = 0.0
     recover_top: MaybeCount = None
@@ -212,6 +213,11 @@ class Recovery:
         if self.recover_hidden:  # its loss reads the dense model's states
             return 0
         return TOP if self.recover_top is None else self.recover_top
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest learning rate."""
+        return 3e-5 if (rate := self.recover_learning_rate) is None else rate
 
     def followed_tokens(self, trained_tokens: int, written_tokens: int) -> int:
         """Number of tokens whose predictions are kept.

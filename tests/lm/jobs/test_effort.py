@@ -91,9 +91,28 @@ def test_a_model_too_large_to_be_trained_is_refined(model, monkeypatch):
     assert (job.solver.refine, job.recovery) == (4, Recovery())
 
 
-def test_a_recovery_that_is_asked_for_takes_the_place_of_the_level_s(model):
+def test_options_of_a_recovery_take_the_place_of_the_level_s(model):
     asked = Recovery(recover_steps=7, recover_train="lora")
     job = choose_by_effort(job_of("best", model, recovery=asked), writes=True)
+    both = Recovery(
+        recover_steps=7,
+        recover_train="lora",
+        recover_text=(TEXT, SELF),
+        recover_learning_rate=3e-4,
+    )
+    assert (job.solver.refine, job.recovery) == (0, both)
+
+
+def test_a_retraining_stays_as_it_was_asked_for(model):
+    asked = Recovery(recover_steps=7, recover_by="retraining")
+    job = choose_by_effort(job_of("best", model, recovery=asked), writes=True)
+    assert (job.solver.refine, job.recovery) == (0, asked)
+
+
+@pytest.mark.parametrize("level", ["quick", "good"])
+def test_other_levels_add_nothing_to_a_recovery(level, model):
+    asked = Recovery(recover_steps=7)
+    job = choose_by_effort(job_of(level, model, recovery=asked), writes=True)
     assert (job.solver.refine, job.recovery) == (0, asked)
 
 
