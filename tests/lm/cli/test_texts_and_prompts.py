@@ -1,5 +1,6 @@
 """Texts and prompts as they are given: twice, in token ids, not quite Unicode."""
 
+import dataclasses
 import json
 import shutil
 
@@ -19,7 +20,7 @@ from jaxprune.lm.jobs import prune_settings as settings
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.model_pruning import begin_pruning
 from jaxprune.lm.jobs.prune_rules import check_prune
-from jaxprune.lm.jobs.settings import Calibration
+from jaxprune.lm.jobs.settings import Calibration, Recovery
 
 __all__ = ["place"]
 
@@ -111,6 +112,26 @@ def test_another_configuration_is_another_job(place, tmp_path):
     before = progress_dir.job_facts(job, source, [], "")
     tiny_hf.edit(model, rms_norm_eps=1e-3)
     assert progress_dir.job_facts(job, source, [], "") != before
+
+
+@pytest.mark.parametrize(
+    ("written", "same"),
+    [
+        ({"recover_top": 64, "recover_learning_rate": 3e-5}, True),
+        ({"recover_learning_rate": 1e-4}, False),
+    ],
+)
+def test_a_default_that_is_written_out_is_the_same_job(place, tmp_path, written, same):
+    source = open_directory(place / "model")
+    job = begun(place / "model", tmp_path / "out", place / "a.txt").job
+    facts = [
+        progress_dir.job_facts(
+            dataclasses.replace(job, recovery=Recovery(recover_steps=2, **options)),
+            *(source, [], ""),
+        )
+        for options in ({}, written)
+    ]
+    assert (facts[0] == facts[1]) is same
 
 
 def test_magnitude_needs_no_batches_of_one_shape(place, tmp_path, capsys):
