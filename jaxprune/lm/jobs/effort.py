@@ -15,8 +15,6 @@ LARGEST = 10**9
 """Most parameters of a model that an effort trains; a larger one is refined, layer by
 layer. A training holds 16 bytes of each weight of the matrices."""
 
-_LEARNING_RATE = 3e-4
-
 
 def _undecided(group: type[Any], option: str) -> Rule:
     """A rule that an option which the effort decides is left at its default."""
@@ -88,13 +86,11 @@ def _recovery(job: PruneJob, level: Level) -> Recovery:
         or (not recovery.recover_steps and _parameters(job) > LARGEST)
     ):
         return recovery
-    rate = recovery.recover_learning_rate
     return dataclasses.replace(
         recovery,
         recover_steps=recovery.recover_steps or level.recover_steps,
         recover_text=recovery.recover_text or job.calibration.calibration,
         recover_train=recovery.recover_train or "matrices",
-        recover_learning_rate=_LEARNING_RATE if rate is None else rate,
     )
 
 

@@ -14,7 +14,7 @@ from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.jobs import provenance
 from jaxprune.lm.jobs.prune_settings import PruneJob
-from jaxprune.lm.jobs.settings import Job, Recovery
+from jaxprune.lm.jobs.settings import Job
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.lm.texts import text_files
 
@@ -123,16 +123,10 @@ def job_facts(
         ],
         "bos": bos,
         # A default that is written out is the same job.
-        "recovery": [str(_written_out(recovery))] if recovery.recover_steps else None,
+        "recovery": [str(dataclasses.replace(recovery, recover_top=recovery.top))]
+        if recovery.recover_steps
+        else None,
     }
-
-
-def _written_out(recovery: Recovery) -> Recovery:
-    return dataclasses.replace(
-        recovery,
-        recover_top=recovery.top,
-        recover_learning_rate=recovery.learning_rate,
-    )
 
 
 def _times(directory: Path, names: Iterable[str]) -> dict[str, list[int]]:

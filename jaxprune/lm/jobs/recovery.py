@@ -64,6 +64,7 @@ def recover(
     settings = retrain.Settings(
         steps=recovery.recover_steps,
         learning_rate=recovery.learning_rate,
+        relative=recovery.relative,
         batch=calibration.batch,
         seed=calibration.seed,
         rank=_RANK if recovery.trained == "lora" else None,
@@ -176,6 +177,8 @@ def _record(
         "texts": [*texts, str(SELF)] if recovery.own_text else texts,
         "losses": losses,
     }
+    if recovery.relative:
+        record["relative"] = True
     if recovery.recover_hidden:  # the record has what was used
         record["hidden"] = recovery.recover_hidden
     if recovery.top:

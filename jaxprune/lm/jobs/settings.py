@@ -165,8 +165,9 @@ class Recovery:
       recover_text: texts for that; those that are calibrated on if left out. The word
         "self" beside them stands for what --calibration self wrote, in as many
         sequences as each text has.
-      recover_learning_rate: the highest learning rate, 3e-5 if left out; it rises to it
-        in a twentieth of the steps and then falls to zero.
+      recover_learning_rate: the highest learning rate, reached in a twentieth of the
+        steps; it then falls to zero. If left out, a thousandth of the root mean square
+        of what is trained, for each matrix or vector; 3e-5 for lora.
       recover_train: what is trained: all parameters, the matrices that were pruned (of
         a smaller model, those of its layers), norms and biases, or those matrices by
         changes of rank 16 (lora). If left out, all parameters by distillation, the
@@ -217,7 +218,14 @@ class Recovery:
     @property
     def learning_rate(self) -> float:
         """The highest learning rate."""
-        return 3e-5 if (rate := self.recover_learning_rate) is None else rate
+        usual = 1e-3 if self.relative else 3e-5
+        return self.recover_learning_rate or usual
+
+    @property
+    def relative(self) -> bool:
+        """Whether that of a leaf is so many times its root mean square."""
+        # A factor of a matrix's change begins at zero.
+        return self.recover_learning_rate is None and self.trained != "lora"
 
     def followed_tokens(self, trained_tokens: int, written_tokens: int) -> int:
         """Number of tokens whose predictions are kept.

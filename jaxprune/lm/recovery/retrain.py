@@ -102,6 +102,7 @@ class Settings:
     Attributes:
       steps: number of steps.
       learning_rate: highest learning rate.
+      relative: whether the rate of a leaf is so many times its root mean square.
       batch: number of sequences of a step.
       seed: rng seed of the order of the sequences.
       rank: rank of the change of each matrix (`jp.contrib.lora`); vectors then stay as
@@ -110,6 +111,7 @@ class Settings:
 
     steps: int
     learning_rate: float
+    relative: bool = False
     batch: int = 4
     seed: int = 0
     rank: int | None = None
@@ -234,7 +236,10 @@ def _split_leaves(
 
 def _optimizer(settings: Settings) -> optax.GradientTransformation:
     optimizer = optax.chain(
-        optax.clip_by_global_norm(_CLIP), optax.adamw(_rate(settings))
+        optax.clip_by_global_norm(_CLIP),
+        optax.adamw(_rate(settings)),
+        # Weights of one family are five times as large as those of another.
+        optax.scale_by_param_block_rms() if settings.relative else optax.identity(),
     )
     if settings.rank is None:
         return optimizer

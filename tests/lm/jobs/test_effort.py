@@ -94,12 +94,8 @@ def test_a_model_too_large_to_be_trained_is_refined(model, monkeypatch):
 def test_options_of_a_recovery_take_the_place_of_the_level_s(model):
     asked = Recovery(recover_steps=7, recover_train="lora")
     job = choose_by_effort(job_of("best", model, recovery=asked), writes=True)
-    both = Recovery(
-        recover_steps=7,
-        recover_train="lora",
-        recover_text=(TEXT, SELF),
-        recover_learning_rate=3e-4,
-    )
+    texts = (TEXT, SELF)
+    both = Recovery(recover_steps=7, recover_train="lora", recover_text=texts)
     assert (job.solver.refine, job.recovery) == (0, both)
 
 
