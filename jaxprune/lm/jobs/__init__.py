@@ -25,6 +25,7 @@ __all__ = [
     "prune_settings",
     "prune_streaming",
     "recovery",
+    "recovery_settings",
     "samples",
     "sane_model",
     "settings",

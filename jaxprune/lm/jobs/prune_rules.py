@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints import rewrite
-from jaxprune.lm.jobs import passes, settings
+from jaxprune.lm.jobs import passes, recovery_settings, settings
 from jaxprune.lm.jobs.option_rules import (
     at_least,
     idle_without,
@@ -188,8 +188,8 @@ _STREAMED = tuple(
 
 
 RULES = (
-    *(*_SHARES, *settings.RULES, *_NUMBERS, *_QUANTIZED),
-    *(*_DEVICES, *_STREAMED),
+    *(*_SHARES, *settings.RULES, *recovery_settings.RULES, *_NUMBERS),
+    *(*_QUANTIZED, *_DEVICES, *_STREAMED),
 )
 """What the options keep among themselves, with the pattern read as `units`."""
 

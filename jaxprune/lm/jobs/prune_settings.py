@@ -15,6 +15,7 @@ from jaxprune.lm.jobs.option_types import (
     Number,
     choice_of,
 )
+from jaxprune.lm.jobs.recovery_settings import Recovery
 from jaxprune.lm.jobs.settings import (
     Calibration,
     Devices,
@@ -22,7 +23,6 @@ from jaxprune.lm.jobs.settings import (
     Job,
     Loading,
     LoadingGroup,
-    Recovery,
 )
 from jaxprune.posttraining.passes.efforts import Effort
 

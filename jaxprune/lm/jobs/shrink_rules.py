@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.jobs import settings, unequal_rules
+from jaxprune.lm.jobs import recovery_settings, settings, unequal_rules
 from jaxprune.lm.jobs.head_rules import check_heads
 from jaxprune.lm.jobs.option_rules import at_least, not_while, option_values
 from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
@@ -167,6 +167,7 @@ RULES = (
         *_REMOVAL,
         *_VOCABULARY,
         *settings.RULES,
+        *recovery_settings.RULES,
     ),
 )
 """What the options keep among themselves."""

@@ -11,6 +11,7 @@ from jaxprune.lm.jobs.option_types import (
     Number,
     Switch,
 )
+from jaxprune.lm.jobs.recovery_settings import Recovery
 from jaxprune.lm.jobs.settings import (
     Calibration,
     Devices,
@@ -18,7 +19,6 @@ from jaxprune.lm.jobs.settings import (
     Job,
     Loading,
     LoadingGroup,
-    Recovery,
 )
 from jaxprune.lm.shrinking.units import Narrowing
 from jaxprune.structured.budget import Measure

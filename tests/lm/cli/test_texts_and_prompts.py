@@ -20,7 +20,10 @@ from jaxprune.lm.jobs import prune_settings as settings
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.model_pruning import begin_pruning
 from jaxprune.lm.jobs.prune_rules import check_prune
-from jaxprune.lm.jobs.settings import Calibration, Recovery
+from jaxprune.lm.jobs.recovery_settings import Recovery
+from jaxprune.lm.jobs.settings import (
+    Calibration,
+)
 
 __all__ = ["place"]
 
