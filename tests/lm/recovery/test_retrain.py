@@ -92,6 +92,17 @@ def test_the_rate_rises_in_a_twentieth_of_the_steps_and_falls_to_zero(
     assert rates[-1] == pytest.approx(0, abs=1e-6)
 
 
+def test_a_relative_rate_moves_a_leaf_by_a_share_of_its_root_mean_square(half):
+    model, names = half
+    settings = retrain.Settings(steps=1, learning_rate=1e-3, relative=True)
+    trained, _ = retrain.retrain(model, names, SEQUENCES, settings)
+    for name in names:
+        before, after = (leaves(m)[name].astype(np.float64) for m in (model, trained))
+        # Adam's first step changes each weight by the whole rate.
+        rate = 1e-3 * np.sqrt(np.square(before).mean())
+        np.testing.assert_allclose(np.abs(after - before).max(), rate, rtol=1e-2)
+
+
 def test_a_loss_that_is_not_finite_is_refused_by_its_step(half):
     settings = retrain.Settings(steps=8, learning_rate=float("inf"))
     with pytest.raises(ValueError, match=r"got (nan|inf) at step [23]; lower the"):
