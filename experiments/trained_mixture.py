@@ -37,9 +37,7 @@ from jaxprune.arrays.console_progress import Progress
 from jaxprune.lm.jobs import passes
 from jaxprune.lm.jobs.recovery import recover
 from jaxprune.lm.jobs.recovery_settings import Recovery
-from jaxprune.lm.jobs.settings import (
-    Calibration,
-)
+from jaxprune.lm.jobs.settings import Calibration
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.models.loaded_model import LoadedModel, open_model
 from jaxprune.lm.recovery import retrain

@@ -9,9 +9,7 @@ from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.jobs.option_rules import not_while, option_values
 from jaxprune.lm.jobs.prune_settings import PruneJob, Pruning, Solver
 from jaxprune.lm.jobs.recovery_settings import Recovery
-from jaxprune.lm.jobs.settings import (
-    SELF,
-)
+from jaxprune.lm.jobs.settings import SELF
 from jaxprune.posttraining.passes.efforts import LEVELS, Level
 
 LARGEST = 10**9

@@ -19,9 +19,7 @@ from jaxprune.arrays import tree
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.recovery_settings import Recovery, Trained
-from jaxprune.lm.jobs.settings import (
-    Calibration,
-)
+from jaxprune.lm.jobs.settings import Calibration
 from jaxprune.lm.measure import machine
 from jaxprune.lm.models.decoder.model import LOGITS
 from jaxprune.lm.models.loaded_model import LoadedModel

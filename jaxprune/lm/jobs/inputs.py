@@ -13,10 +13,7 @@ from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.jobs.opening import Beginning, needed_tokenizer, text_beginning
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.recovery_settings import Recovery
-from jaxprune.lm.jobs.settings import (
-    Calibration,
-    Evaluation,
-)
+from jaxprune.lm.jobs.settings import Calibration, Evaluation
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.measure.tables import name_texts

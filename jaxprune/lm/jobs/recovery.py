@@ -16,10 +16,7 @@ from jaxprune import leaves
 from jaxprune.arrays import tree
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.lm.jobs.recovery_settings import Recovery
-from jaxprune.lm.jobs.settings import (
-    SELF,
-    Calibration,
-)
+from jaxprune.lm.jobs.settings import SELF, Calibration
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.decoder.model import Decoder

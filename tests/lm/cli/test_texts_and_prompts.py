@@ -21,9 +21,7 @@ from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.model_pruning import begin_pruning
 from jaxprune.lm.jobs.prune_rules import check_prune
 from jaxprune.lm.jobs.recovery_settings import Recovery
-from jaxprune.lm.jobs.settings import (
-    Calibration,
-)
+from jaxprune.lm.jobs.settings import Calibration
 
 __all__ = ["place"]
 

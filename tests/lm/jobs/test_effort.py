@@ -21,10 +21,7 @@ from jaxprune.lm.jobs.prune_settings import (
     Solver,
 )
 from jaxprune.lm.jobs.recovery_settings import Recovery
-from jaxprune.lm.jobs.settings import (
-    SELF,
-    Calibration,
-)
+from jaxprune.lm.jobs.settings import SELF, Calibration
 from jaxprune.posttraining.passes.efforts import LEVELS
 
 __all__ = ["place"]

@@ -11,9 +11,7 @@ from pathlib import Path
 
 from jaxprune.lm.jobs import inputs
 from jaxprune.lm.jobs.recovery_settings import Recovery
-from jaxprune.lm.jobs.settings import (
-    Calibration,
-)
+from jaxprune.lm.jobs.settings import Calibration
 from jaxprune.lm.texts import text_files
 
 

@@ -7,9 +7,7 @@ from flax import nnx
 from jaxprune.arrays import tree
 from jaxprune.lm.jobs import recovery
 from jaxprune.lm.jobs.recovery_settings import Recovery
-from jaxprune.lm.jobs.settings import (
-    Calibration,
-)
+from jaxprune.lm.jobs.settings import Calibration
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.loaded_model import device_mesh, open_model
