@@ -78,18 +78,20 @@ def choose_by_effort(job: PruneJob, *, writes: bool) -> PruneJob:
 
 def _recovery(job: PruneJob, level: Level) -> Recovery:
     """The recovery of the level where it can be, with what was asked for instead."""
-    recovery = job.recovery
+    recovery, steps = job.recovery, job.recovery.recover_steps
+    # What the model writes itself stands beside texts.
+    texts = recovery.trained_files or job.calibration.files
     if (
-        not level.recover_steps
+        not (level.recover_steps and texts)
+        or steps == 0
         or recovery.recover_by != "distillation"
-        or not job.calibration.files  # what it writes itself stands beside texts
         or job.quantization.quantize  # comes last
-        or (not recovery.recover_steps and _parameters(job) > LARGEST)
+        or (steps is None and _parameters(job) > LARGEST)
     ):
         return recovery
     return dataclasses.replace(
         recovery,
-        recover_steps=recovery.recover_steps or level.recover_steps,
+        recover_steps=steps or level.recover_steps,
         recover_text=recovery.recover_text or job.calibration.calibration,
         recover_train=recovery.recover_train or "matrices",
     )

@@ -125,7 +125,7 @@ def recovery_needs(
     teacher = recovery.recover_by == "distillation" and not recovery.top
     size = _teacher_size(recovery, work)
     # Forward, forward again and back, and the teacher's forward.
-    passes = recovery.recover_steps * (4 + (size if teacher else 0))
+    passes = recovery.steps * (4 + (size if teacher else 0))
     tokens = passes * calibration.batch * calibration.length
     if recovery.top:
         followed = recovery.followed_tokens(work.trained, calibration.written_tokens)

@@ -48,9 +48,9 @@ def begin_pruning(
         source = open_directory(job.model)
         # By names and shapes, before a text is tokenized.
         check_globs(job.pruning.exclude, source.tensors)
-        texts = inputs.read_texts(job, source)
         model = open_for_job(job.model, job.loading, job.devices)
         other_teacher = open_teacher(job, source, model)
+        texts = inputs.read_texts(job, source)
         names = model.names
         prunable = prunable_leaf(lambda leaf: names[leaf].names, job.pruning.exclude)
         _check_pattern(chosen.pattern, model, prunable)
@@ -89,12 +89,9 @@ class ModelPruning(ModelTransformation[PruneJob]):
 
     def facts(self) -> dict[str, Any]:
         """What decides the pruned weights, as far as it is known without reading."""
-        job, texts = self.job, self.texts
         return {
-            **progress_dir.job_facts(
-                job, self.source, texts.calibration, texts.begins.why
-            ),
-            **pruning_facts(job, self.chosen),
+            **progress_dir.job_facts(self.job, self.source, self.texts),
+            **pruning_facts(self.job, self.chosen),
         }
 
     def look_at_dense(self) -> None:

@@ -34,11 +34,17 @@ def say_texts(
         trained = [p.name for p in recovery.trained_files or calibration.files]
         trained += [str(SELF)] if recovery.own_text else []
         console.say(
-            f"{recovery.stage} in {recovery.recover_steps} steps "
+            f"{recovery.stage} in {recovery.steps} steps "
             f"({recovery.trained}) on {', '.join(trained)}"
         )
     windows = [f"{name} ({texts.roles[name]})" for name in texts.windows]
     console.say(f"evaluated on {', '.join(windows) or 'nothing'}")
+
+
+def say_refinement(passes: int, console: Console) -> None:
+    """Says that layers would be refined, which an effort may have chosen."""
+    if passes:
+        console.say(f"each layer refined in {passes} passes")
 
 
 def say_needs(needs: Needs, console: Console) -> None:

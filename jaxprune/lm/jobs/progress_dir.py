@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ from jaxprune.files.safetensors_file import read_json
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.jobs import provenance
+from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.settings import Job
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
-from jaxprune.lm.texts import text_files
+from jaxprune.posttraining import fingerprint
 
 _BEGUN = "command.json"  # which job the progress is of
 RECOVERY = "recovery"
 """Directory, in that of a job's progress, of what comes last."""
-_RECOVERY_FACTS = ("recovery", "teacher")  # they decide nothing else
+_RECOVERY_FACTS = ("recovery", "teacher", "trained")  # they decide nothing else
 
 
 def refuse_done(job: Job, command: str) -> None:
@@ -85,18 +86,14 @@ def recovery_bytes(
 
 
 def job_facts(
-    job: PruneJob | ShrinkJob,
-    source: CheckpointDir,
-    calibration: Sequence[text_files.AnyText],
-    bos: str,
+    job: PruneJob | ShrinkJob, source: CheckpointDir, texts: JobTexts
 ) -> dict[str, Any]:
     """What decides the result of any job, known without reading a weight.
 
     Args:
       job: what was asked for.
       source: directory of the dense model, whose files are told by size and time.
-      calibration: texts that are calibrated on.
-      bos: what sequences begin with, in words.
+      texts: texts that the job reads.
 
     Returns:
       A JSON-able record; a run goes on only with the progress of an equal one.
@@ -104,6 +101,9 @@ def job_facts(
     configs = [n for n in source.others if n.endswith((".json", ".jinja"))]
     recovery, evaluation = job.recovery, job.evaluation
     facts: dict[str, Any] = {}
+    if recovery.recover_steps:
+        # Texts, and the rows of them that are drawn.
+        facts["trained"] = fingerprint.of_arrays([texts.training])
     if (teacher := recovery.recover_teacher) is not None:
         facts["teacher"] = _times(teacher, sorted(open_directory(teacher).metadata))
     return facts | {
@@ -111,7 +111,7 @@ def job_facts(
         "files": _times(source.path, (*source.metadata, *configs)),
         "ignored_config": list(job.loading.ignore_config),
         "dtype": job.loading.dtype,
-        "calibration": [text.sha256 for text in calibration],
+        "calibration": [text.sha256 for text in texts.calibration],
         "held_out": 0 if evaluation.evaluate else evaluation.limit * evaluation.context,
         "sequences": job.calibration.sequences,
         "length": job.calibration.length,
@@ -121,7 +121,7 @@ def job_facts(
             job.calibration.self_sequences,
             job.calibration.calibration_temperature,
         ],
-        "bos": bos,
+        "bos": texts.begins.why,
         # A default that is written out is the same job.
         "recovery": [str(dataclasses.replace(recovery, recover_top=recovery.top))]
         if recovery.recover_steps

@@ -63,7 +63,7 @@ def recover(
     if sample is not None:
         sequences, student = sample.places(sequences), model.with_tokens(sample.ids)
     settings = retrain.Settings(
-        steps=recovery.recover_steps,
+        steps=recovery.steps,
         learning_rate=recovery.learning_rate,
         relative=recovery.relative,
         batch=calibration.batch,
@@ -171,7 +171,7 @@ def _record(
 ) -> dict[str, Any]:
     texts = [path.name for path in recovery.trained_files or calibration.files]
     record: dict[str, Any] = {
-        "steps": recovery.recover_steps,
+        "steps": recovery.steps,
         "learning_rate": recovery.learning_rate,
         "batch": calibration.batch,
         "trained": recovery.trained,

@@ -10,7 +10,6 @@ from jaxprune.arrays.rules import Rule, within
 from jaxprune.lm.jobs.option_rules import at_least, idle_without, open_share
 from jaxprune.lm.jobs.option_types import (
     UNSET,
-    Count,
     Files,
     MaybeCount,
     MaybeNumber,
@@ -35,7 +34,7 @@ class Recovery:
 
     Attributes:
       recover_steps: steps of Adam afterwards; zeros stay zeros, and sizes stay as they
-        are. 0 does not train.
+        are. 0 does not train; nor does leaving it out, but for prune --effort best.
       recover_by: "distillation" brings the next-token distributions of what is left
         back to those of the model before (KL divergence); "retraining" learns to
         predict the texts.
@@ -44,7 +43,7 @@ class Recovery:
         sequences as each text has.
       recover_learning_rate: the highest learning rate, reached in a twentieth of the
         steps; it then falls to zero. If left out, a thousandth of the root mean square
-        of what is trained, for each matrix or vector; 3e-5 for lora.
+        of what is trained, for each tensor, experts of a layer together; 3e-5 for lora.
       recover_train: what is trained: all parameters, the matrices that were pruned (of
         a smaller model, those of its layers), norms and biases, or those matrices by
         changes of rank 16 (lora). If left out, all parameters by distillation, the
@@ -63,7 +62,7 @@ class Recovery:
         model before this job if left out.
     """
 
-    recover_steps: Count = 0
+    recover_steps: MaybeCount = None
     recover_by: Literal["distillation", "retraining"] = "distillation"
     recover_text: Files = ()
     recover_learning_rate: MaybeNumber = None
@@ -72,6 +71,11 @@ class Recovery:
     recover_top: MaybeCount = None
     recover_text_share: Number = 0.0
     recover_teacher: MaybePath = None
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return self.recover_steps or 0
 
     @property
     def trained_files(self) -> tuple[Path, ...]:

@@ -120,8 +120,7 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
 
     def facts(self) -> dict[str, Any]:
         """What decides the smaller model, known without reading a weight."""
-        calibrated, begins = self.texts.calibration, self.texts.begins.why
-        facts = progress_dir.job_facts(self.job, self.source, calibrated, begins)
+        facts = progress_dir.job_facts(self.job, self.source, self.texts)
         facts["correction"] = self.job.calibration.correction
         return {**facts, "asked": self.job.removal.asked}
 

@@ -13,9 +13,15 @@ from jaxprune.lm.models.loaded_model import LoadedModel
 _TOKENIZER = "tokenizer.json"
 _RULES = (
     Rule(
-        lambda v: v.teacher.vocab_size == v.model.vocab_size and v.same_tokens,
+        lambda v: v.same_tokens,
         "--recover-teacher must have the model's tokens, but '{path}' has others",
         "give a model of the same tokenizer",
+    ),
+    Rule(
+        lambda v: v.teacher.vocab_size == v.model.vocab_size,
+        "--recover-teacher must have as many logits as the model, but '{path}' has "
+        "{teacher.vocab_size} and the model {model.vocab_size}",
+        "give a model of the same vocab_size",
     ),
     Rule(
         lambda v: v.teacher.context >= v.length,
@@ -75,6 +81,9 @@ def _has_equal_tokens(one: CheckpointDir, other: CheckpointDir) -> bool:
 
 
 def _vocabulary(tokenizer: Any) -> Any:
-    """Tokens with their ids, as a model of the tokenizers package holds them."""
-    model = tokenizer.get("model") if isinstance(tokenizer, dict) else None
-    return model.get("vocab") if isinstance(model, dict) else None
+    """Tokens with their ids, as the tokenizers package holds them, added ones too."""
+    if not isinstance(tokenizer, dict):
+        return None
+    model = tokenizer.get("model")
+    added = {t["id"]: t["content"] for t in tokenizer.get("added_tokens") or ()}
+    return model.get("vocab") if isinstance(model, dict) else None, added

@@ -58,7 +58,7 @@ def effort(level: Effort) -> Chain:
     Args:
       level: "quick" is SparseGPT; "good" is ALPS, which also makes up for half of what
         earlier matrices lost; "best" refines each layer after it, where
-        `jaxprune prune` trains the whole model after the dense one.
+        `jaxprune prune` trains all pruned matrices together after the dense model.
 
     Returns:
       The passes in a row, whose sparsity `jp.prune_trained` is given.

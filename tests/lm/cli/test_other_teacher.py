@@ -1,5 +1,8 @@
 """`--recover-teacher`: another model than that before the job is followed."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -9,6 +12,8 @@ from tests.support.tiny_tokenizers import model_folder, text
 
 pytest.importorskip("tyro")
 pytest.importorskip("tokenizers")
+
+from jaxprune.lm.jobs import inputs
 
 __all__ = ["place"]
 
@@ -60,14 +65,60 @@ def test_the_teacher_gets_the_tokens_that_stay(capsys, tmp_path, top):
     assert_equal_weights(tmp_path / "without", tmp_path / "with")
 
 
-def test_a_teacher_with_other_tokens_is_refused_before_a_text_is_read(capsys, place):
-    tiny_hf.random_folder("llama", place / "other", vocab_size=64)
-    teacher = ("--recover-teacher", place / "other")
+def swapped(tokenizer):
+    """Two words have each other's ids."""
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["w4"], vocabulary["w5"] = vocabulary["w5"], vocabulary["w4"]
+
+
+def added(tokenizer):
+    """One more token that texts are searched for."""
+    token = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    token |= {"id": 4, "content": "<tool>", "special": True}
+    tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or ()), token]
+
+
+@pytest.mark.parametrize("change", [swapped, added])
+def test_a_teacher_with_other_tokens_is_refused(capsys, place, tmp_path, change):
+    shutil.copytree(place / "model", tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    change(tokenizer)
+    file.write_text(json.dumps(tokenizer))
+    teacher = ("--recover-teacher", tmp_path / "other")
     code, _, err = prune(capsys, place, "model", "refused", *STEPS, *teacher)
     assert code == 1
     assert "--recover-teacher must have the model's tokens, but " in err
     assert "give a model of the same tokenizer" in err
     assert not (place / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({"vocab_size": 64}, (), "as many logits as the model, but '{}' has 64 and"),
+        ({"max_position_embeddings": 8}, (), "but the context of '{}' is 8"),
+        (
+            {"hidden_size": 48},
+            ("--recover-hidden", "1"),
+            "'{}' has 48 channels and the model 32; leave it out",
+        ),
+    ],
+    ids=["logits", "context", "width"],
+)
+def test_a_teacher_that_does_not_fit_is_refused_before_a_text_is_read(
+    capsys, place, tmp_path, monkeypatch, changes, options, words
+):
+    def never(*_):
+        raise AssertionError("a text was read")
+
+    monkeypatch.setattr(inputs, "read_texts", never)
+    other = tmp_path / "other"
+    tiny_hf.random_folder("llama", other, **{"vocab_size": tiny_cli.WORDS, **changes})
+    teacher = ("--recover-teacher", other, *options)
+    code, _, err = prune(capsys, place, "model", "refused", *STEPS, *teacher)
+    assert code == 1
+    assert words.format(other) in err
 
 
 def test_what_is_learned_from_texts_follows_no_teacher(capsys, place):

@@ -81,12 +81,23 @@ def test_the_plan_for_people_names_texts_and_what_is_left_alone(
     assert said.endswith("nothing was written\n")
 
 
-def test_the_plan_says_what_an_effort_trains(place, capsys, nothing_read_or_written):
+@pytest.mark.parametrize(
+    ("options", "does", "does_not"),
+    [
+        ((), "distilled in 64 steps (matrices) on a.txt, self\n", "refined"),
+        (("--quantize", "int8"), "each layer refined in 4 passes\n", "distilled"),
+        (("--recover-steps", "0"), "each layer refined in 4 passes\n", "distilled"),
+    ],
+)
+def test_the_plan_says_what_an_effort_does_afterwards(
+    place, capsys, nothing_read_or_written, options, does, does_not
+):
     words = ["prune", place / "model", place / "out", *HALF, *SMALL, "--plan"]
-    words += ["--effort", "best", "--calibration", place / "a.txt"]
+    words += ["--effort", "best", "--calibration", place / "a.txt", *options]
     assert cli.main([str(word) for word in words]) == 0
     said = capsys.readouterr().out
-    assert "distilled in 64 steps (matrices) on a.txt, self\n" in said
+    assert does in said
+    assert does_not not in said
 
 
 @pytest.mark.parametrize(

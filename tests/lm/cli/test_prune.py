@@ -181,6 +181,31 @@ def test_distillation_moves_all_but_the_zeros(place, pruned, capsys):
 
 
 @pytest.mark.full
+def test_the_rate_of_a_training_is_relative_unless_it_is_a_number(
+    place, capsys, monkeypatch
+):
+    rates = []
+    ours = retrain.retrain
+
+    def spied(model, names, sequences, settings, **options):
+        rates.append((settings.relative, settings.learning_rate))
+        return ours(model, names, sequences, settings, **options)
+
+    monkeypatch.setattr(retrain, "retrain", spied)
+    words = [*WANDA, "--length", "16", "--calibration", place / "rows.npy"]
+    words += ["--sequences", "4", "--prompt-steps", "0", "--any-perplexity"]
+    words += ["--recover-steps", "1"]
+    said = [
+        run(capsys, "prune", place / "model", place / out, *words, *rate)[1]
+        for out, rate in (
+            ("relative", ()),
+            ("number", ("--recover-learning-rate", "2e-3")),
+        )
+    ]
+    assert rates == [(True, 1e-3), (False, 2e-3)]
+    assert [record["distillation"].get("relative") for record in said] == [True, None]
+
+
 def test_rows_that_measure_the_model_are_not_trained_on(place, capsys, monkeypatch):
     seen = []
     ours = retrain.retrain

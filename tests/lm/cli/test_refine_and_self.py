@@ -201,6 +201,30 @@ def test_another_recovery_goes_on_with_what_was_pruned(place, capsys, monkeypatc
 
 
 @pytest.mark.full
+def test_an_edited_text_begins_the_recovery_anew(place, capsys, tmp_path, monkeypatch):
+    learned = tmp_path / "learned.txt"
+    words = [*WANDA, "--calibration", place / "rows.npy", "--recover-text", learned]
+    words += ["--recover-steps", "3"]
+
+    def dies(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "due", lambda _: True)
+        patched.setattr(Checkpoints, "write", dies)
+        learned.write_text(tiny_cli.text(900, seed=3))
+        assert prune(capsys, place, "edited", *words)[0] == 130
+    learned.write_text(tiny_cli.text(900, seed=4))
+    done = resumed.reads(monkeypatch)
+    assert prune(capsys, place, "edited", *words)[0] == 0
+    assert done[:2] == [True, True]  # what was pruned stays
+    assert prune(capsys, place, "anew", *words)[0] == 0
+    found = tiny_cli.weights(place / "edited")
+    for name, value in tiny_cli.weights(place / "anew").items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+@pytest.mark.full
 def test_a_correction_moves_what_comes_after_the_first_matrices(place, capsys):
     solver = ["--method", "sparsegpt", "--sparsity", "0.5", "--calibration", "self"]
     code, record, _ = prune(capsys, place, "corrected", *solver, "--correction", "0.5")

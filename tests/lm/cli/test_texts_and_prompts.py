@@ -109,10 +109,10 @@ def test_a_sample_fits_a_model_of_as_many_tokens_as_it_has(place, tmp_path, caps
 def test_another_configuration_is_another_job(place, tmp_path):
     model = tiny_cli.model(tmp_path / "model")
     source = open_directory(model)
-    job = begun(model, tmp_path / "out", place / "a.txt").job
-    before = progress_dir.job_facts(job, source, [], "")
+    pruning = begun(model, tmp_path / "out", place / "a.txt")
+    before = progress_dir.job_facts(pruning.job, source, pruning.texts)
     tiny_hf.edit(model, rms_norm_eps=1e-3)
-    assert progress_dir.job_facts(job, source, [], "") != before
+    assert progress_dir.job_facts(pruning.job, source, pruning.texts) != before
 
 
 @pytest.mark.parametrize(
@@ -124,11 +124,12 @@ def test_another_configuration_is_another_job(place, tmp_path):
 )
 def test_a_default_that_is_written_out_is_the_same_job(place, tmp_path, written, same):
     source = open_directory(place / "model")
-    job = begun(place / "model", tmp_path / "out", place / "a.txt").job
+    pruning = begun(place / "model", tmp_path / "out", place / "a.txt")
+    job = pruning.job
     facts = [
         progress_dir.job_facts(
             dataclasses.replace(job, recovery=Recovery(recover_steps=2, **options)),
-            *(source, [], ""),
+            *(source, pruning.texts._replace(training=np.zeros((8, 16), np.int32))),
         )
         for options in ({}, written)
     ]

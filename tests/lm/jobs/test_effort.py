@@ -51,7 +51,7 @@ def test_the_command_and_python_do_the_same_passes(level):
 def test_more_effort_does_more(level, model):
     """The levels that docs/results has: a solver, the stronger one, and training."""
     job = choose_by_effort(job_of(level, model), writes=True)
-    done = (job.pruning.method, job.solver.correction, job.recovery.recover_steps)
+    done = (job.pruning.method, job.solver.correction, job.recovery.steps)
     assert (
         done
         == {
@@ -98,6 +98,22 @@ def test_options_of_a_recovery_take_the_place_of_the_level_s(model):
     texts = (TEXT, SELF)
     both = Recovery(recover_steps=7, recover_train="lora", recover_text=texts)
     assert (job.solver.refine, job.recovery) == (0, both)
+
+
+def test_no_steps_are_a_refinement_where_that_is_asked_for(model):
+    asked = Recovery(recover_steps=0)
+    job = choose_by_effort(job_of("best", model, recovery=asked), writes=True)
+    assert (job.solver.refine, job.recovery) == (4, asked)
+    assert job.calibration.calibration == (TEXT, SELF)
+
+
+def test_texts_to_train_on_bring_the_steps_without_a_calibration(model):
+    groups = {"calibration": Calibration(), "recovery": Recovery(recover_text=(TEXT,))}
+    job = choose_by_effort(job_of("best", model, **groups), writes=True)
+    recovery = job.recovery
+    assert (job.solver.refine, recovery.recover_steps) == (0, 64)
+    assert (recovery.recover_text, recovery.trained) == ((TEXT,), "matrices")
+    assert job.calibration.calibration == (SELF,)
 
 
 def test_a_retraining_stays_as_it_was_asked_for(model):

@@ -83,6 +83,23 @@ def test_the_headline_says_what_it_cost_and_what_it_gave():
     )
 
 
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({}, "Distilled from the model before for 2 steps of 4 sequences at 0.0001 ("),
+        (
+            {"relative": True, "teacher": "large"},
+            "Distilled from large for 2 steps of 4 sequences at 0.0001 of each "
+            "tensor's root mean square (",
+        ),
+    ],
+)
+def test_the_page_says_whom_the_model_followed_and_how_fast(facts, words):
+    record = copy.deepcopy(RECORD)
+    record["distillation"] |= facts
+    assert words in shrunk_model.document(record)
+
+
 def test_the_page_shows_everything_and_loads_nothing():
     page = Page(shrunk_model.document(json.loads(json.dumps(RECORD))))
     assert page.loads == []
