@@ -42,7 +42,8 @@ class Pruning:
         quick is sparsegpt; good is alps, in two to three times as long; best lets the
         model write a part of the calibration and trains what is left for 64 steps, and
         takes longest. Where that cannot be, it refines each layer: with --quantize,
-        without a text, beyond a billion parameters, through torch.
+        without a text, beyond a billion parameters, through torch, in several
+        processes.
       method: magnitude looks at the weights alone; wanda and ria at the inputs' sizes
         too; sparsegpt and alps also update the weights that stay, alps better and more
         slowly. magnitude without --calibration goes through any safetensors directory
