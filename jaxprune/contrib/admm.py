@@ -209,9 +209,9 @@ def _add_dual(
 def _pull(
     factor: jax.Array, mask: jax.Array, g: jax.Array, v: jax.Array, x: jax.Array
 ) -> jax.Array:
-    """g + lambda (x - z + u), in the gradient's dtype."""
+    """g + lambda (x - z + u), in the gradient's dtype, as which moments are held."""
     distance = x.astype(jnp.float32) - jnp.where(mask, v, -v)  # x - z + u
-    # Added in float32: in two bytes a small pull would be rounded away.
+    # Added in float32 and rounded once; bfloat16 then has no pull under 1/512 of g.
     dtype = g.dtype if g.dtype.itemsize >= 4 else jnp.float32
     return (g.astype(dtype) + (factor * distance).astype(dtype)).astype(g.dtype)
 

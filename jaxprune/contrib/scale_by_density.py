@@ -21,7 +21,7 @@ _POWER = Rule(
 def scale_by_density(
     power: float = 0.75, *, prunable: PrunableLike = leaves.prunable
 ) -> optax.GradientTransformationExtraArgs:
-    """Divides the updates of each matrix by its density, to a power.
+    """Divides the updates of each leaf by its density, to a power.
 
     Of a matrix of which a share d of the weights is left, an output adds up d as many
     changes of a step. Where these point one way, it changes d times as much as that of
@@ -40,7 +40,7 @@ def scale_by_density(
     Returns:
       A transformation without a state, which counts the zeros of the parameters: a
       weight that has just come back is one for a step. A leaf of zeros alone is left as
-      it is.
+      it is, and a stack of layers has one density.
 
     Raises:
       ValueError: the power is not in [0, 1]; at `update`: no parameters.
@@ -75,6 +75,8 @@ def scale_by_density(
 
 
 def _scaled(update: jax.Array, leaf: jax.Array, power: float) -> Any:
-    kept = jnp.count_nonzero(leaf)
-    density = jnp.where(kept == 0, 1.0, kept / leaf.size)
+    # By rows: 32 bits do not count the weights of every leaf.
+    rows = jnp.count_nonzero(jnp.atleast_1d(leaf), axis=-1)
+    kept = jnp.sum(rows, dtype=jnp.float32)
+    density = jnp.where(kept == 0, 1.0, kept / float(leaf.size))
     return (update / density**power).astype(update.dtype)

@@ -79,8 +79,8 @@ def has_adams_type(node: Any) -> bool:
 def _are_maxima(optimizer: optax.GradientTransformation, params: Params) -> list[bool]:
     """Of each node of Adam's type, whether a step moves `nu` as the gradient.
 
-    Nothing is known of what does not step: an optimizer that needs more than gradient
-    and parameters, or one that waits for several gradients.
+    Nothing is known of what does not step: an optimizer that needs more than gradient,
+    parameters and the loss's value, or one that waits for several gradients.
     """
     optimizer = optax.with_extra_args_support(optimizer)
     try:
@@ -88,7 +88,9 @@ def _are_maxima(optimizer: optax.GradientTransformation, params: Params) -> list
         with jax.ensure_compile_time_eval(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             zeros, gradients = pairs_like(params)
-            _, state = optimizer.update(gradients, optimizer.init(zeros), zeros)
+            _, state = optimizer.update(
+                gradients, optimizer.init(zeros), zeros, value=0.0
+            )
             nodes = jax.tree.leaves(state, is_leaf=has_adams_type)
             return [is_linear(node.nu) for node in nodes if has_adams_type(node)]
     except Exception:  # whatever an optimizer says of leaves that are not the model's

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool
 from jaxprune.arrays import placement
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.topk import float_order, thresholds
-from jaxprune.arrays.topk.count_search import Count
+from jaxprune.arrays.topk.count_search import Count, totals
 from jaxprune.masking.patterns import NM, PerOutput, Unstructured
 from jaxprune.training.event_table import PatternCounts, count_at
 from jaxprune.training.grow import Grow
@@ -62,7 +62,9 @@ def masks_at(
         placement.placed(pattern.expand(bits, leaf.shape, axes), leaf)
         for bits, leaf, axes in zip(kept_units, gradients, counts.axes, strict=True)
     ]
-    if grow is None and not revive and pattern.sparsity is None:
+    if grow is not None:
+        return _unless_behind(event, counts, masks, new_masks)
+    if not revive and pattern.sparsity is None:
         return _without_revived(event, counts, masks, new_masks)
     return new_masks
 
@@ -140,9 +142,7 @@ def _without_revived(
     """
     if counts.together:
         return [new & old for new, old in zip(new_masks, masks, strict=True)]
-    kept = count_at(event, counts.kept)
-    # One-hot of the event before; nowhere True, so a count of zero, at the first.
-    previous = count_at(jnp.append(event[1:], False), counts.kept)
+    kept, previous = count_at(event, counts.kept), _previous(event, counts)
     result = []
     leaves = zip(masks, new_masks, counts.axes, strict=True)
     for number, (old, new, axes) in enumerate(leaves):
@@ -158,6 +158,35 @@ def _without_revived(
         pruned = ~_spread(counts.pattern, units, old, axes)
         result.append(new & (old | (pruned & rounded & on_schedule)))
     return result
+
+
+def _unless_behind(
+    event: Bool[Array, " events"],
+    counts: PatternCounts,
+    masks: Sequence[jax.Array],
+    new_masks: Sequence[jax.Array],
+) -> list[jax.Array]:
+    """The new masks, or those before where they keep fewer than the schedule does.
+
+    So it is in a run that goes on from a model that was pruned further. Where it is the
+    schedule that falls, they keep what the event before left.
+    """
+    remaining = []
+    for mask, axes in zip(masks, counts.axes, strict=True):
+        units = _units_with_weights(counts.pattern, mask, axes)
+        flags = [units, ~units]  # two, as in `_without_revived`
+        remaining.append(float_order.count_true(flags, range(units.ndim))[0])
+    left = totals(jnp.stack(remaining), joint=counts.together)  # (leaves,)
+    previous = _previous(event, counts)
+    on_schedule = (left.low == previous.low) & (left.high == previous.high)
+    follows = left.at_least(count_at(event, counts.kept)) | on_schedule
+    leaves = zip(follows, new_masks, masks, strict=True)
+    return [jnp.where(due, new, old) for due, new, old in leaves]
+
+
+def _previous(event: Bool[Array, " events"], counts: PatternCounts) -> Count:
+    """What the event before keeps; zero at the first."""
+    return count_at(jnp.append(event[1:], False), counts.kept)
 
 
 def _units_with_weights(pattern: Pattern, mask: jax.Array, axes: Axes) -> jax.Array:

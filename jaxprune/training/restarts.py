@@ -10,7 +10,7 @@ steps ago, and by the t of all others its first step would be
 
 which leaves out Adam's epsilon. The state has its age for it, two bytes a weight.
 NAdam and RAdam get the same ratio, which is not quite theirs: NAdam's first step is 1.3
-times a fresh one's.
+times a fresh one's. Others that count steps get none, and a warning says so.
 
 Xiao et al., "Memory-Efficient LLM Training with Dynamic Sparsity", 2026, arXiv
 2606.00888 (SMET), count so too; their warm-up of such weights is not here.
@@ -33,6 +33,13 @@ from jaxprune.typing import Masks, Params
 
 # Updates that a probe waits for a step of an optimizer that collects gradients.
 _PROBES = 256
+# States that count steps as Adam's do, in a way that is not corrected here.
+_OTHERS = frozenset(
+    {
+        *("ScaleByBeliefState", "ScaleByAdemamixState"),
+        *("ScaleByRmsWithCountState", "ScaleByRStdDevWithCountState"),
+    }
+)
 # What two bytes hold. By then Adam's correction is 1, if b2 is not within 1e-5 of it.
 _OLDEST = 2**16 - 1
 
@@ -84,6 +91,7 @@ def start_restarts(
             "tell which parts of this optimizer's state belong to the parameters "
             f"({error}); leave optax.flatten and the like out"
         ) from error
+    _warn_of_others(inner)
     if not states:
         return ()
     decays = jnp.asarray(_decays(optimizer, params, states))
@@ -262,7 +270,7 @@ def _decays(
 
     A step on a gradient gives the moments values; the next, without a gradient, leaves
     b1 and b2 of them. Zero, which corrects nothing, where that shows no average: of
-    what does not step, and of Yogi's sum.
+    what does not step, with a warning, and of Yogi's sum.
     """
     decays = np.zeros((states, 2), np.float32)
     optimizer = optax.with_extra_args_support(optimizer)
@@ -275,20 +283,39 @@ def _decays(
             for gradient in (gradients, zeros):
                 before = [_largest(node) for node in _adam_nodes(state)]
                 for _ in range(_PROBES):
-                    _, state = optimizer.update(gradient, state, zeros)
+                    _, state = optimizer.update(gradient, state, zeros, value=0.0)
                     after = [_largest(node) for node in _adam_nodes(state)]
                     if after != before:
                         break
                 moved.append(np.array(after))  # (states, 2)
             maxima = [is_linear(node.nu) for node in _adam_nodes(state)]
-    except Exception:  # whatever an optimizer says of leaves that are not the model's
+    except Exception as error:  # whatever an optimizer says of leaves of two numbers
+        _warn(f"Adam's decays cannot be read from a step of two numbers ({error})")
         return decays
+    if not moved[0].any():
+        _warn(f"Adam took no step in {_PROBES} updates")
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.nan_to_num(moved[1] / moved[0])
-    averages = ((ratios > 0) & (ratios < 1)).all(1)  # (states,)
+    # A b1 of 0 leaves nothing of the first moment.
+    averages = (ratios < 1).all(1) & (ratios[:, 1] > 0)  # (states,)
     decays[averages] = ratios[averages]
     decays[maxima, 1] = 0  # Adamax corrects its first moment alone
     return decays
+
+
+def _warn_of_others(state: optax.OptState) -> None:
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: type(x).__name__ in _OTHERS)
+    if any(type(node).__name__ in _OTHERS for node in nodes):
+        _warn("this optimizer's bias correction is not Adam's")
+
+
+def _warn(why: str) -> None:
+    warnings.warn(
+        f"{why}, so the first steps of a weight that comes back are too large, several "
+        "times where its squares are averaged over many steps; take Adam, or a lower "
+        "learning rate",
+        stacklevel=2,
+    )
 
 
 def _largest(node: Any) -> tuple[float, float]:

@@ -36,6 +36,17 @@ def test_matrices_alone_take_larger_steps(power, up, down):
     np.testing.assert_array_equal(updates["down"]["bias"], 1)
 
 
+def test_a_stack_of_layers_has_one_density():
+    stack = jnp.stack([jnp.ones((4, 4)), jnp.zeros((4, 4)).at[0].set(1)])
+    updates = scaled({"kernel": stack}, 1.0)
+    np.testing.assert_allclose(updates["kernel"], 32 / 20, rtol=1e-6)
+
+
+def test_more_weights_than_32_bits_count():
+    params = {"kernel": jax.ShapeDtypeStruct((2**12, 2**20), jnp.float32)}
+    assert jax.eval_shape(scaled, params) == params
+
+
 def test_which_leaves_is_the_caller_s_to_say():
     updates = scaled(sparse_weights(), prunable="up/*")
     assert float(updates["up"]["kernel"][0, 0]) == pytest.approx(4**0.75)

@@ -17,6 +17,7 @@ ADAMAX = {
     "adamax": optax.adamax(1e-2),
     "adamaxw": optax.adamaxw(1e-2),
     "clipped": CLIPPED,
+    "plateau": optax.chain(optax.adamax(1e-2), optax.contrib.reduce_on_plateau()),
     "injected": optax.inject_hyperparams(optax.adamax)(learning_rate=1e-2),
     "masked": optax.masked(optax.adamax(1e-2), {"a": True, "b": True, "bias": False}),
 }

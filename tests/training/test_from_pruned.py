@@ -21,6 +21,51 @@ CASES = {
 }
 
 
+GROWN = jax.tree.map(jnp.cos, PARAMS)
+
+
+def counts_after_events(schedule, share, grow, allocation="layer", pattern=None):
+    """Weights left in each leaf after each update, and whether the masks moved."""
+    how = {"allocation": allocation, "pattern": pattern or "unstructured"}
+    masks = jp.masks.make(jp.scores.magnitude(PARAMS), share, **how)
+    params = jp.masks.apply(PARAMS, masks)
+    tx = jp.gradual(optax.sgd(0.01), schedule, criterion="magnitude", grow=grow, **how)
+    state = jp.masks.replace(tx.init(params), masks)
+    step, counts = jax.jit(tx.update), []
+    for _ in range(max(schedule) + 1):
+        updates, state = step(GROWN, state, params)
+        params = optax.apply_updates(params, updates)
+        after = jp.masks.get(state)
+        moved = any((after[k] != masks[k]).any() for k in PARAMS)
+        counts.append([int(after[k].sum()) for k in PARAMS] + [moved])
+        masks = after
+    return counts
+
+
+@pytest.mark.parametrize("grow", ["set", "rigl"])
+@pytest.mark.parametrize(
+    ("pattern", "allocation"),
+    [
+        ("unstructured", "layer"),
+        pytest.param("unstructured", "global", marks=pytest.mark.full),
+        pytest.param("8x8", "layer", marks=pytest.mark.full),
+    ],
+)
+def test_growth_waits_until_the_schedule_is_above_the_masks(grow, pattern, allocation):
+    schedule = {0: 0.0, 1: 0.25, 2: 0.375, 3: 0.75}
+    found = counts_after_events(schedule, 0.5, grow, allocation, pattern)
+    totals = [a + b for a, b, _ in found]
+    assert totals == [1024, 1024, 1024, 512]
+    assert [moved for *_, moved in found] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("grow", ["set", "rigl"])
+def test_growth_goes_on_under_a_schedule_that_falls(grow):
+    # From the masks that its own event at step 0 leaves.
+    found = counts_after_events({0: 0.75, 1: 0.5, 2: 0.5}, 0.75, grow)
+    assert [row[:2] for row in found] == [[256, 256], [512, 512], [512, 512]]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "allocation"),

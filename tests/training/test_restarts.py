@@ -143,6 +143,53 @@ def test_the_first_step_is_that_of_an_optimizer_that_begins(optimizer):
     np.testing.assert_allclose(weights[returned], first["w"][returned], rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "decays"),
+    [
+        (optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau()), (0.9, 0.999)),
+        (optax.adam(0.1, b1=0.0, b2=0.99), (0, 0.99)),
+        (optax.yogi(0.1), (0, 0)),
+    ],
+    ids=["value", "b1=0", "yogi"],
+)
+def test_decays_are_read_from_a_step(optimizer, decays):
+    tx = jp.gradual(optimizer, {1: 0.5}, criterion="magnitude", grow="rigl")
+    found = tx.init({"w": jnp.ones(SHAPE)}).restarts.decays
+    np.testing.assert_allclose(found, [decays], rtol=1e-4)
+
+
+def test_the_first_step_without_a_first_moment_is_a_fresh_one():
+    weights, masks, _ = trained(optax.adam(0.1, b1=0.0))
+    expected = adam_by_hand(masks, 0.1, 0.0, 0.999)
+    np.testing.assert_allclose(weights, expected, atol=2e-5)
+
+
+def picky(optimizer):
+    """An optimizer whose steps need an argument of its own."""
+
+    def update(updates, state, params=None, *, temperature):
+        updates, state = optimizer.update(updates, state, params)
+        return jax.tree.map(lambda u: u * temperature, updates), state
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "why"),
+    [
+        (optax.rmsprop(0.1, bias_correction=True), "bias correction is not Adam's"),
+        (optax.adabelief(0.1), "bias correction is not Adam's"),
+        (picky(optax.adam(0.1)), "cannot be read from a step of two numbers"),
+        (optax.MultiSteps(optax.adam(0.1), 300), "took no step in 256 updates"),
+    ],
+    ids=["rmsprop", "adabelief", "argument", "rare"],
+)
+def test_what_is_not_corrected_is_told(optimizer, why):
+    tx = jp.gradual(optimizer, {1: 0.5}, criterion="magnitude", grow="rigl")
+    with pytest.warns(UserWarning, match=why):
+        tx.init({"w": jnp.ones(SHAPE)})
+
+
 def test_an_optimizer_that_hides_its_moments_is_refused():
     tx = jp.gradual(
         optax.flatten(optax.adam(0.1)), {1: 0.5}, criterion="magnitude", grow="rigl"
