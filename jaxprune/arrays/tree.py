@@ -9,6 +9,7 @@ are made of. Keras has names only where they are asked for: {v.path: v.value}.
 """
 
 import fnmatch
+import itertools
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -265,14 +266,27 @@ def by_rule(
       One value a name.
 
     Raises:
-      ValueError: a rule matches no leaf at all.
+      ValueError: a rule matches no leaf at all, or a broader one before it all of its.
     """
-    unused = [g for g in rules if not any(fits(n, g) for n in leaf_names)]
+    matched = {g: {n for n in leaf_names if fits(n, g)} for g in rules}
+    unused = [glob for glob, names in matched.items() if not names]
     if unused:
         raise ValueError(
             f"every {what} rule must match a leaf that may be pruned, but "
             f"{listed(unused)} match none of {listed(leaf_names)}; "
             "write globs on path names, as in {'*/mlp/*': ...}"
+        )
+
+    hidden = [
+        (glob, broader)
+        for broader, glob in itertools.combinations(rules, 2)
+        if matched[glob] < matched[broader]
+    ]
+    if hidden:
+        glob, broader = hidden[0]
+        raise ValueError(
+            f"the first {what} rule that matches a leaf counts, so {glob!r} behind "
+            f"{broader!r} would do nothing; put the narrower one first"
         )
 
     def first(name: str) -> T:

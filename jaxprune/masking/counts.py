@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.rules import Rule, check, excludes
+from jaxprune.arrays.rules import Rule, check, excludes, finds_none
 from jaxprune.masking import allocation as allocation_
 from jaxprune.masking import patterns
 from jaxprune.masking.allocation import Global, Layer, Name, Weight
@@ -167,6 +167,8 @@ def by_rule(
     if isinstance(sparsity, Mapping):
         return by_leaf(sparsity, [weight.name for weight in weights], units)
     shares = rule.sparsities(weights, sparsity)
+    names = [weight.name for weight in weights]
+    check([_SHARES], rule=rule, shares=dict(zip(names, shares, strict=True)))
     return [
         number - kept_units(share, number)
         for share, number in zip(shares, units, strict=True)
@@ -253,6 +255,12 @@ _AGREEMENT = (
     ),
 )
 
+_SHARES = finds_none(
+    lambda v: [f"{n} {s:g}" for n, s in v.shares.items() if not 0 <= s <= 1],
+    "an allocation must give each weight a sparsity in [0, 1], but {rule} gives "
+    "{names}",
+    "mend its `sparsities`",
+)
 _NUMBER = Rule(
     lambda v: not isinstance(v.sparsity, bool | str),
     "sparsity must be a number in [0, 1), got {sparsity!r}{place}",

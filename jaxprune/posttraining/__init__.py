@@ -3,6 +3,7 @@
 __all__ = [
     "calibration",
     "fingerprint",
+    "old_zeros",
     "passes",
     "pipeline",
     "plan",

@@ -7,6 +7,7 @@ once.
 import collections
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -204,6 +205,14 @@ def make_plan(
         name: _kept(units[name], count, weights[name].shape[0])
         for name, count in zip(weights, lost, strict=True)
     }
+    emptied = [name for name, number in kept.items() if units[name] and not sum(number)]
+    if emptied:
+        warnings.warn(
+            f"this allocation leaves nothing of {listed(emptied)}, through which then "
+            "nothing passes; remove less, or rank each by itself with "
+            "allocation='layer'",
+            stacklevel=4,
+        )
     return Plan(chain, pattern, rule, units, kept)
 
 

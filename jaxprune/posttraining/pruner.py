@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.graph.weight_view import WeightView
@@ -145,6 +146,10 @@ class Pruner(SegmentJob):
         self.refined.append(row)
         for key in arrays:
             self._store.note_logged(views[key], name, key)
+        for row in self.rows:
+            for op in quantized:
+                if row["name"] == op.name:  # a small weight's level may be zero
+                    row["zeros"] = int(jnp.sum(self._read(op) == 0))
         self._moments.clear()
         self.pipeline.activations = refiner.end()
         if layer.stop < len(self._program.segments):

@@ -47,11 +47,14 @@ def trained_values(program: SegmentedProgram) -> list[list[Value]]:
     # Of all layers: a branch of an earlier one may be computed with a later block.
     finished = map(program.finished_in, program.segments)
     pruned = [op.view for ops in finished for op in ops]
+    matrices = [op.view for op in program.trace.linear_ops]
 
     def value(number: int) -> Value | None:
         view = views[number]
         is_weight = any(not weight.is_apart(view) for weight in pruned)
+        # A matrix of one output is no vector.
         is_vector = sum(size > 1 for size in view.shape) <= 1
+        is_vector = is_vector and all(matrix.is_apart(view) for matrix in matrices)
         floating = jnp.issubdtype(types[number].dtype, jnp.floating)
         if not floating or not (is_weight or is_vector):
             return None

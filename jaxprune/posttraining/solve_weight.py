@@ -20,6 +20,8 @@ from jaxprune.arrays.per_device import PerDevice, in_groups
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.masking import patterns
+from jaxprune.posttraining import old_zeros
+from jaxprune.posttraining.old_zeros import Pruned
 from jaxprune.posttraining.passes.base import Matrix, Pass
 from jaxprune.posttraining.passes.chaining import Chain
 from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
@@ -30,9 +32,6 @@ from jaxprune.typing import Pattern
 # An expert that was given fewer tokens is pruned by magnitude: so few say too little of
 # its inputs.
 _FEW = 16
-
-Pruned = tuple[jax.Array, jax.Array, jax.Array]
-"""A new matrix (1, in, out), its number of zeros, and the damping used."""
 
 
 class _Part(NamedTuple):
@@ -87,7 +86,10 @@ def solve_weights(
         solved = dict(_solve_spread(plan, parts, weights, statistics, devices))
     results = []
     for op in weights:
-        matrices = [solved[op, i] for i in range(len(plan.kept[op.name]))]
+        matrices = [
+            old_zeros.hold(plan, op, i, weights[op], solved[op, i])
+            for i in range(len(plan.kept[op.name]))
+        ]
         row = _row(plan, op, statistics[op.name], few[op], [m[1:] for m in matrices])
         new = [matrix for matrix, *_ in matrices]
         # A lone matrix is not copied.

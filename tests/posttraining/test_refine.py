@@ -135,6 +135,24 @@ def test_a_matrix_that_is_not_pruned_is_not_trained():
     assert not {"inlet", "layers/0/down", "layers/1/down"} & set().union(*found)
 
 
+def test_a_matrix_of_one_output_is_no_vector():
+    def scored(p, x):
+        return jnp.tanh(x @ p["up"] + p["bias"]) @ p["head"]
+
+    params = {
+        "up": np.ones((WIDTH, 5), np.float32),
+        "bias": np.ones((1, 5), np.float32),
+        "head": np.ones((5, 1), np.float32),
+    }
+    assert trained(scored, params, prunable=lambda name, leaf: name == "up") == [
+        {"up", "bias"}
+    ]
+    assert trained(scored, params, prunable=lambda name, leaf: name != "bias") == [
+        {"up", "bias"},
+        {"head"},
+    ]
+
+
 # What is made small.
 
 

@@ -57,7 +57,8 @@ class Prune(Pass):
 
     Attributes:
       sparsity: share of the weights to remove, in [0, 1), or {glob on the weight's
-        name: share}. None where the pattern or the allocation fixes it.
+        name: share}, of which the first match counts. None where the pattern or the
+        allocation fixes it.
       pattern: which weights are pruned together: a value of `jp.patterns`, or its name
         such as "2:4"; None is the method's own pattern, `usual_pattern`.
       allocation: how the sparsity is shared out: "layer" gives each weight the same,
@@ -147,7 +148,8 @@ class ByInputs(Prune):
     Attributes:
       inputs: which input a weight is pruned for: "left" is the one that earlier pruned
         weights leave it, "dense" that of its layer while it is dense. "dense" gives the
-        papers' masks.
+        papers' masks, but where `prunable` leaves out a matrix of some layers alone:
+        layers are then cut elsewhere.
       relative: whether each sample, a token say, is divided by the root mean square of
         its features first. As in the papers it is not, and a few tokens with massive
         activations are most of every sum.
