@@ -104,7 +104,9 @@ class OutOfRange:
 
 def test_shares_out_of_range_are_refused_by_name(sparse):
     passes = P.alps(0.5, allocation=OutOfRange())
-    with pytest.raises(ValueError, match=r"OutOfRange\(\) gives .*1\.25.*-0\.25|-0\.25"):
+    with pytest.raises(
+        ValueError, match=r"OutOfRange\(\) gives .*up -0\.25.*down 1\.25"
+    ):
         jp.prune_trained(run, sparse, BATCHES, passes, progress=False)
 
 
