@@ -208,9 +208,8 @@ def make_plan(
     emptied = [name for name, number in kept.items() if units[name] and not sum(number)]
     if emptied:
         warnings.warn(
-            f"this allocation leaves nothing of {listed(emptied)}, through which then "
-            "nothing passes; remove less, or rank each by itself with "
-            "allocation='layer'",
+            f"this sparsity leaves nothing of {listed(emptied)}, so nothing passes; "
+            "remove less, or take allocation='layer'",
             stacklevel=4,
         )
     return Plan(chain, pattern, rule, units, kept)
