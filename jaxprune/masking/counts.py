@@ -256,7 +256,7 @@ _AGREEMENT = (
 )
 
 _SHARES = finds_none(
-    lambda v: [f"{n} {s:g}" for n, s in v.shares.items() if not 0 <= s <= 1],
+    lambda v: [f"{n} {float(s):g}" for n, s in v.shares.items() if not 0 <= s <= 1],
     "an allocation must give each weight a sparsity in [0, 1], but {rule} gives "
     "{names}",
     "mend its `sparsities`",

@@ -124,7 +124,7 @@ def leaf_quotas(
         check(_WEIGHTS, rule=parsed, rule_name=type(parsed).__name__, units=units)
         pruned = counts.by_rule(share, parsed, units.weights, sizes)
     kept = [size - lost for size, lost in zip(sizes, pruned, strict=True)]
-    _warn_of_empty(names, sizes, kept, stacklevel=5)
+    warn_of_empty(names, sizes, kept, stacklevel=5)
     return Quotas(kept, together=False, axes=leaf_axes)
 
 
@@ -152,19 +152,26 @@ def _matrix_quotas(
     check(_COUNTABLE, sizes=dict(zip(names, ranked, strict=True)), way="split the leaf")
     pruned = counts.by_leaf(share, names, sizes)
     kept = [size - lost for size, lost in zip(sizes, pruned, strict=True)]
-    _warn_of_empty(names, sizes, kept, stacklevel=6)
+    warn_of_empty(names, sizes, kept, stacklevel=6)
     return Quotas(kept, together=False, axes=leaf_axes, stacks=stacks)
 
 
-def _warn_of_empty(
+def warn_of_empty(
     names: Sequence[str], sizes: Sequence[int], kept: Sequence[int], *, stacklevel: int
 ) -> None:
-    """Names leaves that would lose all, which rounding may do to a small one."""
+    """Warns of leaves that would lose all, which rounding may do to a small one.
+
+    Args:
+      names: names of the leaves.
+      sizes: number of units of each.
+      kept: number of units that each keeps.
+      stacklevel: frames from here to the caller's code, as `warnings.warn` counts them.
+    """
     units = zip(names, sizes, kept, strict=True)
     if empty := [name for name, size, number in units if size and not number]:
         warnings.warn(
-            f"this sparsity leaves nothing of {listed(empty)}, which have few units to "
-            "keep; leave them out of the scores with prunable=jp.tree.excluding('...')",
+            f"this sparsity leaves nothing of {listed(empty)}, which then pass nothing "
+            "on; leave them out with prunable=jp.tree.excluding('...'), or remove less",
             stacklevel=stacklevel,
         )
 

@@ -7,7 +7,6 @@ once.
 import collections
 import functools
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from jaxprune.arrays.messages import listed
 from jaxprune.arrays.per_device import PerDevice
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.linear_ops import LinearOp
-from jaxprune.masking import counts, patterns
+from jaxprune.masking import counts, patterns, quotas
 from jaxprune.masking.allocation import Rule as AllocationRule
 from jaxprune.masking.allocation import Weight
 from jaxprune.masking.patterns import PerOutput, Unstructured
@@ -205,13 +204,8 @@ def make_plan(
         name: _kept(units[name], count, weights[name].shape[0])
         for name, count in zip(weights, lost, strict=True)
     }
-    emptied = [name for name, number in kept.items() if units[name] and not sum(number)]
-    if emptied:
-        warnings.warn(
-            f"this sparsity leaves nothing of {listed(emptied)}, so nothing passes; "
-            "remove less, or take allocation='layer'",
-            stacklevel=4,
-        )
+    left = list(map(sum, kept.values()))
+    quotas.warn_of_empty(list(units), list(units.values()), left, stacklevel=4)
     return Plan(chain, pattern, rule, units, kept)
 
 

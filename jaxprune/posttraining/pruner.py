@@ -146,10 +146,10 @@ class Pruner(SegmentJob):
         self.refined.append(row)
         for key in arrays:
             self._store.note_logged(views[key], name, key)
+        levels = {op.name: op for op in quantized}
         for row in self.rows:
-            for op in quantized:
-                if row["name"] == op.name:  # a small weight's level may be zero
-                    row["zeros"] = int(jnp.sum(self._read(op) == 0))
+            if op := levels.get(row["name"]):  # a small weight's level may be zero
+                row["zeros"] = int(jnp.sum(self._read(op) == 0))
         self._moments.clear()
         self.pipeline.activations = refiner.end()
         if layer.stop < len(self._program.segments):

@@ -87,11 +87,12 @@ def gradual(
       prunable: which leaves may be pruned, a function of leaf name and leaf.
       grow: rule of what comes back at each event, `jp.grow.gradient()` ("rigl") or
         `jp.grow.random()` ("set"), by which the number kept is still the schedule's.
-        The first event grows nothing, nor does one while a model that was pruned
-        further goes on. What a `keep_masks` inside holds at zero would be drawn too:
-        leave it out by `prunable`. A weight that comes back begins at zero, with
-        the moments that the optimizer's `init` gives, and Adam's bias correction counts
-        its steps from there, for which the state holds two bytes more a weight.
+        The first event grows nothing, nor does any while a model that came pruned
+        has fewer weights than the schedule keeps. What a `keep_masks` inside holds at
+        zero would be drawn too: leave it out by `prunable`. A weight that comes back
+        begins at zero, with the moments that the optimizer's `init` gives, and Adam's
+        bias correction counts its steps from there, for which the state holds two bytes
+        more a weight.
       packed: whether the state holds masks at one bit a weight rather than eight. Of
         the checkpoints, orbax takes these; `flax.serialization` does not.
 

@@ -33,13 +33,13 @@ from jaxprune.typing import Masks, Params
 
 # Updates that a probe waits for a step of an optimizer that collects gradients.
 _PROBES = 256
-# States that count steps as Adam's do, in a way that is not corrected here.
-_OTHERS = frozenset(
-    {
-        *("ScaleByBeliefState", "ScaleByAdemamixState"),
-        *("ScaleByRmsWithCountState", "ScaleByRStdDevWithCountState"),
-    }
-)
+# optax's states whose bias correction counts steps too, but is not Adam's.
+_UNCORRECTED = {
+    "ScaleByAdemamixState",
+    "ScaleByBeliefState",
+    "ScaleByRStdDevWithCountState",
+    "ScaleByRmsWithCountState",
+}
 # What two bytes hold. By then Adam's correction is 1, if b2 is not within 1e-5 of it.
 _OLDEST = 2**16 - 1
 
@@ -91,7 +91,7 @@ def start_restarts(
             "tell which parts of this optimizer's state belong to the parameters "
             f"({error}); leave optax.flatten and the like out"
         ) from error
-    _warn_of_others(inner)
+    _warn_of_uncorrected(inner)
     if not states:
         return ()
     decays = jnp.asarray(_decays(optimizer, params, states))
@@ -303,18 +303,19 @@ def _decays(
     return decays
 
 
-def _warn_of_others(state: optax.OptState) -> None:
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: type(x).__name__ in _OTHERS)
-    if any(type(node).__name__ in _OTHERS for node in nodes):
+def _warn_of_uncorrected(state: optax.OptState) -> None:
+    def is_uncorrected(node: Any) -> bool:
+        return type(node).__name__ in _UNCORRECTED
+
+    if any(map(is_uncorrected, jax.tree.leaves(state, is_leaf=is_uncorrected))):
         _warn("this optimizer's bias correction is not Adam's")
 
 
 def _warn(why: str) -> None:
     warnings.warn(
-        f"{why}, so the first steps of a weight that comes back are too large, several "
-        "times where its squares are averaged over many steps; take Adam, or a lower "
-        "learning rate",
-        stacklevel=2,
+        f"{why}, so the first steps of a weight that comes back may be several times "
+        "too large; take optax.adam or the like, or a lower learning rate",
+        stacklevel=5,  # the caller of `init`
     )
 
 

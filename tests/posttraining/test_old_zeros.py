@@ -64,9 +64,7 @@ def test_a_lower_sparsity_brings_nothing_back(sparse, method, pattern):
     )
     before, after = zeros_of(sparse), zeros_of(result.params)
     for name, zeros in before.items():
-        if pattern == "unstructured" or method == "alps":
-            assert (after[name] >= zeros).all(), name
-        assert after[name].sum() >= zeros.size // 2
+        assert (after[name] >= zeros).all(), name
 
 
 @pytest.mark.full
@@ -83,7 +81,7 @@ def test_zeros_are_counted_after_a_refinement_on_levels():
     assert result.report["achieved"] == pytest.approx(found, abs=1e-9)
 
 
-def test_a_matrix_of_which_nothing_is_left_is_told(sparse):
+def test_a_matrix_of_which_nothing_is_left_is_told():
     params = {"up": draw(0, 16, 32), "down": 1e-3 * draw(1, 32, 8)}
     passes = P.magnitude(0.5, allocation="global")
     with pytest.warns(UserWarning, match="leaves nothing of 'down'"):

@@ -21,7 +21,7 @@ CASES = {
 }
 
 
-GROWN = jax.tree.map(jnp.cos, PARAMS)
+GRADIENTS = jax.tree.map(jnp.cos, PARAMS)
 
 
 def counts_after_events(schedule, share, grow, allocation="layer", pattern=None):
@@ -33,7 +33,7 @@ def counts_after_events(schedule, share, grow, allocation="layer", pattern=None)
     state = jp.masks.replace(tx.init(params), masks)
     step, counts = jax.jit(tx.update), []
     for _ in range(max(schedule) + 1):
-        updates, state = step(GROWN, state, params)
+        updates, state = step(GRADIENTS, state, params)
         params = optax.apply_updates(params, updates)
         after = jp.masks.get(state)
         moved = any((after[k] != masks[k]).any() for k in PARAMS)

@@ -33,7 +33,7 @@ class Level(NamedTuple):
 
 # Each is the lowest perplexity that was measured within its seconds, Gemma 3 270M
 # without 60 % of its weights: docs/results/records/all_together.toml.
-# The steps were measured on SmolLM2 135M: docs/results/records/recovery_rates.toml.
+# The steps, on SmolLM2 135M and Gemma: docs/results/records/recovery_rates.toml.
 LEVELS: dict[str, Level] = {
     "quick": Level("sparsegpt", 0.0, refine=0, own_text=False, recover_steps=0),
     "good": Level("alps", 0.5, refine=0, own_text=False, recover_steps=0),
