@@ -190,7 +190,10 @@ class _Writer:
     def _read(self, env: Mapping[Any, int | Fixed], atom: Any) -> int | Fixed:
         if not isinstance(atom, core.Literal):
             return env[atom]
-        return Fixed(atom.val, (repr(atom.val), str(atom.aval), type(atom.val)))
+        # Printed, an array's numbers are rounded; NumPy may be set to a few digits.
+        is_python = isinstance(atom.val, bool | int | float | complex)
+        said = repr(atom.val) if is_python else np.asarray(atom.val).tobytes()
+        return Fixed(atom.val, (said, str(atom.aval), type(atom.val)))
 
     def _constant(self, constant: Any, aval: Any) -> int:
         # By identity: one array that several jaxprs close over is one value.

@@ -5,15 +5,18 @@ group's matrix only the bits are copied; its values are read where they lie.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from jaxprune.arrays import grouped_rows
 from jaxprune.sparse import cpu_kernels
 from jaxprune.sparse.encodings import SPARE, WORD
-from jaxprune.sparse.matmul import matmul
+from jaxprune.sparse.matmul import check_undifferentiated, matmul
 from jaxprune.sparse.packed_matrix import PackedMatrix
 
 
@@ -29,7 +32,8 @@ def grouped_matmul(
       precision: `precision` of the dense product, where no kernel runs.
 
     Returns:
-      float32 (rows, out); zeros for rows of no group.
+      float32 (rows, out); zeros for rows of no group. It has a gradient by the rows,
+      and no forward-mode derivative (`jax.jvp`).
 
     Example:
       >>> import numpy as np
@@ -40,22 +44,77 @@ def grouped_matmul(
       >>> grouped_matmul(rows, packed, jnp.array([2, 1])).tolist()
       [[2.0], [2.0], [3.0]]
     """
-    groups, outputs, _ = packed.shape
-    rows, sizes = jnp.asarray(rows), jnp.asarray(sizes)
+    return _product(jnp.asarray(rows), packed, jnp.asarray(sizes), precision)
+
+
+# The number of blocks is traced, and JAX does not differentiate such a loop.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _product(
+    rows: jax.Array, packed: PackedMatrix, sizes: jax.Array, precision: Any
+) -> jax.Array:
+    def multiply(x: jax.Array, matrix: PackedMatrix) -> jax.Array:
+        return matmul(x, matrix, precision=precision)
+
+    return _by_blocks(multiply, rows, packed, sizes, packed.shape[1])
+
+
+def _by_blocks(
+    multiply: Callable[[jax.Array, PackedMatrix], jax.Array],
+    rows: jax.Array,
+    packed: PackedMatrix,
+    sizes: jax.Array,
+    width: int,
+) -> jax.Array:
+    """What each block of rows makes with its group's matrix, float32 (rows, width)."""
     count = len(rows)
-    length = _block_length(count, groups)
+    length = _block_length(count, packed.shape[0])
     # A block may reach behind the last row: `dynamic_slice` would move it back.
     padded = jnp.pad(rows, ((0, length), (0, 0)))  # (rows + length, in)
 
     def add(made: Any, group: Any, start: Any, in_group: Any) -> Any:
         x = jax.lax.dynamic_slice_in_dim(padded, start, length)  # (length, in)
-        part = matmul(x, group_matrix(packed, group), precision=precision)
+        part = multiply(x, group_matrix(packed, group))
         # What lies behind the block's rows is written later, by its own block.
         part = jnp.where(in_group[:, None], part, 0.0)
         return jax.lax.dynamic_update_slice_in_dim(made, part, start, 0)
 
-    made = jnp.zeros((count + length, outputs), jnp.float32)
+    made = jnp.zeros((count + length, width), jnp.float32)
     return grouped_rows.over_blocks(add, made, sizes, length)[:count]
+
+
+def _forward(
+    rows: Any, packed: PackedMatrix, sizes: Any, precision: Any
+) -> tuple[jax.Array, Any]:
+    check_undifferentiated(leaf.perturbed for leaf in jax.tree.leaves(packed))
+    rows, packed, sizes = jax.tree.map(
+        lambda leaf: leaf.value, (rows, packed, sizes), is_leaf=_is_primal
+    )
+    # The rows themselves are not needed, but their dtype is.
+    kept = jnp.zeros((0, rows.shape[1]), rows.dtype), packed, sizes
+    return _product(rows, packed, sizes, precision), kept
+
+
+def _is_primal(leaf: Any) -> bool:
+    return isinstance(leaf, CustomVJPPrimal)
+
+
+def _backward(precision: Any, kept: Any, cotangent: Any) -> Any:
+    empty, packed, sizes = kept
+    inputs = empty.shape[1]
+
+    def multiply(y: jax.Array, matrix: PackedMatrix) -> jax.Array:
+        zeros = jnp.zeros((len(y), inputs), jnp.float32)
+        product = functools.partial(matmul, packed=matrix, precision=precision)
+        (part,) = jax.vjp(product, zeros)[1](y)
+        return cast("jax.Array", part)
+
+    if isinstance(cotangent, SymbolicZero):
+        return None, None, None
+    to_rows = _by_blocks(multiply, cotangent, packed, sizes, inputs)
+    return to_rows.astype(empty.dtype), None, None
+
+
+_product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _block_length(rows: int, groups: int) -> int:

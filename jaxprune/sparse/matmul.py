@@ -6,13 +6,15 @@ memory and no time. The derivative by x is that of the dense product.
 """
 
 import functools
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jaxprune.arrays.rules import Rule, check, error
+from jaxprune.arrays.rules import Rule, check
 from jaxprune.sparse import cpu_kernels, expansion
 from jaxprune.sparse.packed_matrix import PackedMatrix
 
@@ -45,8 +47,9 @@ def matmul(x: jax.Array, packed: PackedMatrix, *, precision: Any = None) -> jax.
     """
     check(_SHAPES, x=x.shape, shape=packed.shape)
     *batch, outputs, inputs = packed.shape
+    samples = math.prod(x.shape[len(batch) : -1])
     # (batch, samples, in), a single matrix being a batch of one
-    rows = x.reshape(*(batch or [1]), -1, inputs)
+    rows = x.reshape(*(batch or [1]), samples, inputs)
     result = _product(rows, packed, precision)  # (batch, samples, out)
     return result.reshape(*x.shape[:-1], outputs)
 
@@ -71,13 +74,24 @@ def _product(x: jax.Array, packed: PackedMatrix, precision: Any) -> jax.Array:
 def _product_jvp(precision: Any, primals: Any, tangents: Any) -> Any:
     x, packed = primals
     change, of_packed = tangents
-    if not all(_is_zero(leaf) for leaf in jax.tree.leaves(of_packed)):
-        raise error(_GRADIENT)
+    check_undifferentiated(not _is_zero(leaf) for leaf in jax.tree.leaves(of_packed))
     product = _product(x, packed, precision)
     if _is_zero(change):
         return product, jnp.zeros_like(product)
     # Dense, since it is linear in x to JAX and can be transposed.
     return product, _dense(change.astype(jnp.float32), packed, precision)
+
+
+def check_undifferentiated(leaves: Iterable[bool]) -> None:
+    """Refuses a derivative by a packed matrix.
+
+    Args:
+      leaves: whether each leaf of the matrix is differentiated.
+
+    Raises:
+      TypeError: one of them is.
+    """
+    check([_GRADIENT], differentiated=any(leaves))
 
 
 def _is_zero(tangent: Any) -> bool:
@@ -86,7 +100,8 @@ def _is_zero(tangent: Any) -> bool:
 
 def _by_kernels(x: jax.Array, packed: PackedMatrix) -> jax.Array:
     samples, outputs = x.shape[1], packed.shape[-2]
-    if samples > cpu_kernels.MOST_VECTORS:
+    # The number of an exported function's samples may be a symbol.
+    if not (isinstance(samples, int) and samples <= cpu_kernels.MOST_VECTORS):
         expand = functools.partial(_expand_by_kernel, packed)
         return _tiled(x, packed, expand, None)
     products = [
@@ -138,7 +153,7 @@ _SHAPES = (
     ),
 )
 _GRADIENT = Rule(
-    lambda v: False,
+    lambda v: not v.differentiated,
     "packed weights have no gradients",
     "differentiate by other arguments, or train the unpacked parameters and pack again",
     error=TypeError,

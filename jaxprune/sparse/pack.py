@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -16,7 +17,7 @@ from jaxprune.graph.linear_ops import Trace, trace
 from jaxprune.sparse import cpu_kernels, encodings, products
 from jaxprune.sparse.encodings import DTYPES
 from jaxprune.sparse.packed_function import PackedFunction
-from jaxprune.sparse.packed_matrix import PackedMatrix, pack_matrix
+from jaxprune.sparse.packed_matrix import MOST, PackedMatrix, pack_matrix
 from jaxprune.sparse.products import Use
 from jaxprune.sparse.split_matrix import split_rows
 from jaxprune.sparse.stored_matrix import StoredMatrix, recoded
@@ -83,7 +84,8 @@ def pack(
       `PackResult(fn, params, report)`.
 
     Raises:
-      ValueError: an encoding, a group or a glob does not fit.
+      ValueError: an encoding, a group or a glob does not fit, or a weight is infinite
+        in an encoding.
       TypeError: parameters are abstract.
 
     Example:
@@ -196,6 +198,8 @@ class _Job:
             dtype = np.dtype(avals[use.value].dtype)
             if dtype.name not in DTYPES:
                 return f"is {dtype.name} where it is multiplied"
+            if math.prod(avals[use.value].shape) > MOST:
+                return f"has more than {MOST} weights where it is multiplied"
         # Equal matrices are stored once, as those of a head and of its embedding are.
         digests: dict[Hashable, int] = {}
         for use in self._uses[name]:
@@ -238,7 +242,7 @@ class _Job:
             "reason": reason,
             "matrices": len(packed),
             "zeros": 1 - kept / size if size else 0.0,
-            "encoding": packed[0].encoding if packed else str(leaf.dtype),
+            "encoding": packed[0].encoding if packed else str(_dtype(leaf)),
             "before": _bytes(leaf),
             "after": sum(matrix.nbytes for matrix in packed) or _bytes(leaf),
         }
@@ -272,7 +276,12 @@ def _narrowed(weight: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _bytes(leaf: Any) -> int:
-    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    return math.prod(np.shape(leaf)) * int(_dtype(leaf).itemsize)
+
+
+def _dtype(leaf: Any) -> Any:
+    """The dtype of a leaf, which may be a number of Python's or a random key."""
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
 _ARGUMENTS = (

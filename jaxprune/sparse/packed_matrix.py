@@ -67,9 +67,13 @@ class PackedMatrix:
 
     @property
     def kept(self) -> int:
-        """The number of weights that are stored; of int4 it may be one more."""
+        """The number of weights that are stored; of int4 it may be one more.
+
+        Of a matrix that is stored whole, those whose bits are not all zero.
+        """
         if self.words is None:
-            return self.size
+            values = encodings.stored_values(self.values, self.encoding)
+            return int(np.count_nonzero(values.view(f"u{values.itemsize}")))
         stored = self.values.shape[-1] * (2 if self.encoding == "int4" else 1)
         return stored - encodings.SPARE
 
@@ -125,7 +129,8 @@ def pack_matrix(
       The packed matrix, on the default device.
 
     Raises:
-      ValueError: the matrix has no such dtype or axes, or no such encoding.
+      ValueError: the matrix has no such dtype or axes, there is no such encoding, or a
+        weight is infinite in it.
 
     Example:
       >>> import numpy as np
@@ -143,7 +148,11 @@ def pack_matrix(
     else:
         kept = rows.view(f"u{rows.dtype.itemsize}") != 0  # (rows, in)
     if name in DTYPES:
-        return _stored(kept, rows.astype(DTYPES[name]), matrix, name, None)
+        with np.errstate(over="ignore"):
+            stored = rows.astype(DTYPES[name])
+        overflown = rows[np.isinf(stored) & np.isfinite(rows) & kept]
+        check([_OVERFLOW], encoding=name, overflown=overflown)
+        return _stored(kept, stored, matrix, name, None)
     filled = np.where(kept, rows, np.zeros_like(rows))  # NaN times False is NaN
     on_levels = encodings.to_levels(filled, name, group)
     return _stored(kept, on_levels.levels, matrix, name, on_levels)
@@ -196,7 +205,7 @@ def pack_bits(
       group: number of inputs that share a scale.
 
     Returns:
-      The packed matrix; nothing is dense on the way.
+      The packed matrix; nothing is dense on the way where that is smaller.
 
     Example:
       >>> import numpy as np
@@ -211,18 +220,23 @@ def pack_bits(
     words = mask.view("<u4").reshape(shape[0], shape[1] // WORD)
     starts = np.zeros(len(words) + 1, np.int32)
     np.cumsum(np.bitwise_count(words).sum(axis=1, dtype=np.int32), out=starts[1:])
-    if encoding in encodings.BITS:
+    values = values.view(np.int8) if encoding == "int8" else values
+    whole = _smaller_whole(words, starts, encoding)
+    if whole:
+        kept = encodings.stored_values(values, encoding)[: starts[-1]]
+        flat = np.zeros(words.size * WORD, kept.dtype)
+        flat[np.unpackbits(mask, bitorder="little").view(bool)] = kept
+        stored = encodings.store(flat, encoding)
+    elif encoding in encodings.BITS:
         # Two levels of four bits share an element.
-        spare = encodings.SPARE * encodings.BITS[encoding] // 8
-        stored = np.pad(values, (0, spare))
-        stored = stored.view(np.int8) if encoding == "int8" else stored
+        stored = np.pad(values, (0, encodings.SPARE * encodings.BITS[encoding] // 8))
     else:
         stored = encodings.store(values, encoding)
     return PackedMatrix(
         values=jnp.asarray(stored),
         scales=None if scales is None else jnp.asarray(scales),
-        words=jnp.asarray(words),
-        starts=jnp.asarray(starts),
+        words=None if whole else jnp.asarray(words),
+        starts=None if whole else jnp.asarray(starts),
         shape=shape,
         dtype=np.dtype(dtype),
         encoding=encoding,
@@ -276,9 +290,7 @@ def _stored(
 ) -> PackedMatrix:
     """Rows of stored values (rows, in), in whichever layout is smaller."""
     words, starts, flat = _with_bits(kept, stored)
-    # What is smaller: a bit for each weight, or the zeros among the values.
-    with_bits = words.nbytes + starts.nbytes + encodings.stored_bytes(flat.size, name)
-    whole = encodings.stored_bytes(words.size * WORD, name) <= with_bits
+    whole = _smaller_whole(words, starts, name)
     if whole:
         filled = np.where(kept, stored, np.zeros_like(stored))
         flat = np.pad(filled, ((0, 0), (0, -stored.shape[1] % WORD))).reshape(-1)
@@ -292,6 +304,13 @@ def _stored(
         encoding=name,
         group=0 if levels is None else levels.group,
     )
+
+
+def _smaller_whole(words: np.ndarray, starts: np.ndarray, name: str) -> bool:
+    """Whether the zeros among the values take no more than a bit for each weight."""
+    kept = encodings.stored_bytes(int(starts[-1]), name)
+    with_bits = words.nbytes + starts.nbytes + kept
+    return encodings.stored_bytes(words.size * WORD, name) <= with_bits
 
 
 def _with_bits(
@@ -332,10 +351,18 @@ def is_packed_matrix(node: Any) -> bool:
     return isinstance(node, PackedMatrix)
 
 
+MOST = 2**31 - 1
+"""Weights of a packed matrix, or of several together: positions are int32."""
 _SIZE = Rule(
-    lambda v: math.prod(v.shape) < 2**31,
+    lambda v: math.prod(v.shape) <= MOST,
     "a packed matrix needs under 2**31 weights, got {shape}",
     "pack its parts",
+)
+_OVERFLOW = Rule(
+    lambda v: not v.overflown.size,
+    "a weight of {largest:g} is infinite as {encoding}",
+    'keep it as "bfloat16" or "float32"',
+    details=lambda v: {"largest": float(v.overflown[np.argmax(np.abs(v.overflown))])},
 )
 _MATRIX = (
     Rule(

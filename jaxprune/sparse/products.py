@@ -6,6 +6,7 @@ activation, a `ragged_dot` with those of experts, a convolution of 1 x 1, and a 
 of whole rows, as of an embedding that the head shares.
 """
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -274,7 +275,8 @@ def apply(use: Use, step: Step, operands: Sequence[Any], packed: Any, aval: Any)
     free = [a for a in range(x.ndim) if a not in (*last, *first)]
     moved = x.transpose(*first, *free, *last)  # (batch..., samples..., in...)
     matrices = packed.shape[:-2]  # () of one
-    rows = moved.reshape(*matrices, -1, packed.shape[-1])
+    samples = math.prod(x.shape[a] for a in free)
+    rows = moved.reshape(*matrices, samples, packed.shape[-1])
     product = _multiply(rows, packed, precision)
     if use.side == 0:  # the weight's axes come first in the result
         product = jnp.swapaxes(product, -1, -2)

@@ -17,8 +17,8 @@ from jaxprune.arrays.rules import Rule, error
 from jaxprune.graph.axis_groups import AxisGroup
 from jaxprune.structured.output_difference import relative_difference
 from jaxprune.torch import conversion
+from jaxprune.torch.calls import arguments, evaluating, running_parts
 from jaxprune.torch.environment import torch, torch_tree
-from jaxprune.torch.module_function import arguments, evaluating, running_parts
 
 TOLERANCE = 1e-5
 """Largest difference, relative to the largest entry, of outputs in 32 bits."""
@@ -76,10 +76,10 @@ def check_equal_outputs(
         for dtype in dtypes
         if jax.numpy.issubdtype(dtype, np.inexact)
     ]
-    tolerance = max([TOLERANCE, *(8 * epsilon for epsilon in epsilons)])
+    rounding = max([_ROUNDING, *(8 * epsilon for epsilon in epsilons)])
     # Many layers add up their rounding; in 64 bits only a wrong size is left.
-    if not difference <= tolerance and not (
-        difference < _ROUNDING and _equal_in_64_bits(module, small, zeroed, example)
+    if not difference <= TOLERANCE and not (
+        difference < rounding and _equal_in_64_bits(module, small, zeroed, example)
     ):
         part = _differing_part(module, small, zeroed, example)
         reason = f"its outputs differ by {difference:.1e}"

@@ -48,6 +48,8 @@ def as_arrays(tree: Any) -> Any:
         items = {name: as_arrays(value) for name, value in tree.items()}
         return {name: value for name, value in items.items() if _holds_arrays(value)}
     # Containers stay, so that positions and names are those of the call.
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*map(as_arrays, tree))
     if isinstance(tree, list | tuple):
         return type(tree)(map(as_arrays, tree))
     return jnp.asarray(tree) if isinstance(tree, np.ndarray) else tree

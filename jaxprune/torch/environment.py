@@ -24,7 +24,7 @@ import jax
 
 from jaxprune.arrays.rules import Rule
 from jaxprune.torch import views
-from jaxprune.torch.operations import OPERATIONS
+from jaxprune.torch.operations import OPERATIONS, REPAIRS
 from jaxprune.torch.views import Limit
 
 try:
@@ -156,7 +156,13 @@ class Environment(_Environment):
     def load_ops(self) -> None:
         """Loads torchax's operations, and those that it lacks."""
         super().load_ops()
-        for name, function in OPERATIONS.items():
+        repaired = {
+            name: functools.partial(
+                repair, self._get_op_or_decomp(getattr(torch.ops.aten, name)).func
+            )
+            for name, repair in REPAIRS.items()
+        }
+        for name, function in (OPERATIONS | repaired).items():
             packet = getattr(torch.ops.aten, name, None)
             if packet is not None:
                 self._ops[packet.default] = torchax.ops.ops_registry.Operator(

@@ -69,43 +69,55 @@ def hold(module: Any, masks: Mapping[str, Any]) -> "HeldMasks":
         misshapen=misshapen(arrays, parameters),
     )
     # Tensors of their own: the caller may change the masks afterwards.
-    return HeldMasks(
-        [(parameters[name], torch.tensor(mask)) for name, mask in arrays.items()]
-    )
+    return HeldMasks(module, {name: torch.tensor(arrays[name]) for name in arrays})
 
 
 class HeldMasks:
     """Masks of parameters that torch trains, from `jp.torch.hold`."""
 
-    def __init__(self, pairs: list[tuple[Any, Any]]) -> None:
+    def __init__(self, module: Any, masks: Mapping[str, Any]) -> None:
         """Masks the weights, and hooks gradients and optimizer steps.
 
         Args:
-          pairs: parameters, each with a boolean tensor of its shape.
+          module: the module.
+          masks: name of a parameter to a boolean tensor of its shape.
         """
-        self._pairs = pairs
-        # After accumulation, so that several backward passes into one gradient and
-        # whatever a trainer does to it before the step see zeros.
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(_GradientMask(mask))
-            for parameter, mask in pairs
-            if parameter.requires_grad  # a frozen one has no gradient to mask
-        ]
+        self._module, self._masks = module, masks
+        self._held: dict[str, tuple[Any, Any]] = {}  # parameter and its hook
         # Of every optimizer, since a trainer makes its own after this call.
-        self._handles.append(register_optimizer_step_post_hook(self._after_step))
+        self._handle = register_optimizer_step_post_hook(self._after_step)
         self.apply()
 
     def apply(self) -> None:
         """Zeros the pruned weights now, as after `load_state_dict` with others."""
         # `.data`: a graph that is waiting for its backward pass must not notice.
-        for parameter, mask in self._pairs:
+        for parameter, mask in self._parameters():
             _zero_pruned(parameter.data, mask)
+
+    def _parameters(self) -> list[tuple[Any, Any]]:
+        """Each parameter with its mask; one that has taken its place is hooked."""
+        parameters = dict(self._module.named_parameters())
+        for name, mask in self._masks.items():
+            before, hook = self._held.get(name, (None, None))
+            parameter = parameters.get(name, before)
+            if parameter is before:
+                continue
+            if hook is not None:
+                hook.remove()
+            # After accumulation, so that several backward passes into one gradient and
+            # whatever a trainer does to it before the step see zeros. A frozen one has
+            # no gradient to mask.
+            hook = parameter.requires_grad and (
+                parameter.register_post_accumulate_grad_hook(_GradientMask(mask))
+            )
+            self._held[name] = parameter, hook or None
+        return [(self._held[name][0], mask) for name, mask in self._masks.items()]
 
     def remove(self) -> None:
         """Lets go: zeros stay as they are, and may train from here on."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for handle in (self._handle, *(hook for _, hook in self._held.values())):
+            if handle is not None:
+                handle.remove()
 
     def __enter__(self) -> "HeldMasks":
         """The handle itself."""
@@ -123,7 +135,7 @@ class HeldMasks:
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         # The hook sees every optimizer of the process; those of others are not touched.
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for parameter, mask in self._pairs:
+        for parameter, mask in self._parameters():
             if id(parameter) in stepped:
                 _zero_pruned(parameter.data, mask)
 
@@ -135,7 +147,13 @@ class _GradientMask:
         self._mask = mask
 
     def __call__(self, parameter: Any) -> None:
-        if parameter.grad is not None:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            # Some rows of it: of an embedding with sparse=True.
+            gradient = parameter.grad.coalesce()
+            rows = self._mask.to(gradient.device)[gradient.indices()[0]]
+            _zero_pruned(gradient.values(), rows)
+            parameter.grad = gradient
+        elif parameter.grad is not None:
             _zero_pruned(parameter.grad, self._mask)
 
 

@@ -42,11 +42,20 @@ LAYERS: dict[Any, dict[str, tuple[Sequence[str], int]]] = {
     torch.nn.PReLU: {"num_parameters": (("weight",), 0)},
     torch.nn.RNNBase: {
         "input_size": (("weight_ih_l0",), 1),
-        "hidden_size": (("weight_hh_l0",), 1),
+        # With a projection, what goes round is that, and it has the cells' width.
+        "hidden_size": (("weight_hr_l0", "weight_hh_l0"), 1),
+        "proj_size": (("weight_hr_l0",), 0),
     },
 }
 # Classes that are not of torch, by name: transformers' Linear with the axes swapped.
 NAMED_LAYERS = {"Conv1D": {"nx": (("weight",), 0), "nf": (("weight",), 1)}}
+
+# Under weight norm and `torch.nn.utils.prune` a weight is made of another tensor.
+_WEIGHTS = ("weight", "weight_v", "weight_orig")
+_BY_WEIGHT = (
+    *(torch.nn.modules.conv._ConvNd, torch.nn.LayerNorm, torch.nn.RMSNorm),
+    torch.nn.GroupNorm,
+)
 
 COUNTS = (
     *("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead"),
@@ -166,10 +175,13 @@ def _layer_sizes(owner: str, part: Any, cuts: Mapping[str, LeafCut]) -> dict[str
         for name, cut in cuts.items()
         if name.rpartition(".")[0] == owner
     }
+    weight = next((tensors[name] for name in _WEIGHTS if name in tensors), None)
+    if weight is None and isinstance(part, _BY_WEIGHT):
+        return {}  # it may be made of other tensors; the forward pass decides
     if isinstance(part, torch.nn.modules.conv._ConvNd):
-        return _convolution_sizes(owner, part, tensors["weight"])
+        return _convolution_sizes(owner, part, weight)
     if isinstance(part, torch.nn.LayerNorm | torch.nn.RMSNorm):
-        return {"normalized_shape": list(tensors["weight"].after)}
+        return {"normalized_shape": list(weight.after)}
     values: dict[str, Any] = {}
     # Subclasses, as timm has of every norm and convolution, keep these attributes.
     for layer, table in LAYERS.items():
@@ -178,8 +190,7 @@ def _layer_sizes(owner: str, part: Any, cuts: Mapping[str, LeafCut]) -> dict[str
     values = values or _by_table(tensors, NAMED_LAYERS.get(type(part).__name__, {}))
     if isinstance(part, torch.nn.GroupNorm):
         # Whole groups may go, each with its own mean; not channels inside of one.
-        channels, groups = tensors["weight"], part.num_groups
-        values["num_groups"] = _groups_left(owner, channels, 0, groups)
+        values["num_groups"] = _groups_left(owner, weight, 0, part.num_groups)
     return values
 
 

@@ -45,12 +45,23 @@ def load(module: Any, params: Mapping[str, Any]) -> None:
         WRITABLE,
         missing=sorted(parameters.keys() - params.keys()),
         unknown=sorted(params.keys() - tensors.keys()),
-        misshapen=misshapen(params, tensors),
+        misshapen=[*misshapen(params, tensors), *_foreign(params)],
     )
     # Tied parameters share their memory, so one write serves all their names.
     with torch.no_grad():
         for name, array in params.items():
             tensors[name].copy_(conversion.as_tensor(array))
+
+
+def _foreign(params: Mapping[str, Any]) -> list[str]:
+    """Which arrays have a dtype that torch has not."""
+    strange = []
+    for name, array in params.items():
+        try:
+            conversion.as_tensor(np.empty(0, array.dtype))
+        except TypeError:
+            strange.append(f"{name} is {array.dtype}, which torch has not")
+    return strange
 
 
 def misshapen(arrays: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:

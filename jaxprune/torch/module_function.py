@@ -6,6 +6,7 @@ runs as in eval mode, and is left as it was.
 """
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,9 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune.arrays.messages import first_line, listed
+from jaxprune.arrays.messages import first_line
 from jaxprune.arrays.rules import Rule, check, error, finds_none
 from jaxprune.torch import conversion
+from jaxprune.torch.calls import (
+    arguments,
+    attributes_kept,
+    evaluating,
+    running_parts,
+    settings,
+)
 from jaxprune.torch.environment import (
     Limit,
     TracedTensor,
@@ -99,11 +107,15 @@ class ModuleFunction:
         )
         environment()  # made outside of any trace
         self.module = module
+        by_tensor: dict[int, list[str]] = {}
+        for name, tensor in module.named_parameters(remove_duplicate=False):
+            by_tensor.setdefault(id(tensor), []).append(name)
+        self._tied = [*by_tensor.values()]  # the names of each parameter
         # Copies: a training that goes on changes the module's statistics.
         self.buffers: Arrays = {
             name: conversion.as_array(buffer) for name, buffer in module.named_buffers()
         }
-        self.settings = _settings(example)
+        self.settings = settings(example)
         dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
         # JAX multiplies numbers of several dtypes where torch refuses to.
         inputs = {t.dtype for t in _tensors(example) if t.is_floating_point()}
@@ -119,18 +131,30 @@ class ModuleFunction:
 
         Returns:
           A pytree of arrays.
+
+        Raises:
+          ValueError: a parameter is missing or a name unknown.
         """
+        self._check_names(params)
         with traced_call():
             tensors = _wrapped({**self.buffers, **params})
             args, kwargs = arguments(_wrapped(conversion.as_arrays(batch)))
             kwargs = {**self.settings, **kwargs}
-            with evaluating(self.module):
+            with evaluating(self.module), attributes_kept(self.module):
                 # strict=False: a batch norm without statistics has None for buffers.
                 result = torch.func.functional_call(
                     self.module, tensors, args, kwargs, tie_weights=True
                 )
             environment().check_read(result)
             return conversion.as_result(result)
+
+    def _check_names(self, params: Mapping[str, Any]) -> None:
+        known = self.buffers.keys() | {*itertools.chain(*self._tied)}
+        check(
+            [_NAMES],
+            missing=[names[0] for names in self._tied if not params.keys() & {*names}],
+            unknown=sorted(params.keys() - known),
+        )
 
     def check_traceable(self, params: Mapping[str, Any], example: Any) -> None:
         """Traces the function once, abstractly.
@@ -175,78 +199,10 @@ def traced_call() -> Iterator[None]:
         yield
 
 
-def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and named arguments of a module.
-
-    Args:
-      batch: a tensor, a tuple or list of arguments, or a dictionary of them.
-
-    Returns:
-      The tuple and the dictionary.
-    """
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, list | tuple) else ((batch,), {})
-
-
-def _settings(example: Any) -> dict[str, Any]:
-    """The arguments of an example that are no tensors."""
-    if isinstance(example, Mapping):
-        arrays = conversion.as_arrays(example)
-        return {name: value for name, value in example.items() if name not in arrays}
-    leaves = jax.tree.leaves(example)
-    strange = [x for x in leaves if not isinstance(x, torch.Tensor | jax.Array)]
-    strange = [x for x in strange if not isinstance(x, np.ndarray)]
-    check(_EXAMPLE, strange=listed(map(repr, strange)))
-    return {}
-
-
-@contextlib.contextmanager
-def evaluating(module: Any) -> Iterator[None]:
-    """The module in eval mode, and afterwards each part in the mode that it was in."""
-    # Part by part: a frozen batch norm may be in eval mode inside a training module.
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
 def _wrapped(arrays: Any) -> Any:
     """Arrays as torchax's tensors, in their containers."""
     env = environment()
     return jax.tree.map(lambda x: TracedTensor(jax.numpy.asarray(x), env), arrays)
-
-
-@contextlib.contextmanager
-def running_parts(module: Any) -> Iterator[list[str]]:
-    """Notes which parts of a module run: for errors, since the hooks cost time.
-
-    Args:
-      module: torch module.
-
-    Yields:
-      Names of the parts that run, the innermost last; after a failure those of the
-      parts that did not end. The module itself has the name "".
-    """
-    running: list[str] = []
-
-    def leave(*_: Any) -> None:  # what it returned would be taken for the output
-        running.pop()
-
-    handles = []
-    for name, part in module.named_modules():
-        handles += [
-            part.register_forward_pre_hook(lambda *_, name=name: running.append(name)),
-            part.register_forward_hook(leave),  # not reached by the ones that fail
-        ]
-    try:
-        yield running
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _failing_module(fn: ModuleFunction, params: Mapping[str, Any], batch: Any) -> str:
@@ -365,11 +321,13 @@ _DTYPES = [
         "load the weights first",
     ),
 ]
-_EXAMPLE = Rule(
-    lambda v: not v.strange,
-    "an example by position must hold tensors alone, got {strange}",
-    "give the arguments by name, in a dictionary",
-    error=TypeError,
+_NAMES = finds_none(
+    lambda v: [
+        *(f"{name} is missing" for name in v.missing),
+        *(f"{name} is unknown" for name in v.unknown),
+    ],
+    "the parameters of a module go by its own names, but {names}",
+    "give those that jp.torch.function returned",
 )
 _LACKING = Rule(
     lambda v: False,

@@ -4,7 +4,7 @@ Of bags of embeddings it reads the offsets, so that it cannot be traced, and it 
 neither weights of samples nor a padding index.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -72,6 +72,67 @@ def _embedding_bag(
     return result.astype(weight.dtype), bags, sizes, jnp.zeros_like(bags)
 
 
+def _convolution(
+    original: Callable[..., jax.Array],
+    rows: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> jax.Array:
+    """Of a transposed one torchax takes the groups' inputs for their outputs."""
+    if transposed and groups > 1:
+        inputs, outputs, *window = weight.shape  # (in, out / groups, ...)
+        by_group = weight.reshape(groups, inputs // groups, outputs, *window)
+        weight = jnp.swapaxes(by_group, 0, 1).reshape(weight.shape)
+    return original(
+        *(rows, weight, bias, stride, padding, dilation),
+        *(transposed, output_padding, groups),
+    )
+
+
+def _average_pool(
+    original: Callable[..., jax.Array],
+    inputs: jax.Array,
+    window: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> jax.Array:
+    """Where a last window overhangs, torchax divides by a number of its own."""
+    if not ceil_mode or not count_include_pad or divisor_override is not None:
+        options = padding, ceil_mode, count_include_pad, divisor_override
+        return original(inputs, window, stride, *options)
+    axes = len(window)
+    stride = [*stride] or [*window]
+    pads = [padding] if isinstance(padding, int) else [*padding]
+    pads = pads * axes if len(pads) == 1 else pads
+    # Padding counts, and what lies behind it does not.
+    around = [(0, 0)] * (inputs.ndim - axes) + [(pad, pad) for pad in pads]
+    means = original(jnp.pad(inputs, around), window, stride, 0, True, False, None)
+    # A window that begins in the padding behind the inputs is none.
+    counts = (
+        min(count, -(-(size + pad) // step))
+        for count, size, pad, step in zip(
+            *(means.shape[-axes:], inputs.shape[-axes:], pads, stride), strict=True
+        )
+    )
+    return means[(..., *map(slice, counts))]
+
+
+REPAIRS: dict[str, Callable[..., Any]] = {
+    "convolution": _convolution,
+    "avg_pool1d": _average_pool,
+    "avg_pool2d": _average_pool,
+    "avg_pool3d": _average_pool,
+}
+"""What takes torchax's own operation first, by names in `torch.ops.aten`."""
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "_grouped_mm": _grouped_product,
     "_embedding_bag": _embedding_bag,

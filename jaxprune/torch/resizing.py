@@ -53,9 +53,10 @@ def resize(module: Any, state_dict: Mapping[str, Any], attributes: Attributes) -
             if not _has_attribute(parts.get(name), attribute)
         ],
     )
-    # Buffers outside the state dictionary have no units: tables of positions.
+    # Buffers outside the state dictionary have no units: tables of positions. Empty
+    # tensors, since those of the dictionary would be shared with the saved module.
     changed = {
-        name: state_dict[name]
+        name: torch.empty_like(state_dict[name])
         for name, tensor in tensors.items()
         if tensor.shape != state_dict[name].shape
     }

@@ -16,11 +16,12 @@ _NAMES = {
     *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "select"),
     *("narrow", "expand", "expand_as", "swapaxes", "swapdims", "movedim"),
     *("diagonal", "unfold", "slice", "alias", "detach", "flatten"),
+    *("as_strided", "view_as_real", "view_as_complex"),
 }
 # These give parts, which do not overlap; all else shares its base's memory.
 _PARTS = {
     *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "select"),
-    *("narrow", "diagonal", "slice"),
+    *("narrow", "diagonal", "slice", "as_strided"),
 }
 _VIEWS = "_jaxprune_views"  # attribute of a tensor: what it shares memory with
 
@@ -72,10 +73,13 @@ def note_views(name: str, operands: tuple[Any, ...], results: list[Any]) -> None
     operation = name.removeprefix("aten::").partition(".")[0]
     if operation not in _NAMES:
         return
-    # A view by indexing is no tensor of its own, and is followed by torchax.
+    # A view by indexing is no tensor of its own, and is followed by torchax; a view of
+    # that has a part of what it is a view of.
+    is_whole = operation not in _PARTS and not hasattr(base, "parent")
+    while hasattr(base, "parent"):
+        base = base.parent
     if base is None or not hasattr(base, "_elem"):
         return
-    is_whole = operation not in _PARTS
     for view in results:
         if view is base:
             continue

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
+from jaxprune.graph.linear_ops import trace
 from tests.support import removal
 from tests.support.small_models import draw
 
@@ -110,3 +111,15 @@ def test_what_is_no_array_is_no_parameter():
             TypeError, match=r"parameters must be arrays, but '(act)?' "
         ):
             jp.trace(*arguments)
+
+
+def test_numbers_that_print_alike_are_two():
+    near = np.float32(0.001234567), np.float32(0.0012345699)
+
+    def fn(params, x):
+        h = x @ params["w"]
+        return (h * near[0] - h * near[1]) @ params["o"]
+
+    steps = trace(fn, WEIGHTS, X).program.steps
+    (step,) = [step for step in steps if step.primitive.name == "sub"]
+    assert step.inputs[0] != step.inputs[1]

@@ -110,3 +110,12 @@ def test_gradients_of_packed_weights_are_refused(wrap):
 def test_vectors_of_another_shape_are_refused(x, packed, sentence):
     with pytest.raises(ValueError, match=sentence):
         matmul(x, packed)
+
+
+@pytest.mark.parametrize("shape", [(5, 0), (2, 5, 0)])
+def test_a_matrix_may_have_no_inputs(shape):
+    packed = pack_matrix(np.zeros(shape, np.float32))
+    x = np.ones((*shape[:-2], 3, 0), np.float32)
+    result = matmul(x, packed)
+    assert result.shape == (*shape[:-2], 3, 5)
+    assert not np.asarray(result).any()

@@ -296,6 +296,31 @@ def test_values_are_rounded_by_name():
     np.testing.assert_allclose(result.fn(result.params, X), mlp(MLP, X), atol=0.5)
 
 
+def test_numbers_and_random_keys_may_be_leaves():
+    params = {"w": weight(3, 64, 96), "scale": 0.5, "key": jax.random.key(0)}
+
+    def fn(params, x):
+        noise = jax.random.normal(params["key"], x.shape)
+        return (x + noise) @ params["w"] * params["scale"]
+
+    same(fn, params, X, packed=["w"])
+
+
+def test_a_matrix_of_too_many_weights_stays(monkeypatch):
+    monkeypatch.setattr("jaxprune.sparse.pack.MOST", 64 * 96 - 1)
+    result = same(mlp, MLP, X, packed=["down"])
+    reason = result.report["weights"]["up"]["reason"]
+    assert reason == "has more than 6143 weights where it is multiplied"
+
+
+def test_zeros_of_a_matrix_that_is_stored_whole_are_counted():
+    params = {"w": weight(4, 64, 64, density=0.8)}
+    zeros = float((params["w"] == 0).mean())
+    for values in ("float32", "int8"):
+        result = jp.pack(lambda p, x: x @ p["w"], params, X, values=values, dense=True)
+        assert result.report["weights"]["w"]["zeros"] == pytest.approx(zeros)
+
+
 def test_lazy_leaves_are_read():
     lazy = {
         name: jp.LazyArray(leaf.shape, leaf.dtype, lambda leaf=leaf: jnp.asarray(leaf))
@@ -312,6 +337,23 @@ def test_inputs_have_gradients_and_packed_weights_have_none():
     gradient = jax.grad(lambda x: result.fn(result.params, x).sum())(X)
     expected = jax.grad(lambda x: mlp(MLP, x).sum())(X)
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match="packed weights have no gradients"):
+        jax.grad(lambda p: result.fn(p, X).sum(), allow_int=True)(result.params)
+
+
+def test_inputs_of_packed_experts_have_gradients_under_jit():
+    params = {"e": weight(5, 3, 64, 48)}
+    sizes = jnp.array([1, 0, 3])
+
+    def fn(params, x):
+        return jax.lax.ragged_dot(x, params["e"], sizes)
+
+    def loss(fn, params):
+        return lambda x: jnp.sin(fn(params, x)).sum()
+
+    result = jp.pack(fn, params, X)
+    gradient = jax.jit(jax.grad(loss(result.fn, result.params)))(X)
+    np.testing.assert_allclose(gradient, jax.grad(loss(fn, params))(X), 1e-4, 1e-4)
     with pytest.raises(TypeError, match="packed weights have no gradients"):
         jax.grad(lambda p: result.fn(p, X).sum(), allow_int=True)(result.params)
 

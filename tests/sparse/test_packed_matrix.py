@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxprune.sparse import expansion
-from jaxprune.sparse.packed_matrix import pack_matrix, unpack
+from jaxprune.sparse.encodings import Levels
+from jaxprune.sparse.packed_matrix import (
+    pack_bits,
+    pack_levels,
+    pack_matrix,
+    unpack,
+)
 from tests.support.packed import DTYPES, sparse_matrix
 
 
@@ -127,6 +133,7 @@ def test_rows_are_expanded_by_number():
         (np.zeros((2, 2), np.int32), {}, "needs weights of float32.*got int32"),
         (np.zeros(2, np.float32), {}, r"needs the axes \(out, in\).*got \(2,\)"),
         (np.zeros((2, 2), np.float32), {"values": "int3"}, "got 'int3'"),
+        (np.full((2, 2), -1e6, "f4"), {"values": "float16"}, "-1e.06 is infinite as"),
     ],
 )
 def test_what_is_no_matrix_is_refused(matrix, options, sentence):
@@ -153,3 +160,29 @@ def test_a_mask_without_a_weight_that_is_not_finite_is_none():
     matrix[2, 40], mask[2, 40] = np.nan, False
     packed = pack_matrix(matrix, mask=mask, values="int8", group=32)
     assert np.isfinite(np.asarray(packed.scales)).all()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize(("zeros", "whole"), [(0, True), (1, True), (160, False)])
+def test_bits_at_hand_give_the_layout_that_is_smaller(name, zeros, whole):
+    rng = np.random.default_rng(3)
+    numbers = rng.integers(1, 7, (4, 64)).astype(np.int8)
+    numbers.reshape(-1)[:zeros] = 0
+    scales = rng.normal(size=(4, 2)).astype(np.float32)
+    expected = pack_levels(Levels(numbers, scales, 32), encoding=name, dtype="float32")
+    values = numbers[numbers != 0]
+    if name == "int4":  # two a byte
+        pairs = np.pad(values, (0, values.size % 2)).reshape(-1, 2)
+        values = (pairs[:, 0] | pairs[:, 1] << 4).astype(np.uint8)
+    packed = pack_bits(
+        np.packbits(numbers != 0, bitorder="little"),
+        values,
+        shape=(4, 64),
+        dtype="float32",
+        encoding=name,
+        scales=scales,
+        group=32,
+    )
+    assert (packed.words is None) == (expected.words is None) == whole
+    np.testing.assert_array_equal(packed.values, expected.values)
+    np.testing.assert_array_equal(unpack(packed), unpack(expected))

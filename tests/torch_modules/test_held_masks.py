@@ -126,3 +126,25 @@ def test_zeros_hold_in_transformers_own_trainer(tmp_path):
     assert (dict(reloaded.named_parameters())[first] == 0).sum() == pruned(masks)[
         first
     ].sum()
+
+
+def test_zeros_hold_in_parameters_that_took_the_place_of_others():
+    module = network()
+    masks = masks_of(module)
+    with jp.torch.hold(module, masks):
+        state = {name: torch.ones_like(p) for name, p in module.state_dict().items()}
+        module.load_state_dict(state, assign=True)
+        train(module, torch.optim.Adam(module.parameters(), lr=0.05))
+        np.testing.assert_equal(zeros(module), pruned(masks))
+        assert not module[0].weight.grad[torch.tensor(pruned(masks)["0.weight"])].any()
+
+
+def test_zeros_hold_where_gradients_have_some_rows_alone():
+    table, mask = nn.Embedding(5, 3, sparse=True), np.eye(5, 3, dtype=bool)
+    optimizer = torch.optim.SparseAdam(table.parameters(), lr=0.1)
+    with jp.torch.hold(table, {"weight": mask}):
+        table(torch.tensor([0, 1, 1])).sum().backward()
+        gradient = table.weight.grad.to_dense().numpy()
+        np.testing.assert_array_equal(gradient, mask * [[1], [2], [0], [0], [0]])
+        optimizer.step()
+    np.testing.assert_array_equal(table.weight.detach().numpy() == 0, ~mask)

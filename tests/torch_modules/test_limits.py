@@ -128,6 +128,11 @@ def test_writes_in_place_that_nobody_misses_are_those_of_torch(function):
     np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
+def into(x, view):
+    view.mul_(2)
+    return x
+
+
 @torch.library.custom_op("jaxprune_tests::twice", mutates_args=())
 def twice(x: torch.Tensor) -> torch.Tensor:
     return 2 * x
@@ -145,6 +150,12 @@ def twice(x: torch.Tensor) -> torch.Tensor:
         (by_another_view_of_all, f"{VIEW}.* aten::mul_.* in 'part'"),
         (through_what_torchax_flattens_itself, f"{VIEW}.* aten::mul_.* in 'part'"),
         (by_an_operator, f"{VIEW}.* aten::mul_.* in 'part'"),
+        (lambda x: into(x, x[0].view(-1)), f"{VIEW}.* aten::mul_.* in 'part'"),
+        (lambda x: into(x, x[:, 0].chunk(2)[0]), f"{VIEW}.* aten::mul_.* in 'part'"),
+        (
+            lambda x: into(x, x.as_strided((2, 2), (4, 1))),
+            f"{VIEW}.* aten::mul_.* in 'part'",
+        ),
         (
             lambda x: torch.add(x, 1, out=torch.empty(3, 4)),
             "must not have results written to out=, but add in 'part' has",

@@ -54,3 +54,12 @@ def test_all_that_differs_is_named_and_nothing_is_written():
     assert "c.weight (4, 2) for (2, 4)" in str(caught.value)
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, before[name])
+
+
+def test_a_dtype_that_torch_has_not_is_named_and_nothing_is_written():
+    module = nn.Linear(4, 2)
+    before = module.weight.clone()
+    params = {"weight": jnp.zeros((2, 4)), "bias": jnp.zeros(2, "float8_e4m3b11fnuz")}
+    with pytest.raises(ValueError, match="bias is float8_e4m3b11fnuz, which torch has"):
+        jp.torch.load(module, params)
+    assert torch.equal(module.weight, before)

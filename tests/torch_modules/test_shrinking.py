@@ -173,6 +173,73 @@ def test_a_fresh_module_becomes_as_small_from_state_dictionary_and_report(tmp_pa
         assert torch.equal(fresh.eval()(x), small.eval()(x))
 
 
+def test_a_fresh_module_shares_no_memory_with_the_smaller_one():
+    small, report = jp.torch.shrink(
+        Attention(), torch.randn(2, 5, 16), jp.scores.magnitude, 0.25
+    )
+    fresh = Attention()
+    jp.torch.resize(fresh, small.state_dict(), report["attributes"])
+    with torch.no_grad():
+        for tensor in fresh.parameters():
+            tensor.zero_()
+    assert small.qkv.weight.any()
+
+
+class ScaledByItsSize(nn.Module):
+    """Gives less where it has fewer neurons, and no attribute says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        hidden = self.up(x).relu()
+        return x + 0.05 * self.down(hidden * 4 / hidden.shape[-1] ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_hides_no_other_function(dtype):
+    torch.manual_seed(0)
+    module, x = ScaledByItsSize().to(dtype), torch.randn(4, 8, dtype=dtype)
+    with pytest.raises(ValueError, match="its outputs differ by"):
+        jp.torch.shrink(module, x, jp.scores.magnitude, 0.5)
+
+
+class Projected(nn.Module):
+    """An LSTM whose states are narrower than its cells."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells = nn.LSTM(4, 8, proj_size=6, batch_first=True)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.cells(x)[0])
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_an_lstm_with_a_projection_becomes_smaller():
+    x = torch.randn(3, 5, 4)
+    small = jp.torch.shrink(Projected(), x, jp.scores.magnitude, 0.5).module
+    assert (small.cells.hidden_size, small.cells.proj_size) == (4, 3)
+    assert small(x).shape == (3, 5, 2)
+
+
+class Halved(nn.Module):
+    """A parametrization: the weight is half of what is stored."""
+
+    def forward(self, weight):
+        return weight / 2
+
+
+def test_a_convolution_whose_weight_is_computed_becomes_smaller():
+    module = nn.Sequential(nn.Conv1d(4, 8, 3), nn.ReLU(), nn.Conv1d(8, 2, 3))
+    nn.utils.parametrize.register_parametrization(module[0], "weight", Halved())
+    x = torch.randn(3, 4, 9)
+    small = jp.torch.shrink(module, x, jp.scores.magnitude, 0.5).module
+    assert small[0].weight.shape == (4, 4, 3)
+
+
 @pytest.mark.full
 def test_the_solver_makes_up_for_what_is_gone():
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
@@ -68,7 +68,10 @@ class CheckpointDir:
         tokenizer, generation settings, licence and model code (copied, never run).
       uncopied: all else that lies in the directory, likewise: weights in other formats,
         hidden files, and what is no regular file, such as a named pipe.
+      is_mapped: whether `read` gives a view of the file, which costs nothing.
     """
+
+    is_mapped: ClassVar[bool] = True
 
     path: Path
     config: dict[str, Any]
@@ -178,7 +181,8 @@ def open_directory(directory: str | os.PathLike[str]) -> CheckpointDir:
     # As loaders look for them.
     first = [name for name in (CONFIG, INDEX) if name in others]
     for name in others:
-        _inside(directory, name)
+        if not _inside(directory, name).exists():
+            raise damaged(directory / name, "it is a link to what is not there")
     return CheckpointDir(
         path=directory,
         config=config,

@@ -122,6 +122,7 @@ def compact(
     replaceable = _why_not_ours if overwrite else None
     # Everything is read twice: the header, which comes first, needs every size.
     advance = source.meter(progress, passes=2)
+    stamps = _stamps(source)
     with atomic.staged_file(place, replaceable=replaceable) as partial:
         plan = _plan(source, advance)
         # Bytes of each entry.
@@ -138,9 +139,24 @@ def compact(
             for name, size in plan.embedded.items():
                 origin = source.path / name.partition("/")[2]
                 _put_bytes(file, origin, size, entries[name])
+            # Its digests are of the first reading, its contents of the second.
+            for path, stamp in stamps.items():
+                if _stamp(path) != stamp:
+                    raise _changed(path)
             file.flush()  # fsync sees only what has left the buffer
             os.fsync(file.fileno())
     return Result(plan.dense_bytes, place.stat().st_size, packed_files(source)[1])
+
+
+def _stamps(source: CheckpointDir) -> dict[Path, Any]:
+    """What tells of each file of a directory whether it was written to."""
+    names = (*source.metadata, *packed_files(source)[0])
+    return {source.path / name: _stamp(source.path / name) for name in names}
+
+
+def _stamp(path: Path) -> Any:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class _Plan(NamedTuple):

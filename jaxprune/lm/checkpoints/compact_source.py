@@ -11,7 +11,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -35,6 +35,7 @@ class CompactSource(CheckpointDir):
     """
 
     archive: Archive = dataclasses.field(kw_only=True)
+    is_mapped: ClassVar[bool] = False  # a tensor is decoded
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, dense, held against its SHA-256."""

@@ -8,6 +8,7 @@ memory at a time. Vectors stay float32, matrices take the type that is asked for
 import contextlib
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -216,7 +217,12 @@ def _write_tensors(
     writer.write_ti_data_to_file()
     for tensor in tensors:
         array, quantization = tensor.read(), gguf.GGMLQuantizationType[tensor.type]
-        check(_FINITE, name=tensor.name, finite=bool(np.isfinite(array).all()))
+        check(
+            _STORABLE,
+            name=tensor.name,
+            type=tensor.type,
+            largest=float(np.abs(array).max(initial=0.0)),
+        )
         writer.write_tensor_data(gguf.quants.quantize(array, quantization))
         advance(tensor.name, tensor.bytes)
     writer.close()
@@ -258,8 +264,18 @@ _DECODER = Rule(
     "",
     "convert it with llama.cpp's convert_hf_to_gguf.py",
 )
-_FINITE = Rule(
-    lambda v: v.finite,
-    "tensors must be finite, but '{name}' holds NaN or infinity",
-    "look at how it was made",
+_F16 = float(np.finfo(np.float16).max)
+# Scales of whole levels are float16.
+_LARGEST = {"F16": _F16, "Q8_0": 127 * _F16, "Q4_0": 8 * _F16}
+_STORABLE = (
+    Rule(
+        lambda v: math.isfinite(v.largest),  # NaN is the largest of all
+        "tensors must be finite, but '{name}' holds NaN or infinity",
+        "look at how it was made",
+    ),
+    Rule(
+        lambda v: v.largest <= _LARGEST.get(v.type, math.inf),
+        "'{name}' holds {largest:g}, which is infinite as {type}",
+        "export as bf16 or f32",
+    ),
 )

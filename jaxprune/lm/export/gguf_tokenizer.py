@@ -12,7 +12,7 @@ from typing import Any
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.models import hf
-from jaxprune.lm.vocabulary.token_choice import merge_pairs
+from jaxprune.lm.vocabulary.token_choice import merge_pairs, model_kind
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|"
@@ -47,7 +47,7 @@ def write_tokenizer(
     import gguf
 
     model = content["model"]
-    check(_BPE, model=model["type"])
+    check(_BPE, model=model_kind(model))
     tokens, types = _tokens(content, rows)
     by_bytes = not model.get("byte_fallback")
     if by_bytes:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxprune.arrays.messages import listed
 from jaxprune.files import atomic
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.export.maxtext_tensors import maxtext_place, to_maxtext
@@ -66,8 +67,8 @@ def export_maxtext(
     """
     checkpoint = _package()
     opened = open_directory(source)
-    model_type = opened.config["model_type"]
     loaded = hf.load(opened, lazy=True, ignore_config=ignore_config)
+    model_type = opened.config["model_type"]
     config = loaded.config
     shape = check_trainer_shape(model_type, config, "MaxText")
     target = atomic.apart(directory, opened.path)
@@ -182,7 +183,14 @@ def _yaml(value: Any) -> str:
 
 def _why_not_ours(path: Path) -> str | None:
     """Why a directory must not be replaced: only an earlier export may be."""
-    return None if (path / _STUDENT).is_file() else f"it has no {_STUDENT}"
+    # Others write a file of that name too, and trainers write steps beside it.
+    expected = {_STUDENT, _CHECKPOINT}
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if missing := expected - names:
+        return f"it has no {listed(sorted(missing))}"
+    if foreign := names - expected:
+        return f"it also holds {listed(sorted(foreign))}, which is not of an export"
+    return None
 
 
 def _package() -> Any:

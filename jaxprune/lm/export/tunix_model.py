@@ -59,8 +59,8 @@ def load_in_tunix(
       ModuleNotFoundError: the package google-tunix is missing.
     """
     opened = open_directory(source)
-    model_type = opened.config["model_type"]
     config = hf.load(opened, lazy=True).config
+    model_type = opened.config["model_type"]
     shape = check_trainer_shape(model_type, config, "Tunix")
     family = _FAMILIES[model_type]
     check(

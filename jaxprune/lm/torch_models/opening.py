@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from jaxprune import leaves
 from jaxprune.arrays.messages import first_line, listed
 from jaxprune.arrays.rules import Rule, check, error, finds_none
-from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.checkpoints.finite import check_names, nonfinite_tensors
 from jaxprune.lm.jobs.exclusions import matches_any
 from jaxprune.torch.conversion import as_numpy, as_tensor
@@ -79,6 +79,15 @@ def open_torch_model(source: CheckpointDir, dtype: str | None = None) -> TorchMo
     return TorchModel(source, module, tuple(unread))
 
 
+def _stored_dtype(source: CheckpointDir) -> str | None:
+    """The widest floating dtype of the tensors that torch computes in, if any."""
+    dtypes = {info.dtype.name for info in source.tensors.values()}
+    return next((name for name in _WIDEST_FIRST if name in dtypes), None)
+
+
+_WIDEST_FIRST = ("float64", "float32", "bfloat16", "float16")
+
+
 def class_of(config: Any) -> Any:
     """The class of transformers that a config.json names.
 
@@ -119,6 +128,8 @@ def load_module(path: Any, module_class: Any, dtype: str | None = None) -> Any:
     Raises:
       ValueError: transformers refuses the directory.
     """
+    # config.json, which "auto" goes by, may say another than the files have.
+    dtype = dtype or _stored_dtype(open_directory(path))
     with silent_transformers():
         try:
             module, info = module_class.from_pretrained(

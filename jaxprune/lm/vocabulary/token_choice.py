@@ -101,8 +101,9 @@ def choose_tokens(
       [0, 1, 2, 3]
     """
     model = content["model"]
-    prefix = model.get("continuing_subword_prefix") if model["type"] == "BPE" else ""
-    check(_KNOWN, model=model["type"], prefix=prefix)
+    kind = model_kind(model)
+    prefix = model.get("continuing_subword_prefix") if kind == "BPE" else ""
+    check(_KNOWN, model=kind, prefix=prefix)
     ids = token_ids(content)
     kept = _always_kept(content, ids) | needed
     check(_SIZE, size=size, tokens=len(ids), needed=len(kept))
@@ -172,7 +173,7 @@ def _spelled_in_bytes(
 
 def _parts_of(model: Mapping[str, Any]) -> Callable[[str], Set[str]]:
     """A function of a token to the tokens that it is merged from, step by step."""
-    if model["type"] != "BPE":
+    if model_kind(model) != "BPE":
         return lambda token: frozenset()
     ranks = {pair: rank for rank, pair in enumerate(merge_pairs(model))}
     suffix = model.get("end_of_word_suffix") or ""
@@ -183,6 +184,17 @@ def _parts_of(model: Mapping[str, Any]) -> Callable[[str], Set[str]]:
         return made if token in made else frozenset()
 
     return parts
+
+
+def model_kind(model: Mapping[str, Any]) -> str:
+    """The kind of a tokenizer's model; older files leave it to what the model has."""
+    if "type" in model:
+        return str(model["type"])
+    if "merges" in model:
+        return "BPE"
+    if isinstance(model["vocab"], list):
+        return "Unigram"
+    return "WordPiece" if "max_input_chars_per_word" in model else "WordLevel"
 
 
 def merge_pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxprune.lm.vocabulary.token_choice import merge_pairs
+from jaxprune.lm.vocabulary.token_choice import merge_pairs, model_kind
 
 TOKENIZER = "tokenizer.json"
 LEFT_OUT = (
@@ -55,7 +55,7 @@ def reindexed_tokenizer(
             for token, number in vocabulary.items()
             if number in new_ids
         }
-    if model["type"] == "BPE":
+    if model_kind(model) == "BPE":
         stay = model["vocab"]
         rows = zip(model["merges"], merge_pairs(model), strict=True)
         model["merges"] = [

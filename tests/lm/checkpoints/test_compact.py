@@ -318,9 +318,10 @@ def test_a_crash_leaves_no_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["m"]
 
 
-@pytest.mark.parametrize("what", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("what", ["model.safetensors", "tokenizer.json", "LICENSE"])
 def test_a_directory_that_changes_under_way_is_refused(tmp_path, monkeypatch, what):
-    source = open_directory(build(tmp_path / "m", {"w": sparse(0, 0.9, 64, 64)}))
+    tensors = {"w": sparse(0, 0.9, 64, 64)}
+    source = open_directory(build(tmp_path / "m", tensors, LICENSE=b"A"))
     header = compact.write_header
 
     def change(*arguments):
@@ -328,6 +329,8 @@ def test_a_directory_that_changes_under_way_is_refused(tmp_path, monkeypatch, wh
         content = path.read_bytes()
         if what == "tokenizer.json":
             path.write_bytes(content[:-1])
+        elif what == "LICENSE":
+            path.write_bytes(b"B")  # as many bytes
         else:
             path.write_bytes(content[:-8] + bytes([1] * 8))
         return header(*arguments)

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+from jaxprune.lm.checkpoints.checkpoint_dir import Damaged, open_directory
 from tests.support.hf_directories import INDEX, build
 
 
@@ -31,4 +31,11 @@ def test_a_directory_that_cannot_be_read_is_not_left_out_silently(
 
     monkeypatch.setattr(os, "scandir", closed)
     with pytest.raises(PermissionError, match="1_Pooling"):
+        open_directory(folder)
+
+
+def test_a_link_to_a_file_that_is_not_there_is_damage(tmp_path):
+    folder = build(tmp_path / "m", {"w": np.ones(2, "f4")})
+    (folder / "notes.json").symlink_to("missing.json")
+    with pytest.raises(Damaged, match=r"notes\.json.*link to what is not there"):
         open_directory(folder)

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxprune.lm.export import gguf_shape, gguf_tokenizer
 from jaxprune.lm.export.gguf_file import export_gguf
@@ -294,3 +296,33 @@ def test_rows_that_are_no_whole_blocks_stay_f16(llama, tmp_path):
     assert types["blk.0.ffn_down.weight"] == "F16"
     assert types["blk.0.ffn_up.weight"] == "Q4_0"
     assert types["token_embd.weight"] == "Q8_0"
+
+
+@pytest.mark.parametrize("type", ["f16", "q8_0"])
+def test_a_weight_that_is_infinite_in_the_type_is_refused(llama, tmp_path, type):
+    shutil.copytree(llama, tmp_path / "model")
+    (path,) = (tmp_path / "model").glob("*.safetensors")
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = tensors[name].astype("f4")
+    tensors[name][0, 0] = -1e5
+    save_file(tensors, path)
+    with pytest.raises(
+        ValueError, match=r"holds 100000, which is infinite as F16.*bf1"
+    ):
+        export_gguf(tmp_path / "model", tmp_path / "a.gguf", type=type)
+    assert {p.name for p in tmp_path.iterdir()} == {"model"}
+    export_gguf(tmp_path / "model", tmp_path / "a.gguf", type="bf16")
+
+
+def test_a_tokenizer_of_before_its_models_had_a_type_is_exported(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    del content["model"]["type"]
+    path.write_text(json.dumps(content))
+    export_gguf(tmp_path / "model", tmp_path / "a.gguf", type="f32")
+    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    assert fields["tokenizer.ggml.model"].contents() == "gpt2"
+    trim_vocabulary(tmp_path / "model", tmp_path / "small", text(100).splitlines(), 320)
+    assert hf.load_tokenizer(tmp_path / "small").encode("a")

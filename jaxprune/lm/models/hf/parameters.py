@@ -142,10 +142,13 @@ def _read_part(
     part = _aligned(shape[::-1] if source.transposed else shape, dtype)
     target = part.T if source.transposed else part  # a view with the tensor's axes
     step = max(1, _BLOCK * stored.shape[0] // max(1, stored.size))
+    # A compact file decodes the whole tensor, however little of it is looked at.
+    decoded = None if directory.is_mapped else directory.read(source.name)
     # The pages of a block can be dropped before the next is mapped.
     for first in range(0, len(rows), step):
         block = rows[first : first + step]
-        view = directory.read(source.name)[block.start : block.stop]
+        whole = directory.read(source.name) if decoded is None else decoded
+        view = whole[block.start : block.stop]
         target[first : first + step] = view[(slice(None), *index[1:])]
     return part
 
