@@ -97,7 +97,7 @@ def store(values: np.ndarray, name: str) -> np.ndarray:
     return nibbles[0::2] | nibbles[1::2] << 4
 
 
-def stored_values(values: jax.Array, name: str) -> np.ndarray:
+def stored_values(values: jax.Array | np.ndarray, name: str) -> np.ndarray:
     """What `store` was given and its spare elements; of int4 there may be one more."""
     stored = np.asarray(values)
     if name != "int4":

@@ -175,13 +175,13 @@ def _layer_sizes(owner: str, part: Any, cuts: Mapping[str, LeafCut]) -> dict[str
         for name, cut in cuts.items()
         if name.rpartition(".")[0] == owner
     }
-    weight = next((tensors[name] for name in _WEIGHTS if name in tensors), None)
-    if weight is None and isinstance(part, _BY_WEIGHT):
+    weights = [tensors[name] for name in _WEIGHTS if name in tensors]
+    if not weights and isinstance(part, _BY_WEIGHT):
         return {}  # it may be made of other tensors; the forward pass decides
     if isinstance(part, torch.nn.modules.conv._ConvNd):
-        return _convolution_sizes(owner, part, weight)
+        return _convolution_sizes(owner, part, weights[0])
     if isinstance(part, torch.nn.LayerNorm | torch.nn.RMSNorm):
-        return {"normalized_shape": list(weight.after)}
+        return {"normalized_shape": list(weights[0].after)}
     values: dict[str, Any] = {}
     # Subclasses, as timm has of every norm and convolution, keep these attributes.
     for layer, table in LAYERS.items():
@@ -190,7 +190,7 @@ def _layer_sizes(owner: str, part: Any, cuts: Mapping[str, LeafCut]) -> dict[str
     values = values or _by_table(tensors, NAMED_LAYERS.get(type(part).__name__, {}))
     if isinstance(part, torch.nn.GroupNorm):
         # Whole groups may go, each with its own mean; not channels inside of one.
-        values["num_groups"] = _groups_left(owner, weight, 0, part.num_groups)
+        values["num_groups"] = _groups_left(owner, weights[0], 0, part.num_groups)
     return values
 
 

@@ -76,7 +76,7 @@ def note_views(name: str, operands: tuple[Any, ...], results: list[Any]) -> None
     # A view by indexing is no tensor of its own, and is followed by torchax; a view of
     # that has a part of what it is a view of.
     is_whole = operation not in _PARTS and not hasattr(base, "parent")
-    while hasattr(base, "parent"):
+    while base is not None and hasattr(base, "parent"):
         base = base.parent
     if base is None or not hasattr(base, "_elem"):
         return

@@ -7,7 +7,7 @@ from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.jobs.shrink_settings import Removal
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
-from jaxprune.lm.shrinking.units import count_head_units
+from jaxprune.lm.shrinking.possible_sizes import count_head_units
 
 # Loaders would refuse the directory.
 _HEADS = Rule(

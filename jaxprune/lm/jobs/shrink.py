@@ -42,7 +42,7 @@ from jaxprune.lm.measure import speed
 from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.loaded_model import LoadedModel
-from jaxprune.lm.shrinking import channels, search, units
+from jaxprune.lm.shrinking import channels, possible_sizes, search, units
 from jaxprune.lm.shrinking.unequal import narrow_unequally
 from jaxprune.lm.vocabulary.new_vocabulary import NewVocabulary
 from jaxprune.structured.budget import OutOfReach
@@ -228,7 +228,7 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
             dense, record["channels"] = channels.without_channels(
                 dense, tokens, remaining, batch=batch
             )
-        possible = units.possible_head_units(self.source.config, dense.config)
+        possible = possible_sizes.possible_head_units(self.source.config, dense.config)
         correction = self.job.calibration.correction
         narrowing = narrowing._replace(head_units=possible, correction=correction)
         # Tokens and channels went first. Then go layers, then experts of those that

@@ -1,6 +1,8 @@
 """`jaxprune shrink --plan`: the smaller shape, and what the job would need."""
 
-from typing import Any
+import statistics
+from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 from jaxprune.arrays.messages import columns
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
@@ -15,7 +17,6 @@ from jaxprune.lm.jobs.width_rules import channels_left
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.shrinking import unequal
-from jaxprune.lm.shrinking.units import count_head_units
 
 
 def plan_shrink(
@@ -75,13 +76,28 @@ def _layers_left(removal: Removal, config: DecoderConfig) -> int:
     return removal.layers or config.layers - len({*removal.drop_layers})
 
 
-def _shapes(removal: Removal, config: DecoderConfig) -> list[tuple[str, int, int]]:
-    """What the model has, now and then."""
-    heads, width = count_head_units(config), config.mlp_width
-    shapes = [
+Shape: TypeAlias = tuple[str, float, float]
+"""What there are several of, and their number now and then."""
+
+
+def _shapes(removal: Removal, config: DecoderConfig) -> list[Shape]:
+    """What the model has, now and then; of layers that differ the mean."""
+    sizes = [config.sizes(layer) for layer in range(config.layers)]
+    widths = [size.mlp_width for size in sizes]
+    # By the units that go: key heads, or query heads of one.
+    heads = [n if kv_heads == 1 else kv_heads for n, kv_heads, _ in sizes]
+    shapes: list[Shape] = [
         ("layers", config.layers, _layers_left(removal, config)),
-        ("neurons a layer", width, neurons_left(removal, width)),
-        ("heads a layer", heads, _without_share(heads, removal.heads)),
+        (
+            "neurons a layer",
+            _mean(widths),
+            _mean(neurons_left(removal, width) for width in widths),
+        ),
+        (
+            "heads a layer",
+            _mean(heads),
+            _mean(_without_share(n, removal.heads) if n > 1 else n for n in heads),
+        ),
     ]
     if removal.vocab:
         shapes.insert(0, ("tokens", config.vocab_size, removal.vocab))
@@ -93,6 +109,12 @@ def _shapes(removal: Removal, config: DecoderConfig) -> list[tuple[str, int, int
         remaining = _without_share(config.experts, removal.experts)
         shapes.append(("experts a layer", config.experts, remaining))
     return shapes
+
+
+def _mean(numbers: Iterable[int]) -> float:
+    """The mean, to a tenth; an integer where it is one."""
+    mean = round(statistics.fmean(numbers), 1)
+    return int(mean) if mean.is_integer() else mean
 
 
 def _without_share(units: int, share: float) -> int:

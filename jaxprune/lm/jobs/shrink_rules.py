@@ -17,8 +17,8 @@ from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
 from jaxprune.lm.jobs.width_rules import check_width
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.shrinking.possible_sizes import fewest_units, multiples
 from jaxprune.lm.shrinking.search import LEAST_SEQUENCES
-from jaxprune.lm.shrinking.units import count_head_units, multiples
 from jaxprune.lm.texts import text_files
 from jaxprune.lm.vocabulary.new_vocabulary import MULTIPLE
 
@@ -122,6 +122,11 @@ _REMOVAL = (
         "--correction goes by what layers get on a text; give --calibration FILE..., "
         "or leave it out",
     ),
+    Rule(
+        lambda v: not v.correction or v.ffn or v.heads or v.query_heads or v.budget,
+        "--correction is of what neurons and heads that go leave behind; give --ffn, "
+        "--heads, --query-heads or --budget too, or leave it out",
+    ),
     at_least("speed_rounds", 0),
     at_least("layers", 1),
     at_least("multiple", 1),
@@ -197,8 +202,8 @@ _LAYERS = (
         "--vocab must be less than the {vocab_size} tokens that there are, got {vocab}",
     ),
     Rule(
-        lambda v: v.layers is None or v.layers <= v.count,
-        "--layers must be at most the {count} that there are, got {layers}",
+        lambda v: v.layers is None or v.layers < v.count,
+        "--layers must be less than the {count} that there are, got {layers}",
     ),
     Rule(
         lambda v: (
@@ -295,17 +300,17 @@ def check_fits(
         head_count=config.heads,
     )
     _check_family(removal, source)
-    units = count_head_units(config)
     name = "query heads" if config.kv_heads == 1 else "key heads"
     _check_units("hidden", removal.hidden, config.width, "channels")
     # Of layers that differ already, what fits the narrowest MLP fits all.
     widths = (config.sizes(layer).mlp_width for layer in range(config.layers))
     narrowest = min(filter(None, widths), default=0)
     _check_units("ffn", removal.ffn, narrowest, "neurons")
-    _check_units("heads", removal.heads, units, name)
+    # As of the narrowest MLP.
+    heads, queries = fewest_units(config)
+    _check_units("heads", removal.heads, heads, name)
     if removal.experts:
         _check_experts(removal.experts, config)
-    queries = config.heads // config.kv_heads
     name = "query heads of each key head"
     _check_units("query-heads", removal.query_heads, queries, name)
     narrow = check_width(removal, source, config, ignore_config)

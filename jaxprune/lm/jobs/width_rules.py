@@ -8,7 +8,7 @@ from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.jobs.shrink_settings import Removal
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
-from jaxprune.lm.shrinking.units import count_head_units, multiples
+from jaxprune.lm.shrinking.possible_sizes import count_head_units, multiples
 
 _RULES = (
     # OLMo 2: its matrices read the stream as it is.

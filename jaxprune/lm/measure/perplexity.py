@@ -215,9 +215,13 @@ def retokenize_windows(windows: Windows, tokenizer: Tokenizer) -> Windows:
     facts = windows.facts
     bos = tokenizer.bos if facts["bos"] else None
     context, stride = facts["context"], facts["stride"]
-    return _with_text(
+    again = _with_text(
         slide(tokens, context=context, stride=stride, bos=bos), tokens, tokenizer
     )
+    # A token for what is unknown spells another word than the one that it stands for.
+    spelled = tokenizer.decode(tokens.tolist(), special=True)
+    missing = len((windows.text or "").encode()) - len(spelled.encode())
+    return again._replace(bytes=(again.bytes or 0) + missing)
 
 
 def measure_perplexity(

@@ -5,6 +5,7 @@ __all__ = [
     "channels",
     "expert_scores",
     "layer_search",
+    "possible_sizes",
     "search",
     "size_choice",
     "unequal",

@@ -336,6 +336,7 @@ def _solve_chosen(
 ) -> tuple[LoadedModel, dict[str, Any]]:
     """The model at the chosen sizes, solved layer after layer, and the report."""
     absent = [name for name, size in sizes.items() if not size]
+    before = structured.whole_costs(units.group_axes(model)[2])._asdict()
     model = units.without_parts(
         model, {(int(name.split("/")[1]), roles[name]) for name in absent}
     )
@@ -351,7 +352,7 @@ def _solve_chosen(
         correction=correction,
         directory=directory,
     )
-    report = result.report
+    report = result.report | {"before": before}
     small = units.with_smaller(model, result.params)
     report["kept"] |= {name: [] for name in absent}
     report["groups"] |= {name: {"before": counts[name], "after": 0} for name in absent}

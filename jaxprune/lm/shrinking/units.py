@@ -26,6 +26,7 @@ from jaxprune.lm.models.hf.smaller_tensors import name_before
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.shrinking import layer_search
 from jaxprune.lm.shrinking.expert_scores import expert_scores
+from jaxprune.lm.shrinking.possible_sizes import multiples
 from jaxprune.structured import shrink
 from jaxprune.structured.budget import Measure
 
@@ -227,14 +228,17 @@ def narrow(
     fn, example, groups = group_axes(model)
     roles = group_roles(groups, model.config)
     request = narrowing_request(narrowing, roles, model.config)
-    # Times differ from run to run: one that goes on takes what was chosen by the first.
-    place, timed = work / _CHOSEN, None
-    times = narrowing.measure == "milliseconds"
-    if times and place.is_file():
+    scores, timed = jp.scores.magnitude(model.params), None
+    if narrowing.measure == "milliseconds":
+        # Times differ from run to run: one that goes on takes what was chosen by the
+        # first, and the solved layers are of those numbers.
+        place = work / _CHOSEN
+        if not place.is_file():
+            chosen = jp.shrink(fn, model.params, example, scores, **request).report
+            atomic.replace_json(place, _shares_and_times(chosen))
         timed = read_json(place)
         request = {"sparsity": timed["shares"]}
     if tokens is None:
-        scores = jp.scores.magnitude(model.params)
         result = jp.shrink(fn, model.params, example, scores, **request)
     else:
         batches = equal_batches(tokens, batch)
@@ -246,13 +250,14 @@ def narrow(
     report = result.report
     if timed is not None:
         report["milliseconds"] = timed["milliseconds"]
-    elif times:
-        sizes = report["groups"].items()
-        shares = {name: 1 - size["after"] / size["before"] for name, size in sizes}
-        choice = {"shares": shares, "milliseconds": report["milliseconds"]}
-        atomic.replace_json(place, choice)
     small = with_smaller(model, result.params)
     return small, report_with_roles(report, groups, roles)
+
+
+def _shares_and_times(report: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = report["groups"].items()
+    shares = {name: 1 - size["after"] / size["before"] for name, size in sizes}
+    return {"shares": shares, "milliseconds": report["milliseconds"]}
 
 
 def report_with_roles(
@@ -306,35 +311,6 @@ def count_cost(model: LoadedModel, measure: Measure) -> float:
     return float(getattr(shrink.whole_costs(group_axes(model)[2]), measure))
 
 
-def count_head_units(config: DecoderConfig) -> int:
-    """Number of units that heads are removed by: key heads, or query heads of one."""
-    return config.heads if config.kv_heads == 1 else config.kv_heads
-
-
-def multiples(multiple: int, width: int) -> range:
-    """The numbers of neurons that may stay of so many."""
-    return range(multiple, width + 1, multiple)
-
-
-def possible_head_units(
-    checkpoint_config: Any, config: DecoderConfig
-) -> tuple[int, ...]:
-    """The numbers of units of heads that a checkpoint can have, that of today too.
-
-    Args:
-      checkpoint_config: config.json of the directory.
-      config: shape of the model.
-
-    Returns:
-      The numbers.
-    """
-    units = count_head_units(config)
-    heads_per_unit = config.heads // units
-    fit = hf.heads_that_fit(checkpoint_config, config)
-    whole = (heads // heads_per_unit for heads in fit if heads % heads_per_unit == 0)
-    return (*whole, units)
-
-
 def narrowing_request(
     narrowing: Narrowing, roles: Mapping[str, str], config: DecoderConfig
 ) -> dict[str, Any]:
@@ -349,7 +325,14 @@ def narrowing_request(
             "heads": narrowing.heads,
             "query heads": narrowing.query_heads,
         }
-        request = {"sparsity": {name: shares[role] for name, role in roles.items()}}
+        sparsity = {name: shares[role] for name, role in roles.items()}
+        for name, role in roles.items():
+            # Among layers with several key heads one with a single key head has units
+            # of query heads.
+            single = config.sizes(int(name.split("/")[1])).kv_heads == 1
+            if role == "heads" and single and config.kv_heads > 1:
+                sparsity[name] = narrowing.heads or narrowing.query_heads
+        request = {"sparsity": sparsity}
     else:
         weights = {"ffn": 1.0, "heads": narrowing.heads_per_neurons}
         groups = {n: weights[role] for n, role in roles.items() if weights.get(role)}

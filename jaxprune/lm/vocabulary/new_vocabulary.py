@@ -96,12 +96,10 @@ def choose_vocabulary(
         for name in tokenizer_files.SETTINGS
         if (opened.path / name).is_file()
     }
-    named = set().union(*map(tokenizer_files.named_ids, settings.values()))
+    named = set().union(*map(tokenizer_files.named_ids, [content, *settings.values()]))
     named |= {*tokenizer.eos}  # which may be named by their text
     if tokenizer.bos is not None:
         named.add(tokenizer.bos)
-    if content.get("padding"):
-        named.add(content["padding"]["pad_id"])
     check(_NAMED, beyond=sorted(i for i in named if i >= len(counts)), rows=len(counts))
     weights = counts
     if expected is not None:

@@ -68,25 +68,27 @@ def reindexed_tokenizer(
     if new.get("padding"):
         new["padding"]["pad_id"] = new_ids[new["padding"]["pad_id"]]
     if new.get("post_processor"):
-        new["post_processor"] = _processor(new["post_processor"], new_ids)
+        new["post_processor"] = _processor(new["post_processor"], new_ids.__getitem__)
     return new
 
 
-def _processor(processor: dict[str, Any], new_ids: Mapping[int, int]) -> dict[str, Any]:
+def _processor(
+    processor: dict[str, Any], new_id: Callable[[int], int]
+) -> dict[str, Any]:
     """What adds special tokens, with their new ids."""
     new = dict(processor)
     if "processors" in new:  # a sequence of them
-        new["processors"] = [_processor(part, new_ids) for part in new["processors"]]
+        new["processors"] = [_processor(part, new_id) for part in new["processors"]]
     special = new.get("special_tokens")
     if isinstance(special, dict):  # of a template
         new["special_tokens"] = {
-            name: {**token, "ids": [new_ids[i] for i in token["ids"]]}
+            name: {**token, "ids": [new_id(i) for i in token["ids"]]}
             for name, token in special.items()
         }
     for name in ("sep", "cls"):  # of BERT's and RoBERTa's: a token and its id
         if isinstance(new.get(name), list):
             token, number = new[name]
-            new[name] = [token, new_ids[number]]
+            new[name] = [token, new_id(number)]
     return new
 
 
@@ -110,6 +112,10 @@ def reindexed_settings(
             }
         elif _ID_KEYS.fullmatch(key):
             new[key] = _new_value(value, new_id)
+        elif key == "forced_decoder_ids" and value:  # places and ids
+            new[key] = [[place, _new_value(number, new_id)] for place, number in value]
+        elif key == "sequence_bias" and isinstance(value, list):  # ids and a bias
+            new[key] = [[_new_value(ids, new_id), bias] for ids, bias in value]
         elif isinstance(value, Mapping):
             new[key] = reindexed_settings(value, new_id)
         else:
@@ -125,10 +131,10 @@ def _new_value(value: Any, new_id: Callable[[int], int]) -> Any:
 
 
 def named_ids(content: Mapping[str, Any]) -> set[int]:
-    """The ids that a file of settings names, which must stay.
+    """The ids that a file of settings or a tokenizer's template names: they must stay.
 
     Args:
-      content: parsed file, one of `SETTINGS`.
+      content: parsed file, one of `SETTINGS` or `TOKENIZER`.
 
     Returns:
       Ids.
@@ -139,7 +145,11 @@ def named_ids(content: Mapping[str, Any]) -> set[int]:
         ids.add(number)
         return number
 
-    reindexed_settings(content, note)
+    if "model" in content:  # a tokenizer.json
+        _processor(content.get("post_processor") or {}, note)
+        ids.update({content["padding"]["pad_id"]} if content.get("padding") else ())
+    else:
+        reindexed_settings(content, note)
     return ids
 
 

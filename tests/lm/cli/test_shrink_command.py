@@ -313,6 +313,11 @@ def test_an_earlier_result_is_replaced_when_asked(place, capsys):
         ("llama", ("--ffn", "0.5", "--speed-rounds", "-1"), "must not be negative"),
         ("llama", ("--ffn", "0.5", "--correction", "2"), "in .0, 1., got 2"),
         ("llama", ("--ffn", "0.5", "--correction", "1"), "give --calibration FILE..."),
+        (
+            "llama",
+            ("--drop-layers", "1", "--correction", "1", "--calibration", "rows.npy"),
+            "--correction is of what neurons and heads that go leave behind",
+        ),
         ("llama", ("--budget", "2"), "--budget must be a share"),
         ("llama", ("--budget", "0.5", "--ffn", "0.5"), "leave out --ffn"),
         ("llama", ("--budget", "0.05"), "a budget must be within reach"),
@@ -334,8 +339,8 @@ def test_an_earlier_result_is_replaced_when_asked(place, capsys):
         ("llama", ("--layers", "1"), "--layers needs --calibration"),
         (
             "llama",
-            ("--layers", "3", "--calibration", "rows.npy", "--length", "16"),
-            "at most the 2 that there are",
+            ("--layers", "2", "--calibration", "rows.npy", "--length", "16"),
+            "less than the 2 that there are",
         ),
         ("llama", ("--layers", "1", "--drop-layers", "1"), "exclude each other"),
         ("llama", ("--drop-layers", "2"), "numbers from 0 to 1, not all, got 2"),

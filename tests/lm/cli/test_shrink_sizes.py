@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from jaxprune.lm.jobs import recovery
 from jaxprune.lm.models import hf
+from jaxprune.posttraining import solvers
 
 
 @pytest.fixture(scope="module")
@@ -130,18 +131,30 @@ def test_a_budget_is_of_the_whole_model_where_layers_go_too(place, capsys):
 
 
 @pytest.mark.full
-def test_a_timed_budget_goes_on_with_what_was_chosen(place, capsys, monkeypatch):
-    words = (place / "llama", place / "timed", "--budget", 0.7, "--length", 16)
+@pytest.mark.parametrize("solved", [False, True])
+def test_a_timed_budget_goes_on_with_what_was_chosen(
+    solved, place, capsys, monkeypatch
+):
+    out = f"timed-{solved}"
+    words = (place / "llama", place / out, "--budget", 0.7, "--length", 16)
     words += ("--measure", "milliseconds", "--recover-steps", 2, "--any-perplexity")
     words += ("--recover-text", place / "rows.npy")
+    words += ("--calibration", place / "rows.npy", "--sequences", 6) * solved
+    remove, calls = solvers.units.remove_from_all, []
 
-    def killed(*_, **__):
+    def killed(*arguments, **options):
+        calls.append(1)
+        if solved and len(calls) == 1:  # a layer is done before
+            return remove(*arguments, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(recovery, "recover", killed)
+        if solved:
+            patched.setattr(solvers.units, "remove_from_all", killed)
+        else:
+            patched.setattr(recovery, "recover", killed)
         assert shrink(capsys, *words)[0] == 130
-    chosen = json.loads((place / ".timed.work" / "units.json").read_text())
+    chosen = json.loads((place / f".{out}.work" / "units.json").read_text())
     code, record, err = shrink(capsys, *words)
     assert code == 0, err
     sizes = record["units"]["groups"].items()

@@ -1,5 +1,7 @@
 """What is said of layers that are cut unequally."""
 
+import jax
+
 from jaxprune.lm.models.loaded_model import open_model
 from jaxprune.lm.shrinking import unequal, units
 from tests.support import tiny_hf
@@ -20,3 +22,5 @@ def test_the_report_has_layers_that_stay_whole_and_parts_that_go_whole(tmp_path)
     assert report["kept"] == dict(zip(names, ([], [*range(48)]), strict=True))
     assert [report["groups"][name]["after"] for name in names] == [0, 48]
     assert report["roles"] == dict.fromkeys(names, "ffn")
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    assert report["before"]["parameters"] == parameters

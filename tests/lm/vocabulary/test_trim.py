@@ -10,8 +10,10 @@ from safetensors.numpy import load_file
 
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+from jaxprune.lm.measure import perplexity
 from jaxprune.lm.models import hf
-from jaxprune.lm.vocabulary import token_choice, trim
+from jaxprune.lm.texts import text_files
+from jaxprune.lm.vocabulary import token_choice, tokenizer_files, trim
 from tests.support import tiny_tokenizers
 from tests.support.tiny_cli import logits
 from tests.support.tiny_tokenizers import KINDS, model_folder, text
@@ -226,3 +228,66 @@ def test_transformers_loads_it_with_nothing_missing(tmp_path, kind):
     np.testing.assert_allclose(
         found, logits(tmp_path / "small", np.array([tokens])), atol=1e-4
     )
+
+
+def test_a_token_that_the_template_names_stays_though_it_is_not_special(tmp_path):
+    model_folder(tmp_path / "model", "byte-level")
+    path = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    rarest = max(vocabulary, key=lambda token: (len(token), vocabulary[token]))
+    part = {"id": rarest, "ids": [vocabulary[rarest]], "tokens": [rarest]}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": rarest, "type_id": 0}},
+        ],
+        "pair": [],
+        "special_tokens": {rarest: part},
+    }
+    path.write_text(json.dumps(content))
+    trim.trim_vocabulary(tmp_path / "model", tmp_path / "small", ["a"], 320)
+    small = json.loads((tmp_path / "small" / "tokenizer.json").read_text())
+    (number,) = small["post_processor"]["special_tokens"][rarest]["ids"]
+    assert small["model"]["vocab"][rarest] == number
+
+
+def test_ids_beside_places_and_biases_are_new_ones_too():
+    content = {
+        "forced_decoder_ids": [[1, 50], [2, None]],
+        "sequence_bias": [[[50, 51], -1.0]],
+        "eos_token_id": [52],
+    }
+    assert tokenizer_files.named_ids(content) == {50, 51, 52}
+    changed = tokenizer_files.reindexed_settings(content, lambda number: number - 50)
+    assert changed == {
+        "forced_decoder_ids": [[1, 0], [2, None]],
+        "sequence_bias": [[[0, 1], -1.0]],
+        "eos_token_id": [2],
+    }
+
+
+def test_bytes_of_a_text_are_its_own_where_words_are_unknown(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["<unk>", "<s>", "seen", "also", "rare", "rarer"]
+
+    def loaded(name, count):
+        path = tmp_path / name
+        model_folder(path, "wordpiece")
+        vocabulary = {word: i for i, word in enumerate(words[:count])}
+        made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        made.save(str(path / "tokenizer.json"))
+        return hf.load_tokenizer(path)
+
+    before, after = loaded("before", 6), loaded("after", 4)
+    text_path = tmp_path / "text.txt"
+    text_path.write_text("seen also rare seen rarer also seen")
+    read = text_files.read_text(text_path, before, 6)
+    windows = perplexity.windows_of_text(
+        read, context=4, bos=1, longest=8, tokenizer=before
+    )
+    again = perplexity.retokenize_windows(windows, after)
+    assert again.text == "seen also <unk> seen <unk> also seen"
+    assert again.bytes == windows.bytes
