@@ -212,6 +212,16 @@ def _write_tensors(
         byte_shape = gguf.quant_shape_to_byte_shape(shape, quantization)
         size, float32 = int(np.prod(byte_shape)), np.dtype(np.float32)
         writer.add_tensor_info(name, shape, float32, size, quantization)
+    with contextlib.closing(writer):
+        _write_data(gguf, writer, tensors, advance)
+
+
+def _write_data(
+    gguf: Any,
+    writer: Any,
+    tensors: Sequence[_Tensor],
+    advance: Callable[[str, int], Any],
+) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -225,7 +235,6 @@ def _write_tensors(
         )
         writer.write_tensor_data(gguf.quants.quantize(array, quantization))
         advance(tensor.name, tensor.bytes)
-    writer.close()
 
 
 def _file_type(gguf: Any, type: GGUFType) -> int:

@@ -191,12 +191,13 @@ def _digest(path: Path) -> str:
     binary = path.suffix in (_ROWS, _IDS)
     # One pass for both.
     sink, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
+    size = path.stat().st_size
     with open(path, "rb") as file:
         while part := file.read(_CHUNK):
             sink.update(part)
             try:
                 if not binary:
-                    decoder.decode(part, final=len(part) < _CHUNK)
+                    decoder.decode(part, final=file.tell() == size)
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"'{path}' must be UTF-8, but {error}; convert it"

@@ -131,9 +131,40 @@ def test_a_template_that_names_no_token_of_its_table_is_refused(place):
         hf.load_tokenizer(place)
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "begins"),
+    [
+        ("llama", "GPTNeoXTokenizerFast", False),
+        ("gpt_neox", None, False),
+        ("olmoe", None, False),
+        ("olmo2", "GPTNeoXTokenizerFast", True),
+        ("qwen2", "GPTNeoXTokenizer", True),
+    ],
+)
+def test_the_class_is_that_of_transformers_for_a_family(place, family, name, begins):
+    write(place, "bos", name=name)
+    tiny_hf.edit(place, model_type=family)
+    assert hf.load_tokenizer(place).begins == begins
+    tiny_hf.edit(place, model_type="llama")
+
+
+def test_special_tokens_of_an_older_directory_are_those_of_its_map(place):
+    write(place, "none", bos=None)
+    tokens = {"bos_token": "<s>", "eos_token": {"content": "<pad>"}}
+    (place / "special_tokens_map.json").write_text(json.dumps(tokens))
+    tokenizer = hf.load_tokenizer(place)
+    assert (tokenizer.bos, 0 in tokenizer.eos) == (1, True)
+    settings = {"added_tokens_decoder": {}}
+    (place / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert 0 not in hf.load_tokenizer(place).eos
+    (place / "special_tokens_map.json").unlink()
+
+
 @pytest.mark.full
 @pytest.mark.parity
-@pytest.mark.parametrize("family", ["llama", "gpt-neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt-neox", "olmo2", "granite", "phi3", "mistral", "qwen2"]
+)
 @pytest.mark.parametrize("name", CLASSES)
 def test_texts_begin_as_those_of_transformers(place, name, family):
     transformers = pytest.importorskip("transformers")

@@ -58,6 +58,11 @@ def test_left_out_attributes_have_the_defaults_of_the_family():
     assert _read("gemma3", layer_types=..., sliding_window_pattern=2).windows == (
         (5, None) * 2
     )
+    with pytest.raises(ValueError, match="_sliding_window_pattern must be sliding_"):
+        _read("gemma3", layer_types=..., _sliding_window_pattern=2)
+    for name, kv_heads in (("gemma3", 4), ("mistral", 8), ("qwen2", 32)):
+        heads = {"num_attention_heads": 32, "num_key_value_heads": ...}
+        assert _read(name, **heads, head_dim=16).kv_heads == kv_heads
     assert _read("mistral", sliding_window=...).windows == (4096, 4096)
     assert _read("mistral", sliding_window=None).windows == (None, None)
     assert _read("llama", num_key_value_heads=None).kv_heads == 4

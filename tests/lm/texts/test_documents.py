@@ -235,3 +235,12 @@ def test_conversations_keep_the_bos_that_only_their_template_writes(tmp_path):
         )
         text = text_files.read_text(tmp_path / "a.jsonl", hf.load_tokenizer(place), 97)
         assert text.tokens.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["reasoning", "thinking", "reasoning_content"])
+def test_reasoning_has_the_name_that_the_template_reads(name):
+    for read in ("reasoning_content", "thinking"):
+        template = ChatTemplate("{{ messages[0]." + read + " }}", {})
+        assert template.render([{"role": "assistant", name: "since"}]) == "since"
+    silent = ChatTemplate("{{ messages[0].reasoning_content is defined }}", {})
+    assert silent.render([{"role": "assistant", "content": "a"}]) == "False"

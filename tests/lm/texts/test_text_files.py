@@ -50,6 +50,7 @@ def test_a_text_is_read_without_bos_and_lines_of_json_are_joined(tokenizer, tmp_
         ("a.npy", b"w5 w6", r"a.npy' must be an array that numpy.save wrote"),
         ("a.npy", b"", r"a.npy' must be an array that numpy.save wrote"),
         ("a.txt", b"w5 " * 2**23 + b"\xff", "must be UTF-8"),
+        ("a.txt", b"w5 w6 w7" * (2**21 - 1) + b"w5 w6 w\xe2", "must be UTF-8"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_refused(

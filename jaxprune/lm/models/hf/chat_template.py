@@ -58,7 +58,7 @@ class ChatTemplate:
             ) from None
         try:
             text: str = _compiled(self.source).render(
-                messages=list(messages),
+                messages=list(map(_with_reasoning, messages)),
                 tools=None,
                 documents=None,
                 add_generation_prompt=False,
@@ -71,6 +71,18 @@ class ChatTemplate:
                 "give conversations that it knows, or plain text"
             ) from None
         return text
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose reasoning has the names that templates know, as transformers'."""
+    texts = (message.get(name) for name in _REASONING)
+    reasoning = next((text for text in texts if text is not None), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def find_chat_template(

@@ -25,9 +25,12 @@ from jaxprune.lm.models.hf import chat_template
 from jaxprune.lm.models.hf.chat_template import ChatTemplate
 
 _FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
-_GENERATION = "generation_config.json"
+_GENERATION, _SPECIAL = "generation_config.json", "special_tokens_map.json"
 # transformers 5 makes this class anew, without the template of tokenizer.json.
 _WITHOUT_TEMPLATE = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast")
+# It takes that class for these where none is named, and another for those whichever is.
+_UNNAMED = ("gpt_neox", "olmoe")
+_ANOTHER = ("granite", "mistral", "mixtral", "olmo2", "phi3", "phi3_v", "qwen2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +121,9 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     opened = open_directory(directory)
     tokens = _read_tokenizer(opened.path)
     settings = _settings(opened.path, _SETTINGS)
+    if "added_tokens_decoder" not in settings:  # an older directory
+        named = _settings(opened.path, _SPECIAL)
+        settings |= {key: named[key] for key in named if key.endswith("_token")}
     generating = _settings(opened.path, _GENERATION)
     bos = _token(tokens, settings.get("bos_token"))
     if bos is None:
@@ -189,8 +195,10 @@ def _panics_refused(sentence: str) -> Iterator[None]:
 def _tokenizer_class(settings: dict[str, Any], config: dict[str, Any]) -> Any:
     """The name of transformers' class, as far as a directory says it."""
     named = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    of_family = "GPTNeoXTokenizer" if config.get("model_type") == "gpt_neox" else None
-    return named or of_family
+    family = config.get("model_type")
+    if family in _ANOTHER:
+        return None
+    return named or (_WITHOUT_TEMPLATE[0] if family in _UNNAMED else None)
 
 
 def _template_prefix(tokens: Any, path: Path) -> list[int]:

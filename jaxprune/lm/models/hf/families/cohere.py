@@ -38,7 +38,7 @@ def _fields_2(a: Attributes) -> Fields:
         head_dim = fields["head_dim"]
         a.wrong("head_dim", f"hidden_size / num_attention_heads = {expected}", head_dim)
     size = family.window(a, 4096)
-    pattern = a.size("_sliding_window_pattern", a.size("sliding_window_pattern", 4))
+    pattern = family.window_pattern(a, 4)
     if (switch := a.size("layer_switch", pattern)) != pattern:  # its older name
         a.wrong("layer_switch", f"sliding_window_pattern={pattern}", switch)
     sliding = family.alternating(a, size, pattern)

@@ -266,6 +266,17 @@ def alternating(a: Attributes, size: int | None, pattern: int) -> list[bool]:
     return sliding
 
 
+def window_pattern(a: Attributes, default: int) -> int:
+    """After how many layers one sees all, where `layer_types` does not say."""
+    pattern = a.size("sliding_window_pattern", default)
+    # transformers writes this name and does not read it.
+    written = a.size("_sliding_window_pattern", pattern)
+    if written != pattern and a.raw("layer_types") is None:
+        needed = f"sliding_window_pattern={pattern}, without layer_types"
+        a.wrong("_sliding_window_pattern", needed, written)
+    return pattern
+
+
 def window(a: Attributes, default: int | None) -> int | None:
     """How many tokens a token sees; null says all."""
     size = a.raw("sliding_window", default)

@@ -9,10 +9,9 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    fields = family.common_sizes(a, head_dim=256, tied=True)
+    fields = family.common_sizes(a, head_dim=256, kv_heads=4, tied=True)
     size = family.window(a, 4096)
-    pattern = a.size("_sliding_window_pattern", a.size("sliding_window_pattern", 6))
-    sliding = family.alternating(a, size, pattern)
+    sliding = family.alternating(a, size, family.window_pattern(a, 6))
     return {
         **fields,
         "norm": "rms_plus_one",

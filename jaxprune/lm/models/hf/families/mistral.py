@@ -6,7 +6,7 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    fields = family.like_llama(a)
+    fields = family.like_llama(a, kv_heads=8)
     return {**fields, "windows": (family.window(a, 4096),) * fields["layers"]}
 
 

@@ -6,12 +6,12 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 
 
 def _fields_2(a: Attributes) -> Fields:
-    fields = family.like_llama(a)
+    fields = family.like_llama(a, kv_heads=32)
     return {**fields, "qkv_bias": True, "windows": _windows(a, fields["layers"])}
 
 
 def _fields_3(a: Attributes) -> Fields:
-    fields = family.like_llama(a, head_dim=128)
+    fields = family.like_llama(a, head_dim=128, kv_heads=32)
     return {
         **fields,
         **family.biased(a),
