@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +98,16 @@ def job_facts(
     Returns:
       A JSON-able record; a run goes on only with the progress of an equal one.
     """
-    configs = [n for n in source.others if n.endswith((".json", ".jinja"))]
     recovery, evaluation = job.recovery, job.evaluation
     facts: dict[str, Any] = {}
     if recovery.recover_steps:
         # Texts, and the rows of them that are drawn.
         facts["trained"] = fingerprint.of_arrays([texts.training])
-    if (teacher := recovery.recover_teacher) is not None:
-        facts["teacher"] = _times(teacher, sorted(open_directory(teacher).metadata))
+    if recovery.recover_teacher is not None:
+        facts["teacher"] = _times(open_directory(recovery.recover_teacher))
     return facts | {
         "model": str(source.path),
-        "files": _times(source.path, (*source.metadata, *configs)),
+        "files": _times(source),
         "ignored_config": list(job.loading.ignore_config),
         "dtype": job.loading.dtype,
         "calibration": [text.sha256 for text in texts.calibration],
@@ -129,9 +128,13 @@ def job_facts(
     }
 
 
-def _times(directory: Path, names: Iterable[str]) -> dict[str, list[int]]:
-    """Sizes and times of files: to hash weights would take as long as to read them."""
-    stats = {name: (directory / name).stat() for name in names}
+def _times(source: CheckpointDir) -> dict[str, list[int]]:
+    """Sizes and times of the files that decide what a model computes and writes.
+
+    To hash weights would take as long as to read them.
+    """
+    configs = [n for n in source.others if n.endswith((".json", ".jinja"))]
+    stats = {n: (source.path / n).stat() for n in sorted([*source.metadata, *configs])}
     return {n: [stat.st_size, stat.st_mtime_ns] for n, stat in stats.items()}
 
 

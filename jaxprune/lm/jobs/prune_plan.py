@@ -19,6 +19,7 @@ from jaxprune.lm.jobs.model_pruning import ModelPruning
 from jaxprune.lm.jobs.opening import open_for_job
 from jaxprune.lm.jobs.plan_words import say_needs, say_refinement, say_texts
 from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.jobs.samples import prepare_samples
 from jaxprune.typing import Pattern
 
 _HEAVIER = {"alps": 2.5}  # than SparseGPT
@@ -109,10 +110,11 @@ def _plan_streaming(job: PruneJob, pattern: Pattern) -> _Plan:
         if why_kept(name, info, exclude) is None
     }
     needs = estimates.streaming_needs(source)
-    if not job.evaluation.evaluate:
+    if not job.runs_model:
         return _Plan(source, names, needs, None)
     texts = inputs.read_texts(job, source)
     model = open_for_job(job.model, job.loading, job.devices)
+    prepare_samples(job, source, texts, model.config.context)
     calibration = job.calibration
     work = estimates.count_work(calibration, model, texts)
     # Before and after.

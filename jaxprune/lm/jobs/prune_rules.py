@@ -77,7 +77,7 @@ _SHARES = (
         "leave --sparsity out",
     ),
     Rule(
-        lambda v: v.fixed is None or v.allocation in ("layer", "global"),
+        lambda v: v.fixed is None or v.allocation == "layer",
         "--allocation {allocation} needs one sparsity to share out, but {pattern} "
         "removes exactly {fixed:.4g} of each weight",
         "leave --allocation out",

@@ -48,9 +48,12 @@ RECOVERED = ("--recover-steps", "2", "--recover-text", "a.txt")
         ),
         (refused(*CALIBRATED, "--sparsity", "0.6", "--pattern", "2:4"), "exactly 0.5"),
         (refused(*CALIBRATED, "--pattern", "1:3"), "divisible by 3, got 32 at 'model"),
-        (
-            refused(*CALIBRATED, "--pattern", "2:4", "--allocation", "owl"),
-            "needs one sparsity to share out",
+        *(
+            (
+                refused(*CALIBRATED, "--pattern", "2:4", "--allocation", name),
+                f"--allocation {name} needs one sparsity to share out",
+            )
+            for name in ("owl", "global")
         ),
         (refused(*HALF, "--calibration", "self", "self"), "self is given twice"),
         (

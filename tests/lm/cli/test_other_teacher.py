@@ -13,7 +13,7 @@ from tests.support.tiny_tokenizers import model_folder, text
 pytest.importorskip("tyro")
 pytest.importorskip("tokenizers")
 
-from jaxprune.lm.jobs import inputs
+from jaxprune.lm.jobs import inputs, model_pruning
 
 __all__ = ["place"]
 
@@ -126,3 +126,25 @@ def test_what_is_learned_from_texts_follows_no_teacher(capsys, place):
     code, _, err = prune(capsys, place, "model", "refused", *STEPS, *words)
     assert code == 1
     assert "so it needs --recover-by distillation" in err
+
+
+@pytest.mark.full
+def test_a_teacher_that_changed_is_not_followed_by_what_it_said(
+    capsys, place, tmp_path, monkeypatch
+):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(place / "model", teacher)
+    words = (*STEPS, "--recover-teacher", teacher)
+
+    def full(*_, **__):
+        raise OSError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model_pruning, "write_pruned", full)
+        assert prune(capsys, place, "model", "changed", *words)[0] == 1
+    tiny_hf.edit(teacher, rms_norm_eps=0.5)
+    code, changed, err = prune(capsys, place, "model", "changed", *words)
+    assert code == 0, err
+    code, afresh, _ = prune(capsys, place, "model", "afresh", *words)
+    assert code == 0
+    assert changed["distillation"]["losses"] == afresh["distillation"]["losses"]

@@ -106,6 +106,10 @@ def test_the_plan_says_what_an_effort_does_afterwards(
         (["--calibration", "none.txt"], "there is no none.txt"),
         (["--exclude", "*.nothing", "--method", "magnitude"], "must match"),
         (["--method", "magnitude", "--pattern", "7:14"], "divisible by 14"),
+        (
+            ["--method", "magnitude", "--prompt", "w5", "--prompt-steps", "500"],
+            "must fit the model's context",
+        ),
     ],
 )
 def test_a_plan_refuses_what_the_job_would_refuse(
