@@ -44,12 +44,12 @@ def grouped_matmul(
       >>> grouped_matmul(rows, packed, jnp.array([2, 1])).tolist()
       [[2.0], [2.0], [3.0]]
     """
-    return _product(jnp.asarray(rows), packed, jnp.asarray(sizes), precision)
+    return _grouped(jnp.asarray(rows), packed, jnp.asarray(sizes), precision)
 
 
 # The number of blocks is traced, and JAX does not differentiate such a loop.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _product(
+def _grouped(
     rows: jax.Array, packed: PackedMatrix, sizes: jax.Array, precision: Any
 ) -> jax.Array:
     def multiply(x: jax.Array, matrix: PackedMatrix) -> jax.Array:
@@ -91,7 +91,7 @@ def _forward(
     )
     # The rows themselves are not needed, but their dtype is.
     kept = jnp.zeros((0, rows.shape[1]), rows.dtype), packed, sizes
-    return _product(rows, packed, sizes, precision), kept
+    return _grouped(rows, packed, sizes, precision), kept
 
 
 def _is_primal(leaf: Any) -> bool:
@@ -114,7 +114,7 @@ def _backward(precision: Any, kept: Any, cotangent: Any) -> Any:
     return to_rows.astype(empty.dtype), None, None
 
 
-_product.defvjp(_forward, _backward, symbolic_zeros=True)
+_grouped.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _block_length(rows: int, groups: int) -> int:

@@ -15,6 +15,12 @@ def fewest_units(config: DecoderConfig) -> tuple[int, int]:
     """The least number of units of heads of a layer, and of query heads of a key head.
 
     Layers with one head lose none and do not count.
+
+    Args:
+      config: shape of the model.
+
+    Returns:
+      The two numbers.
     """
     layers = [config.sizes(layer) for layer in range(config.layers)]
     heads = [n if kv == 1 else kv for n, kv, _ in layers if n > 1]
