@@ -228,17 +228,21 @@ def narrow(
     fn, example, groups = group_axes(model)
     roles = group_roles(groups, model.config)
     request = narrowing_request(narrowing, roles, model.config)
-    scores, timed = jp.scores.magnitude(model.params), None
+    timed = None
     if narrowing.measure == "milliseconds":
         # Times differ from run to run: one that goes on takes what was chosen by the
         # first, and the solved layers are of those numbers.
         place = work / _CHOSEN
         if not place.is_file():
+            # Which units go does not matter to the time.
+            scores = jp.scores.magnitude(model.params)
             chosen = jp.shrink(fn, model.params, example, scores, **request).report
+            del scores
             atomic.replace_json(place, _shares_and_times(chosen))
         timed = read_json(place)
         request = {"sparsity": timed["shares"]}
     if tokens is None:
+        scores = jp.scores.magnitude(model.params)
         result = jp.shrink(fn, model.params, example, scores, **request)
     else:
         batches = equal_batches(tokens, batch)
