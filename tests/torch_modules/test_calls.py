@@ -34,7 +34,7 @@ def test_an_entry_of_tensors_and_others_is_refused(pair):
         jp.torch.function(Scaled(), {"pair": pair})
 
 
-def test_an_entry_of_tensors_and_none_is_an_argument():
+def test_a_named_tuple_of_tensors_is_an_argument():
     Pair = collections.namedtuple("Pair", ["x", "scale"])
     pair = Pair(torch.ones(3, 4), torch.full((), 3.0))
     fn, params = jp.torch.function(Scaled(), {"pair": pair})

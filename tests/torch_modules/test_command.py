@@ -16,7 +16,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.lm import cli
-from tests.support import tiny_transformers
+from tests.support import tiny_hf, tiny_transformers
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -248,6 +248,17 @@ def test_a_model_that_was_widened_is_measured_as_it_is_written(place, tmp_path, 
     code, _, err = run(capsys, "shrink", tmp_path / "vit", out, *words)
     assert code == 0, err
     assert {array.dtype.name for array in weights(out).values()} == {"bfloat16"}
+
+
+def test_the_dtype_is_that_of_the_files_whatever_the_configuration_says(
+    place, tmp_path
+):
+    from jaxprune.lm.torch_models import opening
+
+    shutil.copytree(place / "vit", tmp_path / "vit")
+    tiny_hf.edit(tmp_path / "vit", dtype="bfloat16")
+    module, _ = opening.load_module(tmp_path / "vit", type(loaded(place / "vit")))
+    assert module.dtype is torch.float32
 
 
 def test_experts_that_were_joined_are_rounded_and_named_as_they_are(tmp_path):

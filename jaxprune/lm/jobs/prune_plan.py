@@ -114,7 +114,7 @@ def _plan_streaming(job: PruneJob, pattern: Pattern) -> _Plan:
         return _Plan(source, names, needs, None)
     texts = inputs.read_texts(job, source)
     model = open_for_job(job.model, job.loading, job.devices)
-    prepare_samples(job, source, texts, model.config.context)
+    prepare_samples(job, source, texts, model.config.context)  # or refuses them
     calibration = job.calibration
     work = estimates.count_work(calibration, model, texts)
     # Before and after.

@@ -124,7 +124,7 @@ _REMOVAL = (
     ),
     Rule(
         lambda v: not v.correction or v.ffn or v.heads or v.query_heads or v.budget,
-        "--correction is of what neurons and heads that go leave behind; give --ffn, "
+        "--correction makes up for neurons and heads that go; give --ffn, "
         "--heads, --query-heads or --budget too, or leave it out",
     ),
     at_least("speed_rounds", 0),

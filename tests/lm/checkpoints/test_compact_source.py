@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from jaxprune.lm.checkpoints import compact
+from jaxprune.lm.checkpoints import compact, compact_source
 from jaxprune.lm.checkpoints.checkpoint_dir import Damaged, open_directory
 from jaxprune.lm.checkpoints.compact_source import open_source
+from jaxprune.lm.models import hf
+from jaxprune.lm.models.hf import parameters
 from tests.support import tiny_cli
 from tests.support.zeroed import write_zeros
 
@@ -38,6 +40,22 @@ def test_its_tensors_and_small_files_are_the_directorys(file):
             assert content == (directory.path / name).read_bytes()
         scratch = source.path
     assert not scratch.exists()
+
+
+def test_a_tensor_is_decoded_once_however_many_blocks_it_has(file, monkeypatch):
+    decoded = []
+    checked = compact_source.checked_tensor
+
+    def noted(archive, name):
+        decoded.append(name)
+        return checked(archive, name)
+
+    monkeypatch.setattr(compact_source, "checked_tensor", noted)
+    monkeypatch.setattr(parameters, "_BLOCK", 64)  # weights
+    with open_source(file) as source:
+        hf.load(source)
+    assert decoded
+    assert len(decoded) == len({*decoded})
 
 
 def test_a_directory_is_opened_as_it_is(file):

@@ -316,7 +316,7 @@ def test_an_earlier_result_is_replaced_when_asked(place, capsys):
         (
             "llama",
             ("--drop-layers", "1", "--correction", "1", "--calibration", "rows.npy"),
-            "--correction is of what neurons and heads that go leave behind",
+            "--correction makes up for neurons and heads that go; give",
         ),
         ("llama", ("--budget", "2"), "--budget must be a share"),
         ("llama", ("--budget", "0.5", "--ffn", "0.5"), "leave out --ffn"),
