@@ -89,6 +89,24 @@ def test_bfloat16_logits_are_near_those_of_transformers(tmp_path):
     assert np.abs(got - exact).mean() <= 1.1 * np.abs(expected - exact).mean()
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["granite", "gemma2", "gemma3"])  # gemma's is rounded
+def test_embeddings_in_bfloat16_are_those_of_transformers(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    theirs = tiny_hf.torch_model(name, tmp_path, dtype="bfloat16", layers=1)
+    if name == "granite":
+        theirs.model.embedding_multiplier = 12.3
+        tiny_hf.edit(tmp_path, embedding_multiplier=12.3)
+    tokens = tiny_hf.tokens()
+    with torch.no_grad():
+        ids = torch.from_numpy(tokens).long()
+        # What the first layer gets, before anything else is computed.
+        expected = theirs(ids, output_hidden_states=True).hidden_states[0]
+    loaded = hf.load(tmp_path)
+    got = np.asarray(loaded.model.embed(tokens), np.float32)
+    np.testing.assert_array_equal(got, expected.float().numpy())
+
+
 # ---- what is read, and what comes back
 
 

@@ -13,6 +13,7 @@ from jaxprune.lm.models.decoder.layers import (
     KVCache,
     Norm,
     apply_norm,
+    scaled,
 )
 
 
@@ -65,21 +66,15 @@ class Block(nnx.Module):
             y, kv_cache = self.attention(
                 normalised, cos_sin, mask, kv_cache, cache_length
             )
-            x = x + self._scaled(apply_norm(self.norm_attended, y))
+            x = x + scaled(apply_norm(self.norm_attended, y), self.residual_scale)
         if self.mlp is None:
             return x, kv_cache
         if self.parallel:  # the MLP does not see what attention adds
             if self.norm_mlp is not None:
                 normalised = self.norm_mlp(before)
-            return x + self._scaled(self.mlp(normalised)), kv_cache
+            return x + scaled(self.mlp(normalised), self.residual_scale), kv_cache
         y = self.mlp(apply_norm(self.norm_mlp, x))
-        return x + self._scaled(apply_norm(self.norm_added, y)), kv_cache
-
-    def _scaled(self, y: Array) -> Array:
-        # In float32: in bfloat16 the factor itself would lose digits.
-        if self.residual_scale == 1:
-            return y
-        return (y.astype(jnp.float32) * self.residual_scale).astype(y.dtype)
+        return x + scaled(apply_norm(self.norm_added, y), self.residual_scale), kv_cache
 
 
 def _mlp(config: DecoderConfig, neurons: int, rngs: nnx.Rngs) -> Experts | MLP | None:

@@ -11,6 +11,8 @@ import functools
 from collections.abc import Collection
 from typing import Any, Literal, NamedTuple, get_args
 
+import jax.numpy as jnp
+
 from jaxprune.arrays import rules
 from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.decoder.rope import Rope
@@ -118,7 +120,8 @@ class DecoderConfig:
       layer_sizes: sizes of each layer, which then take the place of heads, kv_heads and
         mlp_width; () for those everywhere.
       tie_weights: whether the output head is the token embedding.
-      embedding_scale: factor on the embedding, rounded to `dtype`.
+      embedding_scale: factor on the embedding.
+      embedding_scale_rounded: whether that factor is rounded to `dtype` itself.
       head_bias: whether the output head has a bias.
       logit_scale: factor on the logits.
       logit_softcap: c of c tanh(logit / c); None for none.
@@ -173,6 +176,7 @@ class DecoderConfig:
     # Embedding and head.
     tie_weights: bool = False
     embedding_scale: float = 1.0
+    embedding_scale_rounded: bool = False
     head_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
@@ -205,6 +209,12 @@ class DecoderConfig:
     def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "DecoderConfig":
         """The same shape with products of another type."""
         return dataclasses.replace(self, dtype=dtype)
+
+    @property
+    def embedding_factor(self) -> float:
+        """The factor on the embedding, as it is multiplied by."""
+        rounded = jnp.dtype(self.dtype if self.embedding_scale_rounded else float)
+        return float(rounded.type(self.embedding_scale))
 
     @property
     def switches(self) -> tuple[int, ...]:

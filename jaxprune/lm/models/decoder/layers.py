@@ -315,6 +315,11 @@ def _softmax_with_sinks(
     return exponentials / total
 
 
+def scaled(x: Float[Array, "..."], factor: float) -> Float[Array, "..."]:
+    """x times a factor that keeps its digits: in bfloat16 it would lose them."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 def embedding(config: Any, rows: int, rngs: nnx.Rngs) -> nnx.Embed:
     """A table (rows, width), normal with deviation 0.02 at the beginning."""
     return nnx.Embed(

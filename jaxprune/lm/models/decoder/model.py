@@ -28,7 +28,7 @@ from jaxprune.lm.models.decoder.block import Block
 from jaxprune.lm.models.decoder.cache import Cache as Cache
 from jaxprune.lm.models.decoder.cache import check_length, check_tokens, empty_cache
 from jaxprune.lm.models.decoder.config import DecoderConfig as DecoderConfig
-from jaxprune.lm.models.decoder.layers import Linear, Norm, embedding
+from jaxprune.lm.models.decoder.layers import Linear, Norm, embedding, scaled
 from jaxprune.lm.models.decoder.rope import cos_and_sin
 from jaxprune.lm.models.placement import look_up, row_sharding
 
@@ -108,9 +108,8 @@ class Decoder(nnx.Module):
     def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time w"]:
         """The residual stream before the first layer, (batch, time, width)."""
         check_tokens(tokens, "Decoder")
-        x = look_up(self.embedding, tokens)  # (batch, time, width)
-        scale = self.config.embedding_scale
-        return x if scale == 1 else x * jnp.array(scale, x.dtype)
+        # (batch, time, width)
+        return scaled(look_up(self.embedding, tokens), self.config.embedding_factor)
 
     def states(
         self,

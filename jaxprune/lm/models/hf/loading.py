@@ -26,6 +26,7 @@ from jaxprune.lm.checkpoints.checkpoint_dir import (
     open_directory,
 )
 from jaxprune.lm.models.decoder.config import DecoderConfig
+from jaxprune.lm.models.decoder.layers import scaled
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.hf import families, parameters
 from jaxprune.lm.models.hf.parameters import Dtype, Shardings, to_tensors
@@ -177,8 +178,7 @@ def embedded(
     rows = open_directory(directory).read(table.name)[np.asarray(tokens)]
     read_as = parameters.read_dtype(table, dtype)
     x = jnp.asarray(rows, read_as).astype(config.dtype)  # (batch, time, width)
-    scale = config.embedding_scale
-    return x if scale == 1 else x * jnp.array(scale, x.dtype)
+    return scaled(x, config.embedding_factor)
 
 
 def tensors(

@@ -22,6 +22,7 @@ def _fields(a: Attributes) -> Fields:
         "block": "sandwich",
         "activation": family.activation(a, "hidden_activation", "gelu_pytorch_tanh"),
         "embedding_scale": math.sqrt(fields["width"]),
+        "embedding_scale_rounded": True,
         "attention_scale": a.number("query_pre_attn_scalar", 256) ** -0.5,
         "attention_softcap": a.optional("attn_logit_softcapping", 50.0),
         "logit_softcap": a.optional("final_logit_softcapping", 30.0),

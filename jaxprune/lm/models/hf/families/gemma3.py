@@ -20,6 +20,7 @@ def _fields(a: Attributes) -> Fields:
         "activation": family.activation(a, "hidden_activation", "gelu_pytorch_tanh"),
         **family.biased(a),
         "embedding_scale": math.sqrt(fields["width"]),
+        "embedding_scale_rounded": True,
         "attention_scale": a.number("query_pre_attn_scalar", 256) ** -0.5,
         "logit_softcap": a.optional("final_logit_softcapping"),
         "ropes": rope_config.full_and_sliding(a, fields),
