@@ -21,6 +21,8 @@ from jaxprune.lm.jobs.opening import note_ignored, open_for_job
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.samples import Samples, prepare_samples
 from jaxprune.lm.measure.machine import Costs
+from jaxprune.lm.models.decoder.model import Decoder
+from jaxprune.lm.models.loaded_model import LoadedModel
 
 
 def prune_by_magnitude(
@@ -44,8 +46,16 @@ def prune_by_magnitude(
     """
     costs = Costs()
     with costs.phase("read"):
-        source = _open_source(job)
-    look = _look_at_dense(job, source, console, costs) if job.runs_model else None
+        source = open_directory(job.model)
+        check_globs(job.pruning.exclude, source.tensors)
+        # Texts and prompt are refused before all weights are read.
+        look = _open_look(job, source, console) if job.runs_model else None
+        progress_dir.check_room(job, source, 1)  # there is no progress
+        # All of it: what is not pruned is copied later, and never looked at.
+        check_names(nonfinite_tensors(source))
+    if look is not None:
+        with costs.phase("evaluate before"):
+            look.at_dense()
     pruning = contextlib.ExitStack()  # closed where the weights are written
 
     def finish(
@@ -57,8 +67,7 @@ def prune_by_magnitude(
         if look is not None:
             with costs.phase("evaluate after"):
                 pruned = open_for_job(written, job.loading, job.devices).read()
-                look.measurements.add("pruned", pruned.decoder())
-                look.samples.add("pruned", pruned.decoder())
+                look.at_pruned(pruned.decoder())
             facts["perplexity"] = look.measurements.perplexity
             facts["samples"] = look.samples.written
         counts = {k: (v["zeros"], v["size"]) for k, v in record["tensors"].items()}
@@ -89,24 +98,22 @@ def prune_by_magnitude(
 class _Look(NamedTuple):
     """What the model is before, and will be after."""
 
+    model: LoadedModel
     measurements: Measurements
     samples: Samples
 
+    def at_dense(self) -> None:
+        decoder = self.model.read().decoder()
+        self.measurements.measure_dense(decoder)
+        self.samples.add("dense", decoder)
 
-def _open_source(job: PruneJob) -> CheckpointDir:
-    """The directory, after all has been refused that can be before it is pruned."""
-    source = open_directory(job.model)
-    check_globs(job.pruning.exclude, source.tensors)
-    progress_dir.check_room(job, source, 1)  # there is no progress
-    # All of it: what is not pruned is copied later, and never looked at.
-    check_names(nonfinite_tensors(source))
-    return source
+    def at_pruned(self, decoder: Decoder) -> None:
+        self.measurements.add("pruned", decoder)
+        self.samples.add("pruned", decoder)
 
 
-def _look_at_dense(
-    job: PruneJob, source: CheckpointDir, console: Console, costs: Costs
-) -> _Look:
-    """Loads the dense model for once, measures it and lets it write."""
+def _open_look(job: PruneJob, source: CheckpointDir, console: Console) -> _Look:
+    """The model, what it will be measured on, and what it will continue."""
     texts = inputs.read_texts(job, source)
     model = open_for_job(job.model, job.loading, job.devices)
     note_ignored(model, console)
@@ -114,8 +121,4 @@ def _look_at_dense(
         texts, job.calibration.batch, job.evaluation.any_perplexity, console
     )
     samples = prepare_samples(job, source, texts, model.config.context)
-    with costs.phase("evaluate before"):
-        decoder = model.read().decoder()
-        measurements.measure_dense(decoder)
-        samples.add("dense", decoder)
-    return _Look(measurements, samples)
+    return _Look(model, measurements, samples)

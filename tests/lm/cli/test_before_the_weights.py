@@ -21,7 +21,7 @@ pytest.importorskip("tokenizers")
 
 from jaxprune.lm import cli
 from jaxprune.lm.cli import inspect as inspect_command
-from jaxprune.lm.jobs import passes
+from jaxprune.lm.jobs import passes, prune_streaming
 from jaxprune.lm.models.loaded_model import LoadedModel
 
 __all__ = ["place"]
@@ -287,3 +287,21 @@ def test_folders_of_the_model_come_along_and_what_does_not_is_named(
     assert code == 1
     assert "is whole, and this very command made it" in err
     assert tiny_cli.weights(tmp_path / "out").keys() == tiny_cli.tensors().keys()
+
+
+def test_a_streamed_pruning_looks_at_its_texts_first(
+    place, tmp_path, capsys, monkeypatch
+):
+    def read(source):
+        raise AssertionError("the weights are read")
+
+    monkeypatch.setattr(prune_streaming, "nonfinite_tensors", read)
+    np.save(tmp_path / "foreign.npy", np.full((1, 16), 97, np.int32))
+    words = ["prune", place / "model", tmp_path / "out", "--method", "magnitude"]
+    words += ["--sparsity", "0.5", "--length", "16"]
+    code, _, err = run(capsys, *words, "--evaluate", tmp_path / "foreign.npy")
+    assert code == 1
+    assert "foreign.npy" in err
+    code, _, err = run(capsys, *words, "--prompt", "w4", "--prompt-steps", "1000")
+    assert code == 1
+    assert "--prompt-steps 1000; take fewer steps" in err

@@ -1,6 +1,5 @@
 """A block of a `Decoder`: where norms stand, and what is added to what."""
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
