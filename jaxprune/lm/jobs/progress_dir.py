@@ -17,6 +17,7 @@ from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.settings import Job
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
+from jaxprune.lm.measure import machine
 from jaxprune.posttraining import fingerprint
 
 _BEGUN = "command.json"  # which job the progress is of
@@ -106,6 +107,8 @@ def job_facts(
     if recovery.recover_teacher is not None:
         facts["teacher"] = _times(open_directory(recovery.recover_teacher))
     return facts | {
+        # Half by one method and half by its next release would be neither's.
+        "jaxprune": machine.versions().get("jaxprune"),
         "model": str(source.path),
         "files": _times(source),
         "ignored_config": list(job.loading.ignore_config),

@@ -22,6 +22,7 @@ pytest.importorskip("tokenizers")
 from jaxprune.lm import cli
 from jaxprune.lm.cli import inspect as inspect_command
 from jaxprune.lm.jobs import passes, prune_streaming
+from jaxprune.lm.measure import machine
 from jaxprune.lm.models.loaded_model import LoadedModel
 
 __all__ = ["place"]
@@ -86,7 +87,7 @@ def test_attributes_that_are_ignored_are_named(place, tmp_path, capsys):
 
 
 def test_the_work_of_another_job_is_refused_before_the_model_is_measured(
-    place, tmp_path, capsys, no_weights
+    place, tmp_path, capsys, monkeypatch, no_weights
 ):
     def prune(*options):
         return run(
@@ -105,6 +106,11 @@ def test_the_work_of_another_job_is_refused_before_the_model_is_measured(
     code, _, err = prune("--seed", "2")
     assert code == 1
     assert "belongs to another job: seed was 1 and is 2" in err
+    versions = {**machine.versions(), "jaxprune": "9.9"}
+    monkeypatch.setattr(machine, "versions", lambda: versions)
+    code, _, err = prune("--seed", "1")
+    assert code == 1
+    assert "is 9.9" in err
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
