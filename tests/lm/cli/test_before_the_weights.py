@@ -110,7 +110,7 @@ def test_the_work_of_another_job_is_refused_before_the_model_is_measured(
     monkeypatch.setattr(machine, "versions", lambda: versions)
     code, _, err = prune("--seed", "1")
     assert code == 1
-    assert "is 9.9" in err
+    assert "and is '9.9'" in err
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
