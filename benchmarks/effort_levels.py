@@ -48,7 +48,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs what is missing, prints the table, then one JSON line."""
-    config.work.mkdir(parents=True, exist_ok=True)
+    measure.begin(config.work, config, "sequences", "limit", "dtype")
     rows = list(_rows(config))
     print(columns([list(rows[0]), *([*row.values()] for row in rows)], right=True))
     measure.report("effort_levels", model=config.model.name, rows=rows)

@@ -7,6 +7,7 @@ It needs the extra [gguf] and llama-cpp-python, which pip builds with a C++ comp
 
 import csv
 import dataclasses
+import io
 import json
 import math
 import tempfile
@@ -21,6 +22,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 from scipy.special import logsumexp
 
+from jaxprune.files import atomic
 from jaxprune.lm.export.gguf_file import GGUFType, export_gguf
 from jaxprune.lm.jobs.opening import needed_tokenizer, text_beginning
 from jaxprune.lm.jobs.settings import Loading
@@ -53,15 +55,16 @@ class Config:
 
 def main(config: Config) -> None:
     """Writes the table, a row at a time, and prints it."""
-    with config.table.open("w", newline="", encoding="utf-8") as file:
-        names = [text.stem for text in config.texts]
-        columns = ["model", "by", "megabytes", *names, "geometric_mean"]
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        for row in _rows(config):
-            writer.writerow(row)
-            file.flush()
-            print(json.dumps(row), flush=True)
+    names = [text.stem for text in config.texts]
+    columns = ["model", "by", "megabytes", *names, "geometric_mean"]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in _rows(config):
+        writer.writerow(row)
+        # An older table stays until there is a row.
+        atomic.replace(config.table, table.getvalue().encode())
+        print(json.dumps(row), flush=True)
 
 
 def _rows(config: Config) -> Iterator[dict[str, Any]]:

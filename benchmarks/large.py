@@ -76,6 +76,8 @@ def main(config: Config) -> None:
     if config.alone is not None:
         print(json.dumps(prune_alone(config, config.alone)))
         return
+    if config.out.exists():
+        raise SystemExit(f"'{config.out}' exists; --out is emptied, so give another")
     if config.model == "llama":
         random_checkpoint.write(
             config.out / "model", llama(SHAPES["7 B"], config.layers)

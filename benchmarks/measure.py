@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from jaxprune.arrays.console_progress import Progress
+from jaxprune.files import atomic
 from jaxprune.lm.measure import machine
 
 Clock = Literal["wall", "cpu"]
@@ -200,6 +201,27 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu(),
         "versions": machine.versions("torch"),
     }
+
+
+def begin(place: Path, config: Any, *decisive: str) -> None:
+    """Notes which settings the results of a place are of.
+
+    Args:
+      place: a folder, or the file of a table.
+      config: settings of the benchmark.
+      *decisive: names of those that decide numbers and are in no name of a result.
+
+    Raises:
+      SystemExit: the results there are of others.
+    """
+    folder = place if place.suffix == "" else place.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    path = "settings.json" if folder == place else f"{place.stem}.settings.json"
+    settings = {name: getattr(config, name) for name in decisive}
+    try:
+        atomic.begin_or_resume(folder / path, settings)
+    except ValueError as problem:
+        raise SystemExit(str(problem)) from problem
 
 
 def report(name: str, **fields: Any) -> None:

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks import texts
+from benchmarks import measure, texts
 from benchmarks.commands import HELD_OUT, TRAINED
 from jaxprune.files import atomic
 from jaxprune.lm.report.canvas import COLOURS, FAINT, STYLE, svg
@@ -112,6 +112,8 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs what is missing, then writes the table and the figure."""
+    # Rounds and steps decide speeds alone, which are of one machine's moment anyway.
+    measure.begin(config.work, config, "sequences", "limit")
     paths = texts.write_documents(config.work / "texts", (*TRAINED, *HELD_OUT))
     models = {name: _made(config, name, paths) for name in config.forms}
     if "measure" in config.stages:

@@ -71,6 +71,8 @@ def main(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         texts = held_out(config.texts, config.held_out, config.sequences, Path(folder))
         cells = _cells(config, texts)
+        if unknown := {*config.cells} - {name for name, _ in cells}:
+            raise SystemExit(f"there is no cell {', '.join(sorted(unknown))}")
         chosen = [c for c in cells if c[0] in config.cells or not config.cells]
         for name, command in measure.progress(chosen, "running", "cell"):
             run_cell(config.out / f"{name}.json", command, config.threads)

@@ -55,7 +55,8 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs what is missing, prints the table, then one JSON line."""
-    config.work.mkdir(parents=True, exist_ok=True)
+    rates = ("learning_rate", "scratch_rate")
+    measure.begin(config.work, config, "ffn", "sequences", "batch", *rates, "limit")
     files = commands.write_calibration(config.model, config.work, config.sequences)
     for method in config.methods:
         for steps in config.steps:

@@ -91,6 +91,8 @@ class Trained(NamedTuple):
 
 def main(config: Config) -> None:
     """Makes the rows that are missing and prints the tables."""
+    decisive = ("sparsities", "seeds", "steps", "retraining")
+    measure.begin(config.out, config, *decisive)
     done = {
         (row["network"], row["optimizer"], row["norm"] == "True")
         for row in small_tables.read(config.out)

@@ -157,9 +157,13 @@ def write_smaller(model: nn.Module, source: Path, out: Path) -> None:
         mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, kept])
     model.config.intermediate_size = len(mlps[0].gate_proj.weight)
     model.config.mlp_bias = biased
-    model.save_pretrained(out)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    model.save_pretrained(partial)
     for path in source.glob("tokenizer*.json"):
-        shutil.copy(path, out)
+        shutil.copy(path, partial)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)  # a directory that is there is whole
 
 
 def calibrated(config: Config) -> Tensor:

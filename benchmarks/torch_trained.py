@@ -97,6 +97,7 @@ class Job:
 def main(config: Config) -> None:
     """Runs what is not in the file yet, and prints the model's table."""
     shipped = torch_shipped.make(config.model)
+    measure.begin(config.out, config, "steps", "learning_rate")
     done = {_job_of(r) for r in rows_of(config.out) if r["model"] == config.model}
     pending = [job for job in jobs(config) if job not in done]
     for job in measure.progress(pending, config.model, "job"):

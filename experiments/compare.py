@@ -22,7 +22,13 @@ from matplotlib.figure import Figure
 
 from experiments import recovery, refined_solvers
 from experiments.prune_while_training import report as training_report
-from experiments.report import allocation_figure, figures, findings, provenance
+from experiments.report import (
+    allocation_figure,
+    figures,
+    findings,
+    mixture_table,
+    provenance,
+)
 from experiments.report import results as results_
 from experiments.report.tables import Report, Table, text
 from jaxprune.files import atomic
@@ -34,6 +40,7 @@ _REPORTS: Mapping[str, Callable[[Mapping[str, Any]], Report]] = {
     "prune_while_training": training_report.report,
     "recovery": recovery.report,
     "refined_solvers": refined_solvers.report,
+    "trained_mixture": mixture_table.report,
 }
 
 

@@ -47,6 +47,11 @@ _RULES = (
         "take preconditioned_magnitude",
     ),
     Rule(
+        lambda v: not (v.lora and v.gradually),
+        "gradual prunes by Adam's moments of the weights, but with --lora there are "
+        "none; leave it out, or --retrain-steps 0",
+    ),
+    Rule(
         lambda v: not {*v.frozen} & {*v.allocations},
         "what is frozen is not pruned: leave {frozen_parts} out of --allocations",
     ),
@@ -185,6 +190,7 @@ class Config:
             _RULES,
             partly_trained=bool(self.frozen or self.lora),
             preconditioned_adam="preconditioned_adam" in self.criteria,
+            gradually="gradual" in self.criteria and self.retrain_steps > 0,
             frozen_parts=", ".join(self.frozen),
             **vars(self),
         )

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from flax import nnx
 import jaxprune as jp
 from experiments.datasets import Corpus, load
 from experiments.harness import records, runner
+from experiments.harness.option_rules import at_least, check_lists
 from experiments.report import findings, tables
 from experiments.report.tables import Report, Table
 from jaxprune.arrays import rules
@@ -45,12 +47,19 @@ COLUMNS = (
 )
 STARTS = ("dense", "half of the neurons", "pruned", "scratch at half of the neurons")
 _CONTEXT = 64
-# Four heads, of an even number of features for the rope.
-_SIZES = Rule(
-    lambda v: 0 < v.sparsity < 1 and not v.width % 8,
-    "recovery needs a sparsity in (0, 1) and a width that 8 divides, got {sparsity} "
-    "and {width}",
+_RULES = (
+    *(
+        at_least(name, 1)
+        for name in ("width", "layers", "dense_steps", "steps", "batch", "windows")
+    ),
+    # Four heads, of an even number of features for the rope.
+    Rule(
+        lambda v: 0 < v.sparsity < 1 and not v.width % 8,
+        "recovery needs a sparsity in (0, 1) and a width that 8 divides, got "
+        "{sparsity} and {width}",
+    ),
 )
+_RATE = Rule(lambda v: 0 < v.rate < math.inf, "rates must be over 0, got {rate}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +133,10 @@ def main(config: Config) -> Path:
       ValueError: the directory holds another run, or a number is out of range.
       OSError: the directory cannot be written to, or another process runs there.
     """
-    rules.check([_SIZES], **vars(config))
+    rules.check(_RULES, **vars(config))
+    check_lists(config, "seeds", "rates")
+    for rate in config.rates:
+        rules.check([_RATE], rate=rate)
     corpus = load(text=config.text)
     fields = ("width", "layers", "dense_steps", "steps", "batch", "sparsity", "windows")
     identity = {name: getattr(config, name) for name in fields}

@@ -82,13 +82,13 @@ def check_lists(config: Any, *names: str) -> None:
     """Refuses empty lists, doubles, and numbers out of range.
 
     Args:
-      config: configuration with `sparsities`, and a tuple for each name.
+      config: configuration with a tuple for each name, and `sparsities` if it has any.
       *names: options that are lists.
 
     Raises:
       ValueError: an option is none of that; the sentence names it.
     """
-    for sparsity in config.sparsities:
+    for sparsity in getattr(config, "sparsities", ()):
         rules.check([_SPARSITY], sparsity=sparsity)
     for name in names:
         rules.check(_LIST, name=name, values=getattr(config, name))

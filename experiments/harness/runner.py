@@ -48,6 +48,7 @@ def run(
     show: Callable[[dict[str, Any], Path], str],
     *,
     grows: bool = False,
+    command_line: str | None = None,
 ) -> Path:
     """Does an experiment, or what is left of it; returns the path of its results.json.
 
@@ -59,6 +60,7 @@ def run(
       show: function that writes tables and figures of the results to a directory, and
         returns the text to print.
       grows: whether other seeds or sparsities add to a finished run.
+      command_line: command that makes the run, where it is not the module's own.
 
     Raises:
       ValueError: the directory holds another run, or another experiment's.
@@ -84,7 +86,7 @@ def run(
         results = {
             "format": results_.FORMAT,
             "name": name,
-            "command": command(f"experiments.{name}", config),
+            "command": command_line or command(f"experiments.{name}", config),
             "config": identity,
             **_circumstances(),
             **content,
@@ -289,14 +291,32 @@ def command(
     first, words = ["python", "-m", module], []  # positional values first, then flags
     kinds = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        value, default = getattr(config, field.name), _default(field)
         # The shortest command that makes the same run, fit to be read in a report.
-        if value == field.default or field.name in without:
+        if value == default or field.name in without:
             continue
         if tyro.conf.Positional in getattr(kinds[field.name], "__metadata__", ()):
             first.append(str(value))
             continue
-        words.append("--" + field.name.replace("_", "-"))
-        if value is not True:
-            words += map(str, value if isinstance(value, tuple) else [value])
+        words += _flags(field.name, value, default)
     return shlex.join([*first, *words])
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
+
+
+def _flags(name: str, value: Any, default: Any) -> list[str]:
+    """The words of one field, or of what differs within it."""
+    if dataclasses.is_dataclass(value):
+        words: list[str] = []
+        for field in dataclasses.fields(value):
+            inner, usual = getattr(value, field.name), getattr(default, field.name)
+            if inner != usual:
+                words += _flags(f"{name}.{field.name}", inner, usual)
+        return words
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]

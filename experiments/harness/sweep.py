@@ -150,7 +150,9 @@ class Seed:
         if not self.plan.retrain_steps:
             return None
         params = watched.params
-        _, prunable = self.task.allocations[self.plan.retrain_allocations[0]]
+        # None may be retrained: then the control stands alone.
+        allocation = (*self.plan.retrain_allocations, *self.plan.allocations)[0]
+        _, prunable = self.task.allocations[allocation]
         result = self._retrained(
             "control",
             lambda stage: self.trainer.retrain(

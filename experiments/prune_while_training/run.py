@@ -291,8 +291,12 @@ def distilled(
     return (1 - weight) * loss + weight * divergence
 
 
-def main(config: Config) -> Path:
+def main(config: Config, *, command_line: str | None = None) -> Path:
     """Runs the experiment, or what is left of it; returns the path of results.json.
+
+    Args:
+      config: what is run.
+      command_line: command that makes the run, where it is not this module's.
 
     Raises:
       ValueError: the configuration is out of range, or the directory holds another run.
@@ -307,5 +311,11 @@ def main(config: Config) -> Path:
         return tables.write(results, out, report.report(results))
 
     return runner.run(
-        "prune_while_training", config, run.identity(), run.all, show, grows=True
+        "prune_while_training",
+        config,
+        run.identity(),
+        run.all,
+        show,
+        grows=True,
+        command_line=command_line,
     )

@@ -1,3 +1,7 @@
+import types
+
+import pytest
+
 from benchmarks import measure
 from jaxprune.arrays import console_progress
 
@@ -18,3 +22,15 @@ def test_long_measurements_say_how_far_they_are(monkeypatch, capsys):
         "timing: 1 of 2 cells",
         "timing: 2 of 2 cells",
     ]
+
+
+@pytest.mark.parametrize("name", ["work", "table.csv"])
+def test_results_of_other_settings_are_not_taken_for_these(tmp_path, name):
+    def begin(steps):
+        settings = types.SimpleNamespace(steps=steps, seeds=(0, 1))
+        measure.begin(tmp_path / name, settings, "steps", "seeds")
+
+    begin(4)
+    begin(4)
+    with pytest.raises(SystemExit, match="steps was 4 and is 5"):
+        begin(5)

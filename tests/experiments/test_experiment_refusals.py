@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +12,12 @@ import tyro
 from experiments import (
     finetuned_llm,
     gpt,
+    phi3_vision,
     prune_while_training,
     recovery,
     refined_solvers,
     scaled_down_llm,
+    trained_mixture,
 )
 from experiments.datasets.question_answers import Asked
 from experiments.harness import records, runner
@@ -23,6 +26,7 @@ from experiments.harness.progress import Progress
 from experiments.prune_while_training.run import Run
 from experiments.report import allocation_figure
 from experiments.tasks import picture_model
+from experiments.tasks.expert_mixture import MixtureShape
 from experiments.tasks.finetuning import Texts
 from experiments.tasks.language_task import LanguageTask
 from experiments.tasks.picture_task import PictureTask
@@ -47,11 +51,37 @@ def test_refined_solvers_refuse_what_could_only_fail_later(field, value, match):
         refined_solvers.Config(**{field: value}).check()
 
 
-@pytest.mark.parametrize("wrong", [{"sparsity": 80.0}, {"width": 30}])
-def test_a_recovery_is_refused_before_it_trains(wrong, tmp_path):
-    with pytest.raises(ValueError, match=r"sparsity in \(0, 1\) and a width that 8"):
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"sparsity": 80.0}, r"sparsity in \(0, 1\) and a width that 8"),
+        ({"width": 30}, r"sparsity in \(0, 1\) and a width that 8"),
+        ({"rates": ()}, "rates must name at least one"),
+        ({"rates": (1e-3, 0.0)}, "rates must be over 0, got 0.0"),
+        ({"seeds": (0, 0)}, "seeds must be named once each"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+    ],
+)
+def test_a_recovery_is_refused_before_it_trains(wrong, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
         recovery.main(recovery.Config(out=tmp_path / "new", **wrong))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_low_rank_change_has_no_moments_to_prune_gradually_by():
+    config = phi3_vision.Config(lora=2, criteria=("magnitude", "gradual"))
+    with pytest.raises(ValueError, match="with --lora there are none"):
+        config.plan()
+    assert dataclasses.replace(config, retrain_steps=0).plan()
+
+
+def test_the_recorded_command_makes_the_same_run():
+    shape = MixtureShape(layers=3)
+    config = trained_mixture.Config(seeds=(1, 2), shape=shape, smoke=True)
+    words = shlex.split(runner.command("experiments.trained_mixture", config))
+    assert words[:3] == ["python", "-m", "experiments.trained_mixture"]
+    assert words[3:] == ["--seeds", "1", "2", "--shape.layers", "3", "--smoke"]
+    assert tyro.cli(trained_mixture.Config, args=words[3:]) == config
 
 
 def test_seeds_under_zero_are_refused():

@@ -49,6 +49,15 @@ def test_rates_are_compared_over_the_seeds_that_all_of_them_have():
     assert table.rows[0][2] == "2.700 ± 0.707 (2)"
 
 
+@pytest.mark.parametrize("name", ["recovery", "trained_mixture", "refined_solvers"])
+def test_runs_of_each_experiment_stand_side_by_side(tmp_path, name):
+    text = json.dumps({**RESULTS, "name": name})
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "results.json").write_text(text)
+    assert len(compare.load([tmp_path / "one", tmp_path / "two"])) == 2
+
+
 def test_an_unknown_experiment_of_tables_is_refused(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

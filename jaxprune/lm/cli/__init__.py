@@ -102,6 +102,9 @@ def _run(words: list[str]) -> int:
     except SystemExit as stop:
         code = stop.code or 0  # a text is wrong usage
         return code if isinstance(code, int) else 2
+    except OSError as error:  # a completion script that cannot be written
+        print(f"jaxprune: {error}", file=sys.stderr)
+        return 1
     # From here on a failure is one sentence, and stdout has a result or nothing.
     console = Console(quiet=command.json)
     try:

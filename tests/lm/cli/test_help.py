@@ -76,6 +76,14 @@ def test_shells_can_complete_subcommands_and_options(capsys, monkeypatch, shell)
     )
 
 
+def test_a_completion_that_cannot_be_written_is_one_sentence(capsys, tmp_path):
+    path = tmp_path / "missing" / "jaxprune"
+    assert cli.main(["--tyro-write-completion", "bash", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "missing" in error
+    assert "Traceback" not in error
+
+
 @pytest.mark.full
 def test_help_does_not_wait_for_what_only_reports_need():
     program = (
