@@ -258,6 +258,9 @@ def _near(glob: str, names: Sequence[str]) -> str:
     return listed(difflib.get_close_matches(glob, names, 3, 0.4) or names, 3)
 
 
+_NO_ARRAY = "no array"
+
+
 class Row(NamedTuple):
     """What a rule says of a leaf.
 
@@ -282,7 +285,7 @@ class Explanation(tuple[Row, ...]):
     def __str__(self) -> str:
         """A line a leaf, the number of weights that may be pruned last."""
         cells = [(row.name, str(row.shape), row.why or "may be pruned") for row in self]
-        total = sum(math.prod(row.shape) for row in self)
+        total = sum(math.prod(row.shape) for row in self if row.why != _NO_ARRAY)
         prunable_size = sum(math.prod(row.shape) for row in self if row.pruned)
         last = f"{prunable_size:,} of {total:,} weights may be pruned"
         return f"{columns(cells)}\n{last}" if cells else last
@@ -322,9 +325,11 @@ def checked_rule(prunable: Any, names: Sequence[str]) -> Callable[[str, Any], bo
 
 def _row(name: str, leaf: Any, prunable: Callable[[str, Any], bool]) -> Row:
     pruned = not is_excluded(leaf) and bool(prunable(name, leaf))
+    if not hasattr(leaf, "shape"):  # a function of an Equinox model, say
+        return Row(name, (), False, _NO_ARRAY)
     # A rule may say why itself; of others the default rule's reason is the best guess.
     explain_rule = getattr(prunable, "why", why_unprunable)
     why = (
         None if pruned else explain_rule(name, leaf) or "excluded by the rule prunable="
     )
-    return Row(name, tuple(getattr(leaf, "shape", ())), pruned, why or "")
+    return Row(name, tuple(leaf.shape), pruned, why or "")

@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.masking import masks as masks_
+from jaxprune.masking.packed_mask import is_packed
 from jaxprune.masking.sparsity import sparsity
 from jaxprune.masking.sweep import Sweep
 from jaxprune.typing import Masks
@@ -132,7 +133,7 @@ def masks(mask: Any, *, axes: "Axes | None" = None) -> "Axes":
       >>> axes.images[0].get_array().shape
       (4, 6)
     """
-    array = np.asarray(mask)
+    array = np.asarray(masks_.unpack(mask) if is_packed(mask) else mask)
     check([_MATRIX], mask=array, shape=array.shape)
     axes = _axes(axes)
     rows = array.reshape(-1, array.shape[-1]) != 0  # (rows, outputs)

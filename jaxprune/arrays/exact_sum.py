@@ -40,6 +40,7 @@ def total(
       [2.75]
     """
     if axis is None:
+        terms = terms.astype(jnp.float32)  # of no axes it is its own sum
         # One after the other: a sum over all axes could need more than 2^27 terms.
         for index in range(terms.ndim):
             terms = total(terms, index)

@@ -86,7 +86,7 @@ class Int8:
         return counting.parts(self.codes != zero, self.codes.size)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(decode(self), dtype)
+        return np.array(decode(self), dtype, copy=copy)
 
 
 def is_int8(node: Any) -> bool:

@@ -142,6 +142,9 @@ def put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     if spread or sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
+    if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):  # NumPy has none
+        words = put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
     value = np.asarray(leaf)
     return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
 

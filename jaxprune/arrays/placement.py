@@ -158,6 +158,8 @@ def _never(leaf: jax.Array) -> jax.Array:
     everything: the leaf's sharding stays, and nothing is computed. (Of bfloat16 some
     versions keep the comparison, which reads the leaf where it is.)
     """
+    if jnp.issubdtype(leaf.dtype, jnp.signedinteger):
+        return (leaf < 0) & (leaf > 0)  # the least integer has no magnitude
     return jnp.abs(leaf) < 0
 
 

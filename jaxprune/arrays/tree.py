@@ -9,7 +9,6 @@ are made of. Keras has names only where they are asked for: {v.path: v.value}.
 """
 
 import fnmatch
-import itertools
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -266,7 +265,7 @@ def by_rule(
       One value a name.
 
     Raises:
-      ValueError: a rule matches no leaf at all, or a broader one before it all of its.
+      ValueError: a rule matches no leaf at all, or those before it all of its.
     """
     matched = {g: {n for n in leaf_names if fits(n, g)} for g in rules}
     unused = [glob for glob, names in matched.items() if not names]
@@ -277,17 +276,15 @@ def by_rule(
             "write globs on path names, as in {'*/mlp/*': ...}"
         )
 
-    hidden = [
-        (glob, broader)
-        for broader, glob in itertools.combinations(rules, 2)
-        if matched[glob] < matched[broader]
-    ]
-    if hidden:
-        glob, broader = hidden[0]
-        raise ValueError(
-            f"the first {what} rule that matches a leaf counts, so {glob!r} behind "
-            f"{broader!r} would do nothing; put the narrower one first"
-        )
+    taken: dict[str, str] = {}  # name to the first glob that matches it
+    for glob, names in matched.items():
+        if names <= taken.keys():
+            earlier = listed(sorted({taken[name] for name in names}))
+            raise ValueError(
+                f"the first {what} rule that matches a leaf counts, so {glob!r} behind "
+                f"{earlier} would do nothing; put the narrower one first"
+            )
+        taken = dict.fromkeys(names, glob) | taken
 
     def first(name: str) -> T:
         return next((v for glob, v in rules.items() if fits(name, glob)), default)

@@ -107,8 +107,25 @@ def _prunable_names(named: Mapping[str, Any], prunable: PrunableLike) -> list[st
     ]
     abstract = (jax.core.Tracer, jax.ShapeDtypeStruct)
     no_values = listed(k for k, leaf in named.items() if isinstance(leaf, abstract))
-    check(_LEAVES, names=names, known=listed(named), no_values=no_values)
+    shapeless = listed(k for k, leaf in named.items() if not _is_array(leaf))
+    # The squares of integers' gradients, or of half a complex number, say nothing.
+    others = listed(
+        k for k in names if _is_array(named[k]) and not tree.is_floating(named[k])
+    )
+    check(
+        _LEAVES,
+        names=names,
+        known=listed(named),
+        no_values=no_values,
+        shapeless=shapeless,
+        others=others,
+    )
     return names
+
+
+def _is_array(leaf: Any) -> bool:
+    number = isinstance(leaf, int | float | complex)
+    return number or tree.is_excluded(leaf) or hasattr(leaf, "dtype")
 
 
 def _one_number(value: Any) -> jax.Array:
@@ -137,6 +154,16 @@ _LEAVES = [
         lambda v: not v.no_values,
         "the parameters must be arrays with values, but {no_values} are not",
         "call calibrate_gradients outside of jit",
+    ),
+    Rule(
+        lambda v: not v.shapeless,
+        "the parameters must be arrays, but {shapeless} are not",
+        "part an Equinox model first: eqx.partition(model, eqx.is_inexact_array)",
+    ),
+    Rule(
+        lambda v: not v.others,
+        "leaves of interest must be floating, but {others} are not",
+        "leave them out with prunable=",
     ),
 ]
 _LOSS = [

@@ -148,7 +148,14 @@ def _adapters(params: Params, rank: int, targets: PrunableLike, seed: int) -> Pa
         if not tree.is_excluded(leaf) and rule(name, leaf)
     }
     vectors = [name for name, leaf in adapted.items() if leaf.ndim < 2]
-    check(_TARGETS, adapted=adapted, vectors=vectors, names=listed(vectors) or "none")
+    others = listed(n for n, leaf in adapted.items() if not tree.is_floating(leaf))
+    check(
+        _TARGETS,
+        adapted=adapted,
+        vectors=vectors,
+        names=listed(vectors) or "none",
+        others=others,
+    )
     # A key for each leaf, so that another choice of targets draws the same factors.
     keys = jax.random.split(jax.random.key(seed), len(named))
     adapters = [
@@ -272,5 +279,10 @@ _TARGETS = [
         lambda v: len(v.adapted) > 0 and not v.vectors,
         "lora needs matrices to adapt, got {names}",
         "give targets that choose leaves of two axes or more",
-    )
+    ),
+    Rule(
+        lambda v: not v.others,
+        "lora adapts floating matrices, but {others} are not",
+        "leave them out of targets=",
+    ),
 ]

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxprune import leaves
@@ -43,7 +44,8 @@ def scale_by_density(
       it is, and a stack of layers has one density.
 
     Raises:
-      ValueError: the power is not in [0, 1]; at `update`: no parameters.
+      ValueError: the power is not in [0, 1]; at `update`: no parameters, or a glob that
+        matches none of them.
 
     Example:
       >>> params = {"w": jnp.zeros((4, 4)).at[0, 0].set(1.0)}
@@ -58,10 +60,11 @@ def scale_by_density(
       its density (power 1), with initial weights over its root, which is the caller's.
     """
     rules.check(_POWER, power=power)
-    rule = leaves.as_rule(prunable)
+    leaves.as_rule(prunable)  # its globs are looked for when there are names
 
     def update(updates: optax.Updates, params: Params | None = None) -> optax.Updates:
         named = tree.named_leaves(require_params(params, "scale_by_density"))
+        rule = leaves.checked_rule(prunable, list(named))
         scaled = [
             _scaled(update, named[name], power)
             if not tree.is_excluded(update) and rule(name, named[name])
@@ -79,4 +82,5 @@ def _scaled(update: jax.Array, leaf: jax.Array, power: float) -> Any:
     rows = jnp.count_nonzero(jnp.atleast_1d(leaf), axis=-1)
     kept = jnp.sum(rows, dtype=jnp.float32)
     density = jnp.where(kept == 0, 1.0, kept / float(leaf.size))
-    return (update / density**power).astype(update.dtype)
+    wide = np.promote_types(update.dtype, np.float32)
+    return (update.astype(wide) / (density**power).astype(wide)).astype(update.dtype)

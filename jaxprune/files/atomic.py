@@ -304,9 +304,9 @@ def _recover(place: Path) -> None:
     replaced = _beside(place, "replaced")
     if not replaced.exists():
         return
-    if place.exists():
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         shutil.rmtree(replaced)
-    else:
+    else:  # an empty directory may be what a job's script made
         os.rename(replaced, place)
 
 

@@ -146,7 +146,11 @@ def _compose(form: Literal["product", "sum"], parts: Sequence[Dim]) -> Dim:
     return dim
 
 
-def unify(first: Dim, second: Dim) -> None:
+# An axis and its shifted copy are cut one position after the other, each in the last.
+_DEEPEST = 64
+
+
+def unify(first: Dim, second: Dim, depth: int = 0) -> None:
     """Makes two dimensions of one size the same; freezes what cannot be matched."""
     first, second = root(first), root(second)
     if first is second or first.size in (0, 1):
@@ -155,12 +159,12 @@ def unify(first: Dim, second: Dim) -> None:
         first, second = second, first
     if first.is_atom:
         first.tie(second)
-    elif not _unify_parts(first, second):
+    elif depth == _DEEPEST or not _unify_parts(first, second, depth + 1):
         freeze(first, UNEVEN)
         freeze(second, UNEVEN)
 
 
-def _unify_parts(first: Dim, second: Dim) -> bool:
+def _unify_parts(first: Dim, second: Dim, depth: int) -> bool:
     """Unifies two dimensions that have parts; whether all of them fit."""
     if first.is_sum or second.is_sum:
         # Both are cut wherever one of them has a seam: 2 + 4 and 3 + 3 as 2 + 1 + 3.
@@ -171,7 +175,7 @@ def _unify_parts(first: Dim, second: Dim) -> bool:
     if pieces[0] is None or pieces[1] is None:
         return False
     for a, b in zip(*pieces, strict=True):  # type: ignore[arg-type]
-        unify(a, b)
+        unify(a, b, depth)
     return True
 
 

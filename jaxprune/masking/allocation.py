@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays import counting, placement, rules
+from jaxprune.arrays import counting, placement, processes, rules
 from jaxprune.arrays.messages import chosen
 from jaxprune.arrays.topk import thresholds
 from jaxprune.masking.checks import floating_scores
@@ -333,7 +333,7 @@ def _ranked(
     size = sum(score.size for score in scores)
     ordered = [scores[i] for i in order]
     cuts = thresholds.cut_together(ordered, size - round(sparsity * size))
-    kept = jax.device_get(list(map(_kept, ordered, cuts)))
+    kept = processes.fetch(list(map(_kept, ordered, cuts)))
     kept_counts = {
         i: counting.whole(number) for i, number in zip(order, kept, strict=True)
     }

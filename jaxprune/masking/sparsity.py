@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays import counting, lazy, placement, tree
+from jaxprune.arrays import counting, lazy, placement, processes, tree
 from jaxprune.arrays.messages import columns
 from jaxprune.arrays.topk import float_order
 from jaxprune.arrays.topk.float_order import Line
@@ -157,7 +157,7 @@ def overlap(masks: Masks, others: Masks) -> Overlap:
 def _fetched(counts: Any) -> Any:
     """The counts on the host; under `jit`, where there is none, as they are."""
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(counts))
-    return counts if traced else jax.device_get(counts)
+    return counts if traced else processes.fetch(counts)
 
 
 def _table(rows: Iterable[tuple[str, float, int]]) -> str:

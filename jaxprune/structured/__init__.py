@@ -4,6 +4,7 @@ __all__ = [
     "budget",
     "choice",
     "cut",
+    "module_sizes",
     "modules",
     "output_difference",
     "resized",

@@ -1,57 +1,28 @@
 """The smaller function as a module of its class again: Flax NNX, Linen or Equinox.
 
-The arrays are the result's. A class also keeps sizes as attributes. Those of a layer
-follow from the shapes of its weights: `SIZES` is the table. What counts heads or
-neurons in a class of somebody's own has any name: attributes are tried whose value is
-a size that changed, and the forward pass decides which module is the right one.
+The arrays are the result's. A class also keeps sizes as attributes
+(`jaxprune.structured.module_sizes`): some follow from the arrays, others are tried, and
+the forward pass decides which module is the right one.
 """
 
 import dataclasses
-import itertools
-import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxprune.arrays import tree
-from jaxprune.arrays.messages import first_line
+from jaxprune.arrays.messages import first_line, listed
 from jaxprune.arrays.rules import Rule, check, error
-from jaxprune.structured.cut import LeafCut
+from jaxprune.structured.module_sizes import (
+    Attributes,
+    choices,
+    layer_sizes,
+    tried_sizes,
+)
 from jaxprune.structured.output_difference import relative_difference
 
-Attributes = Mapping[tuple[str, str], Any]
-"""(path of a part of the module, name of its attribute) to a value."""
-
-# Attribute to the leaves that say it, and the axes whose product it is.
-SIZES: dict[str, dict[str, tuple[int, ...]]] = {
-    "in_features": {"kernel": (-2,), "weight": (-1,), "query/kernel": (0,)},
-    "out_features": {"kernel": (-1,), "weight": (0,), "out/kernel": (-1,)},
-    "features": {"kernel": (-1,), "embedding": (1,)},
-    "in_channels": {"weight": (1,)},
-    "out_channels": {"weight": (0,)},
-    "channels": {"weight": (0,)},
-    "num_features": {"scale": (0,), "bias": (0,), "mean": (0,)},
-    "num_embeddings": {"embedding": (0,), "weight": (0,)},
-    "embedding_size": {"weight": (1,)},
-    # Attention of Flax: (inputs, heads, size of a head).
-    "num_heads": {"query/kernel": (1,)},
-    "num_kv_heads": {"key/kernel": (1,)},
-    "in_kv_features": {"key/kernel": (0,)},
-    "head_dim": {"query/kernel": (2,)},
-    "qkv_features": {"query/kernel": (1, 2)},
-}
-# Attributes that are the whole shape of a leaf.
-_SHAPES = {"kernel_shape": "kernel", "shape": "weight"}
-_INPUTS = {"in_features", "in_channels"}
-_CONVOLVED = ("feature_group_count", "groups")
-_GROUPS = (*_CONVOLVED, "num_groups")  # of channels, of which whole ones go
-# Names that say that an attribute is a size; they are set where others are only tried.
-_SIZE_WORDS = re.compile(
-    "head|width|hidden|channel|feature|size|dim|units|ffn|mlp|expert"
-)
-_MOST_TRIED = 6  # attributes, whose subsets are tried
 _TOLERANCE = 1e-5  # of the largest output; sums of other lengths round apart
 
 
@@ -81,12 +52,11 @@ def smaller_module(
     if frame.prefix:  # Linen's trees name the collection first, or leave it out
         cuts = {name.removeprefix(frame.prefix): cut for name, cut in cuts.items()}
     parts = dict(frame.parts(model))
-    changed = {name: cut for name, cut in cuts.items() if cut.before != cut.after}
-    layers = _layer_sizes(parts, changed)
-    tried = _tried_sizes(parts, changed, result.report["groups"], layers)
+    layers = layer_sizes(parts, cuts)
+    tried = tried_sizes(parts, cuts, result.report["groups"], layers)
     reference = result.fn(result.params, batch)
     reason = ""
-    for chosen in _choices(tried):
+    for chosen in choices(tried):
         try:
             small = frame.built(model, arrays, {**layers, **chosen})
             call_it = call or (lambda module, x: module(x))
@@ -100,109 +70,6 @@ def smaller_module(
             return frame.built(model, arrays, {**layers, **chosen})
         reason = reason or f"its outputs differ by {difference:.1e}"
     raise error(_BUILT, model=type(model).__name__, reason=reason)
-
-
-def _layer_sizes(
-    parts: Mapping[str, Any], cuts: Mapping[str, LeafCut]
-) -> dict[tuple[str, str], Any]:
-    """The attributes of layers that follow from the shapes of their weights."""
-    sizes: dict[tuple[str, str], Any] = {}
-    for path, part in parts.items():
-        inside = {
-            name.removeprefix(f"{path}/" if path else ""): cut
-            for name, cut in cuts.items()
-            if not path or name.startswith(f"{path}/")
-        }
-        for attribute, leaves in SIZES.items():
-            for leaf, axes in leaves.items():
-                # Equinox has "scalar" for a size, which stays.
-                if leaf in inside and not isinstance(getattr(part, attribute, ""), str):
-                    value = _size(part, attribute, inside[leaf], axes)
-                    sizes.setdefault((path, attribute), value)
-        for attribute, leaf in _SHAPES.items():
-            if leaf in inside and isinstance(getattr(part, attribute, None), tuple):
-                sizes[path, attribute] = inside[leaf].after
-        for attribute in _GROUPS:
-            groups = getattr(part, attribute, 1)
-            by_channel = ("kernel", "weight", "scale", "bias")
-            leaf_cut = next((inside[x] for x in by_channel if x in inside), None)
-            if isinstance(groups, int) and groups > 1 and leaf_cut is not None:
-                sizes[path, attribute] = _groups(groups, leaf_cut, attribute)
-    return sizes
-
-
-def _size(part: Any, attribute: str, cut: LeafCut, axes: tuple[int, ...]) -> Any:
-    """The value of an attribute once a leaf of its layer is cut."""
-    before = getattr(part, attribute)
-    if isinstance(before, tuple):  # (heads, size of a head), as LinearGeneral has it
-        count = len(before)
-        return cut.after[:count] if attribute in _INPUTS else cut.after[-count:]
-    size = math.prod(cut.after[axis] for axis in axes)
-    if attribute in _INPUTS:  # a kernel has the inputs of one group
-        for name in _CONVOLVED:
-            groups = getattr(part, name, 1)
-            size *= _groups(groups, cut, name) if groups > 1 else 1
-    return size
-
-
-def _groups(groups: int, cut: LeafCut, attribute: str) -> int:
-    """How many groups of channels are left, where whole groups go."""
-    outputs = -1 if attribute == "feature_group_count" else 0  # Flax's axis, Equinox's
-    return groups * cut.after[outputs] // cut.before[outputs]
-
-
-def _tried_sizes(
-    parts: Mapping[str, Any],
-    cuts: Mapping[str, LeafCut],
-    groups: Mapping[str, Mapping[str, int]],
-    layers: Attributes,
-) -> dict[tuple[str, str], Any]:
-    """Attributes that hold a size that changed below them, and what it became."""
-    tried: dict[tuple[str, str], Any] = {}
-    for path, part in parts.items():
-        prefix = f"{path}/" if path else ""
-        changes = {
-            units["before"]: units["after"]
-            for name, units in groups.items()
-            if name.removeprefix("params/").startswith(prefix)
-        }
-        for name, cut in cuts.items():
-            if name.startswith(prefix):
-                for before, after in zip(cut.before, cut.after, strict=True):
-                    if before != after:
-                        changes.setdefault(before, after)
-        for attribute, value in _attributes(part):
-            after = _replaced(value, changes)
-            if after != value and (path, attribute) not in layers:
-                tried[path, attribute] = after
-    return tried
-
-
-def _attributes(part: Any) -> Iterator[tuple[str, Any]]:
-    """The attributes of a part that are integers, or tuples of them."""
-    for name, value in list(vars(part).items()):
-        entries = value if isinstance(value, tuple) else (value,)
-        if entries and all(type(entry) is int for entry in entries):
-            yield name, value
-
-
-def _replaced(value: Any, changes: Mapping[int, int]) -> Any:
-    if isinstance(value, tuple):
-        return tuple(changes.get(entry, entry) for entry in value)
-    return changes.get(value, value)
-
-
-def _choices(tried: Attributes) -> Iterator[dict[tuple[str, str], Any]]:
-    """Sets of attributes to set, the likeliest first."""
-    likely = {key: tried[key] for key in tried if _SIZE_WORDS.search(key[1])}
-    yield likely
-    # An attribute of that value may count something else, as layers do.
-    names = sorted({name for _, name in tried})[:_MOST_TRIED]
-    for count in range(len(names) + 1):
-        for chosen in itertools.combinations(names, count):
-            subset = {key: value for key, value in tried.items() if key[1] in chosen}
-            if subset != likely:
-                yield subset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,11 +108,27 @@ def _nnx_built(model: Any, arrays: Mapping[str, Any], attributes: Attributes) ->
     from flax import nnx
 
     graphdef, state = nnx.split(model)
+    left = _left_behind(tree.named_leaves(state), arrays)
+    check(_STATISTICS, left=listed(left), count=len(left))
     small = nnx.merge(graphdef, _with_arrays(state, arrays))
     parts = dict(_nnx_parts(small))
     for (path, name), value in attributes.items():
         setattr(parts[path], name, value)
     return small
+
+
+def _left_behind(leaves: Mapping[str, Any], arrays: Mapping[str, Any]) -> list[str]:
+    """Leaves that are no parameters and have a size that one beside them had."""
+    before = {
+        (name.rpartition("/")[0], jnp.shape(leaves[name]))
+        for name, array in arrays.items()
+        if name in leaves and jnp.shape(leaves[name]) != array.shape
+    }
+    return [
+        name
+        for name, leaf in leaves.items()
+        if name not in arrays and (name.rpartition("/")[0], jnp.shape(leaf)) in before
+    ]
 
 
 def _with_arrays(module: Any, arrays: Mapping[str, Any]) -> Any:
@@ -313,7 +196,14 @@ def _is_linen(value: Any) -> bool:
 
 
 def _linen_built(model: Any, arrays: Mapping[str, Any], attributes: Attributes) -> Any:
+    seen: dict[int, Any] = {}  # a module that stands in two fields stays one
+
     def built(part: Any, path: str) -> Any:
+        if id(part) not in seen:
+            seen[id(part)] = changed(part, path)
+        return seen[id(part)]
+
+    def changed(part: Any, path: str) -> Any:
         changes = {name: value for (p, name), value in attributes.items() if p == path}
         for field in dataclasses.fields(part):
             value = getattr(part, field.name, None)
@@ -345,6 +235,11 @@ _KNOWN = Rule(
     "a module is one of Flax NNX, Flax Linen or Equinox, got {model}",
     "use fn and params of the result",
     error=TypeError,
+)
+_STATISTICS = Rule(
+    lambda v: not v.count,
+    "{left} must be cut too, but are none of the parameters",
+    "split them off together: nnx.split(model, (nnx.Param, nnx.BatchStat), ...)",
 )
 _BUILT = Rule(
     lambda v: False,

@@ -199,9 +199,8 @@ class MaskEvents:
 
     def _latest(self, step: jax.Array) -> Bool[Array, " events"]:
         """The last event so far, one-hot; none is True before the first."""
-        steps = self.table.steps
-        next_steps = np.append(steps[1:], np.iinfo(np.int32).max)
-        return (step >= steps) & (step < next_steps)
+        begun = step >= self.table.steps
+        return begun & ~jnp.append(begun[1:], False)
 
     def _pattern_counts(self, masks: Masks) -> list[PatternCounts]:
         named = tree.named_leaves(masks)

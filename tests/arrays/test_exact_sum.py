@@ -98,3 +98,7 @@ def test_counts_past_a_uint32_are_added_up_by_the_host():
     bits = np.random.default_rng(0).random((3, 5, 7)) > 0.5
     for most in (bits.size, 2**32):
         assert counting.whole(counting.parts(jnp.asarray(bits), most)) == bits.sum()
+
+
+def test_a_number_is_its_own_sum_in_float32():
+    assert exact_sum.total(jnp.asarray(1.5, jnp.bfloat16)).dtype == jnp.float32

@@ -353,3 +353,10 @@ def test_the_gradients_half_costs_nothing_where_adam_keeps_it(params):
     adam = sum(x.nbytes for x in jax.tree.leaves(optax.adamw(1e-3).init(params)))
     whole = sum(x.nbytes for x in jax.tree.leaves(state))
     assert whole - adam <= 1.05 * params["kernel"].size
+
+
+def test_a_copy_may_be_written_to():
+    held = jp.track_importance(storage="int8").init({"w": jnp.ones((4, 4))}).weight
+    copy = np.array(held["w"])
+    copy[0, 0] = 5.0
+    assert float(np.asarray(held["w"])[0, 0]) != 5.0

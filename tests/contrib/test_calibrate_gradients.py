@@ -118,3 +118,19 @@ def test_what_has_no_gradient_is_refused_with_a_way_out():
         jax.jit(lambda p: jp.contrib.calibrate_gradients(squared_error, p, BATCHES))(
             PARAMS
         )
+
+
+@pytest.mark.parametrize(
+    ("leaf", "words"),
+    [
+        (jnp.ones((2, 2), jnp.int32), "must be floating, but 'c' are not"),
+        (jnp.ones((2, 2), jnp.complex64), "must be floating, but 'c' are not"),
+        (jax.nn.relu, "must be arrays, but 'c' are not.*eqx.partition"),
+    ],
+)
+def test_leaves_without_a_square_are_named(leaf, words):
+    params = {"c": leaf, "w": jnp.ones((2, 2))}
+    with pytest.raises(ValueError, match=words):
+        jp.contrib.calibrate_gradients(
+            lambda p, x: jnp.sum(p["w"]), params, [1.0], prunable=lambda n, x: True
+        )

@@ -278,3 +278,9 @@ def test_numbers_out_of_range_are_refused(arguments, message):
 def test_targets_without_matrices_are_refused(targets, message):
     with pytest.raises(ValueError, match=message):
         jp.contrib.lora(optax.sgd(1.0), 2, targets=targets).init(weights())
+
+
+def test_whole_numbers_are_not_adapted():
+    tx = jp.contrib.lora(optax.sgd(0.1), 2, targets=lambda name, leaf: True)
+    with pytest.raises(ValueError, match="floating matrices, but 'codes' are not"):
+        tx.init({"codes": jnp.ones((4, 3), jnp.int32), "w": jnp.ones((4, 3))})

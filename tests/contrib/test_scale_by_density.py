@@ -101,3 +101,21 @@ def test_a_power_out_of_range_and_missing_parameters_are_refused():
     tx = jp.contrib.scale_by_density()
     with pytest.raises(ValueError, match="scale_by_density"):
         tx.update({"w": jnp.ones((2, 2))}, tx.init({}))
+
+
+def test_a_glob_that_matches_nothing_is_refused():
+    params = sparse_weights()
+    for rule in ("typo/*", jp.tree.excluding("typo/*")):
+        tx = jp.contrib.scale_by_density(prunable=rule)
+        with pytest.raises(ValueError, match="must match a leaf"):
+            tx.update(params, tx.init(params), params)
+
+
+def test_updates_of_two_bytes_where_promotion_is_forbidden():
+    params = sparse_weights()
+    updates = jax.tree.map(lambda x: jnp.ones_like(x, jnp.bfloat16), params)
+    tx = jp.contrib.scale_by_density(1.0)
+    with jax.numpy_dtype_promotion("strict"):
+        scaled, _ = tx.update(updates, tx.init(params), params)
+    assert scaled["up"]["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(scaled["up"]["kernel"], jnp.full((8, 8), 4.0))

@@ -123,3 +123,17 @@ def test_a_result_does_not_take_the_place_of_the_working_directory(
     with pytest.raises(ValueError, match="the directory that this runs in"):
         atomic.check_free(tmp_path, None)
     atomic.check_free(tmp_path / "out", None)
+
+
+def test_an_empty_directory_does_not_cost_the_result_that_was_moved_aside(tmp_path):
+    # A run died between its two renames; the script that starts the next makes OUT.
+    (tmp_path / ".out.replaced").mkdir()
+    (tmp_path / ".out.replaced" / "model").write_text("old")
+    (tmp_path / "out").mkdir()
+    with (
+        pytest.raises(OSError, match="disk"),
+        atomic.staged(tmp_path / "out", replaceable=lambda place: None),
+    ):
+        raise OSError("disk")
+    assert (tmp_path / "out" / "model").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]

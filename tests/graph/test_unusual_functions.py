@@ -123,3 +123,16 @@ def test_numbers_that_print_alike_are_two():
     steps = trace(fn, WEIGHTS, X).program.steps
     (step,) = [step for step in steps if step.primitive.name == "sub"]
     assert step.inputs[0] != step.inputs[1]
+
+
+@pytest.mark.parametrize("shift", [1, 3])
+def test_an_axis_beside_its_shifted_copy_is_left_alone_however_long(shift):
+    def fn(params, x):
+        hidden = jnp.tanh(x @ params["w"])
+        smooth = params["p"][shift:] - params["p"][:-shift]
+        return (hidden * params["k"][None]) @ params["o"] + jnp.square(smooth).sum()
+
+    params = {**WEIGHTS, "p": jnp.ones((2048, 5))}
+    free = [g.name for g in jp.axis_groups(fn, params, X).groups if g.removable]
+    assert "k:0" in free
+    assert not any(name.startswith("p:0") for name in free)

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxprune as jp
+from jaxprune.arrays import placement
 from tests.support import oracles
 from tests.support.trajectories import same_bits
 
@@ -226,3 +228,24 @@ def test_the_same_devices_may_stand_in_another_order():
     for name, leaf in found.items():
         np.testing.assert_array_equal(leaf, expected[name])
         assert leaf.sharding.is_equivalent_to(one, 2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32])
+def test_the_least_integer_is_a_number_like_any_other(dtype):
+    least = jnp.iinfo(dtype).min
+    params = {"w": jnp.array([[least, 1, 2, 3], [least, 5, 6, 7]], dtype)}
+    scores = {"w": jnp.array([[8.0, 1, 2, 3], [9, 5, 6, 7]])}
+    for prune in (jp.prune, jax.jit(jp.prune, static_argnames="sparsity")):
+        whole = prune(params, scores, sparsity=0.0)["w"]
+        np.testing.assert_array_equal(whole, params["w"])
+    tx = jp.keep_masks(optax.sgd(0.1), {"w": jnp.ones((2, 4), bool)})
+    assert jp.masks.get(jax.jit(tx.init)(params))["w"].all()
+
+
+def test_integers_under_jit_stay_where_they_are():
+    mesh = Mesh(np.array(jax.devices()).reshape(-1), ("x",))
+    rows = NamedSharding(mesh, PartitionSpec("x"))
+    leaf = jax.device_put(jnp.arange(16, dtype=jnp.int8).reshape(8, 2), rows)
+    zeros = jax.jit(lambda x: placement.zeros_like(x, np.float32))(leaf)
+    assert zeros.sharding.is_equivalent_to(rows, 2)
+    assert not zeros.any()

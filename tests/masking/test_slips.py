@@ -1,6 +1,7 @@
 """The slips of every beginner: each works as meant, or gets one sentence that helps."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -211,3 +212,22 @@ def test_numbers_are_no_masks_in_either_place():
     for pair in ((numbers, booleans), (booleans, numbers)):
         with pytest.raises(TypeError, match="bool"):
             jp.masks.combine(*pair)
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"*": 0.5, "up/*": 0.75}, "'up/*' behind '*' would"),
+        ({"up/*": 0.5, "up/kernel": 0.75}, "'up/kernel' behind 'up/*' would"),
+        ({"u*": 0.5, "down/*": 0.5, "*/kernel": 0.7}, "'*/kernel' behind"),
+    ],
+)
+def test_a_rule_that_earlier_ones_leave_nothing_is_told(rules, words):
+    tree = {k: {"kernel": jnp.arange(16.0).reshape(4, 4)} for k in ("up", "down")}
+    with pytest.raises(ValueError, match=re.escape(words)):
+        jp.prune(tree, jp.scores.magnitude(tree), sparsity=rules)
+
+
+def test_what_is_no_array_is_no_weight():
+    tree = {"a": optax.MaskedNode(), "f": jax.nn.relu, "c": jnp.ones((2, 2))}
+    assert str(jp.tree.explain(tree)).endswith("4 of 4 weights may be pruned")

@@ -189,3 +189,12 @@ def test_what_a_falling_sparsity_returns_is_chosen_by_the_growth():
     back = kept[2] & ~kept[1]
     assert (kept[1].sum(), kept[2].sum(), back.sum()) == (10, 50, 40)
     assert back[5:].sum() == 40
+
+
+def test_the_last_event_stays_the_last_at_the_end_of_counting():
+    scores = jp.scores.magnitude
+    tx = jp.straight_through(optax.sgd(0.0), {1: 0.5}, freeze=None, criterion=scores)
+    state = tx.init(WEIGHTS)._replace(step=jnp.int32(2**31 - 2))
+    for _ in range(3):
+        _, state = tx.update(jax.tree.map(jnp.zeros_like, WEIGHTS), state, WEIGHTS)
+        assert int(jp.masks.get(state)["a"].sum()) == 4
