@@ -161,7 +161,17 @@ def names(tree: Any) -> list[str]:
 
 def is_floating(leaf: Any) -> bool:
     """Whether a leaf is an array (or its abstract stand-in) of floating numbers."""
+    if is_torch(leaf):
+        raise TypeError(
+            "leaves must be arrays of JAX or NumPy, but got torch's; take both the "
+            "function and its parameters from jp.torch.function(module, batch)"
+        )
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def is_torch(leaf: Any) -> bool:
+    """Whether a leaf is a tensor of torch, which no function here takes."""
+    return type(leaf).__module__.split(".")[0] == "torch"
 
 
 def align(reference: Any, other: Any, what: str) -> list[Any]:

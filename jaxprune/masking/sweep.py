@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import columns
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.masking import masks as masks_
@@ -105,6 +106,7 @@ def sweep(
     sparsities: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
     allocation: Allocation | Sequence[Allocation] = "global",
     pattern: Pattern | str = "unstructured",
+    axes: Axes | Mapping[str, Axes] | None = None,
     retrain: Callable[[Params, Masks], Params] | None = None,
 ) -> Sweep:
     """Prunes by each criterion to each sparsity, and evaluates each model.
@@ -121,6 +123,7 @@ def sweep(
       allocation: rule that shares a sparsity out between leaves, or several to
         compare; see `jp.prune`.
       pattern: which weights are pruned together; see `jp.prune`.
+      axes: which axes are input and output, for patterns that care; see `jp.prune`.
       retrain: function of pruned parameters and their masks to trained parameters,
         which are evaluated as well; see `jp.keep_masks`.
 
@@ -149,7 +152,9 @@ def sweep(
     dense = float(evaluate(params))
     cells = []
     for criterion, rule, share in itertools.product(scores, allocations, sparsities):
-        masks = masks_.make(scores[criterion], share, allocation=rule, pattern=pattern)
+        masks = masks_.make(
+            scores[criterion], share, allocation=rule, pattern=pattern, axes=axes
+        )
         pruned = masks_.apply(params, masks)
         value = float(evaluate(pruned))
         retrained = None

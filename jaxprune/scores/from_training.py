@@ -371,7 +371,8 @@ _SCORED = (
     finds_none(
         _untracked,
         "every prunable leaf must have been tracked, but {names} were not",
-        "track them or leave them out with prunable=jp.tree.excluding(...)",
+        "track them, E[g^2] by optax.chain(jp.track_gradients(), optimizer), or leave "
+        "them out with prunable=jp.tree.excluding(...)",
     ),
 )
 

@@ -9,8 +9,8 @@ types; there a node is recognised by its names.
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -177,11 +177,18 @@ def _averages(state: Any) -> dict[str, Params]:
     # An optimizer's own moment serves only where nobody tracked E[g^2] itself.
     moments = trees_by_field.pop("moment", [])
     averages = {field: _merged(trees, field) for field, trees in trees_by_field.items()}
-    if averages.keys() & _OF_WEIGHTS and _is_tracked_early(state):
+    if averages.keys() & _OF_WEIGHTS and _is_misplaced(state, _OF_WEIGHTS, "early"):
         warnings.warn(
             "track_importance stands before the optimizer in this chain, where an "
             "update is still a gradient, so what it averaged are no weights; put it "
             "last, as in optax.chain(optimizer, jp.track_importance())",
+            stacklevel=3,
+        )
+    if "square" in averages and _is_misplaced(state, {"square"}, "late"):
+        warnings.warn(
+            "track_gradients stands behind the optimizer in this chain, where an "
+            "update is no gradient any more; put it first, as in "
+            "optax.chain(jp.track_gradients(), optimizer)",
             stacklevel=3,
         )
     if "square" not in averages and moments:
@@ -194,18 +201,26 @@ _OF_WEIGHTS = frozenset({"weight", "magnitude"})
 """The averages that need the step that is really taken."""
 
 
-def _is_tracked_early(state: Any) -> bool:
-    """Whether a chain has a tracker of weights in front of an optimizer's moments."""
+def _is_misplaced(
+    state: Any, fields: Collection[str], when: Literal["early", "late"]
+) -> bool:
+    """Whether a chain has a tracker on the wrong side of an optimizer's moments."""
     if isinstance(state, tuple) and not hasattr(state, "_fields"):  # of optax.chain
         steps = [_found(part, _held) for part in state]
-        trackers = [i for i, fields in enumerate(steps) if fields.keys() & _OF_WEIGHTS]
-        moments = [i for i, fields in enumerate(steps) if "moment" in fields]
-        direct = [i for i in trackers if "moment" not in steps[i]]
-        if direct and moments and direct[0] < moments[-1]:
-            return True
+        moments = [i for i, held in enumerate(steps) if "moment" in held]
+        trackers = [
+            i
+            for i, held in enumerate(steps)
+            if held.keys() & set(fields) and "moment" not in held
+        ]
+        if trackers and moments:
+            if when == "early" and trackers[0] < moments[-1]:
+                return True
+            if when == "late" and trackers[-1] > moments[0]:
+                return True
     parts = state.values() if isinstance(state, Mapping) else state
     nested = isinstance(state, tuple | list | Mapping)
-    return nested and any(map(_is_tracked_early, parts))
+    return nested and any(_is_misplaced(part, fields, when) for part in parts)
 
 
 def _optax_name(node: Any) -> str:

@@ -32,7 +32,7 @@ def hold(module: Any, masks: Mapping[str, Any]) -> "HeldMasks":
     Args:
       module: the module, whose parameters are not frozen later than this call.
       masks: {torch name: booleans of the parameter's shape}, False where it is pruned;
-        a parameter that is not there, or has `optax.MaskedNode()`, is left alone.
+        one that is not there, or has None or `optax.MaskedNode()`, is left alone.
 
     Returns:
       A handle: `remove()` ends it, and so does leaving it as a context.
@@ -60,7 +60,7 @@ def hold(module: Any, masks: Mapping[str, Any]) -> "HeldMasks":
     arrays = {
         name: _as_boolean(mask)
         for name, mask in masks.items()
-        if not isinstance(mask, optax.MaskedNode)
+        if mask is not None and not isinstance(mask, optax.MaskedNode)
     }
     check(
         HOLDABLE,

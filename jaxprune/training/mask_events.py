@@ -288,7 +288,8 @@ _LEAVES = [
         lambda v: not isinstance(v.params, optax.LookaheadParams),
         "{name} chooses masks of leaves, but the parameters of optax.lookahead are "
         "pairs",
-        "choose masks before, and take jp.keep_masks(optax.lookahead(...), masks)",
+        "choose masks before, and take jp.keep_masks(optax.lookahead(...), "
+        "optax.LookaheadParams(masks, masks))",
     )
 ]
 _PRUNABLE = [

@@ -231,3 +231,34 @@ def test_a_rule_that_earlier_ones_leave_nothing_is_told(rules, words):
 def test_what_is_no_array_is_no_weight():
     tree = {"a": optax.MaskedNode(), "f": jax.nn.relu, "c": jnp.ones((2, 2))}
     assert str(jp.tree.explain(tree)).endswith("4 of 4 weights may be pruned")
+
+
+def test_squares_of_what_is_no_gradient_any_more_are_told():
+    def square(*chained):
+        state = optax.chain(*chained).init(params())
+        return jp.get_importance(state)
+
+    with pytest.warns(UserWarning, match="track_gradients stands behind the optimizer"):
+        square(optax.adamw(1e-3), jp.track_gradients())
+    square(jp.track_gradients(), optax.adamw(1e-3))
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        ({"x": jnp.ones((4, 8))}, "takes a list of batches, but got one batch"),
+        (jnp.ones((4, 8)), r"write \[batch\], or list\(batches\)"),
+    ],
+)
+def test_one_batch_is_no_list_of_batches(batches, words):
+    def fn(params, x):
+        return x @ params["w"]
+
+    with pytest.raises(TypeError, match=words):
+        jp.prune_trained(fn, {"w": jnp.ones((8, 3))}, batches, "wanda", sparsity=0.5)
+
+
+def test_an_optimizer_without_second_moments_is_told_what_to_chain():
+    state = optax.contrib.muon(1e-3).init({"w": jnp.ones((4, 4))})
+    with pytest.raises(ValueError, match=r"optax.chain\(jp.track_gradients\(\)"):
+        jp.scores.preconditioned_magnitude({"w": jnp.ones((4, 4))}, state)

@@ -117,3 +117,20 @@ def test_what_is_no_mask_is_refused():
         jp.plot.masks(jnp.ones(3))
     with pytest.raises(TypeError, match="overlap draws two masks or more by name"):
         jp.plot.overlap({"a": SCORES["magnitude"]})
+
+
+def test_the_axes_of_a_pattern_are_given_too():
+    params = {"w": jnp.arange(1.0, 33.0).reshape(4, 8) % 7 + 1}
+    scores = {"magnitude": jp.scores.magnitude(params)}
+    axes = jp.Axes(inputs=(1,), outputs=(0,))
+    kept = jp.masks.make(scores["magnitude"], pattern="2:4", axes=axes)
+    total = []
+    jp.sweep(
+        params,
+        scores,
+        lambda p: total.append(p["w"] != 0) or 0.0,
+        sparsities=[0.5],
+        pattern="2:4",
+        axes=axes,
+    )
+    assert (total[-1] == kept["w"]).all()

@@ -148,3 +148,20 @@ def test_zeros_hold_where_gradients_have_some_rows_alone():
         np.testing.assert_array_equal(gradient, mask * [[1], [2], [0], [0], [0]])
         optimizer.step()
     np.testing.assert_array_equal(table.weight.detach().numpy() == 0, ~mask)
+
+
+def test_none_leaves_a_parameter_alone():
+    module = torch.nn.Linear(4, 3)
+    masks = {"weight": np.zeros((3, 4), bool), "bias": None}
+    with jp.torch.hold(module, masks):
+        assert not module.weight.any()
+        assert module.bias.any()
+
+
+def test_tensors_in_the_place_of_arrays_are_told_the_way():
+    module, x = torch.nn.Linear(4, 3), torch.ones(2, 4)
+    fn, params = jp.torch.function(module, x)
+    with pytest.raises(TypeError, match=r"write jp.torch.as_arrays\(batch\)"):
+        jp.prune_trained(fn, params, [x], "wanda", sparsity=0.5)
+    with pytest.raises(TypeError, match=r"from jp.torch.function\(module, batch\)"):
+        jp.scores.magnitude(dict(module.named_parameters()))

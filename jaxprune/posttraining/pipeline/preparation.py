@@ -1,6 +1,6 @@
 """From a function, parameters and batches to what goes through the segments."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -41,7 +41,10 @@ def check_batches(
       ValueError: there is none, their structures, shapes or dtypes differ, the number
         of devices does not divide theirs, or one is spread over several processes.
     """
+    check(_LIST, caller=caller, batches=batches)
     batches = list(batches)
+    tensors = [x for x in jax.tree.leaves(batches) if tree.is_torch(x)]
+    check(_ARRAYS, caller=caller, tensors=tensors)
     signatures = list(map(batch_signature, batches))
     leaves = jax.tree.leaves(batches)
     check(
@@ -121,6 +124,22 @@ def prunable_ops(
     return ops
 
 
+_LIST = [
+    Rule(
+        lambda v: not (isinstance(v.batches, Mapping) or hasattr(v.batches, "shape")),
+        "{caller} takes a list of batches, but got one batch",
+        "write [batch], or list(batches) where each row of an array is one",
+        error=TypeError,
+    )
+]
+_ARRAYS = [
+    Rule(
+        lambda v: not v.tensors,
+        "{caller} takes batches of JAX or NumPy arrays, but got torch's",
+        "write jp.torch.as_arrays(batch)",
+        error=TypeError,
+    )
+]
 _BATCHES = [
     Rule(lambda v: v.count, "{caller} needs at least one batch, got none"),
     Rule(
