@@ -131,9 +131,9 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
     )
     training = None
     if trained:
-        # Rows that were not drawn are held out, unless other texts are evaluated.
-        rows = drawn.parts if drawn and not evaluation.evaluate else ()
-        from_texts = without_rows([by_path[path] for path in trained], files, rows)
+        # Some rows that were not drawn measure, unless other texts are evaluated.
+        measured = drawn.undrawn if drawn and not evaluation.evaluate else ()
+        from_texts = without_rows([by_path[path] for path in trained], files, measured)
         training = draw_training(recovery, calibration, from_texts, begins.token)
         roles = _roles_of_trained(roles, evaluated, from_texts)
     windows = _windows(evaluation, config.context, begins, evaluated, tokenizer)
@@ -263,23 +263,24 @@ def _evaluated(
 def without_rows(
     trained: Sequence[text_files.AnyText],
     files: Sequence[text_files.AnyText],
-    parts: Sequence[np.ndarray],
+    measured: Sequence[text_files.Text | None],
 ) -> list[text_files.AnyText]:
     """The texts to train on, without what of them is evaluated.
 
     Args:
       trained: texts to train on, whole.
       files: texts that are calibrated on, without their held-out ends.
-      parts: sequences that were drawn of each; () where nothing is held out.
+      measured: rows of each that the model is measured on; () where none are.
 
     Returns:
-      The texts, those that are calibrated on without the end, or without the rows that
-      were not drawn.
+      The texts, those that are calibrated on without the end, or without these rows.
     """
     allowed = {text.sha256: text for text in files}
-    for text, part in zip(files, parts, strict=False):  # no parts: nothing held out
-        if isinstance(text, text_files.Text) and text.is_rows:
-            allowed[text.sha256] = text._replace(tokens=part)
+    for text, held_out in zip(files, measured, strict=False):  # (): nothing held out
+        if isinstance(text, text_files.Text) and held_out is not None:
+            gone = {row.tobytes() for row in held_out.tokens}
+            stays = [row.tobytes() not in gone for row in text.tokens]
+            allowed[text.sha256] = text._replace(tokens=text.tokens[stays])
     return [allowed.get(text.sha256, text) for text in trained]
 
 

@@ -50,3 +50,16 @@ def test_what_all_texts_have_is_drawn_as_from_one_mixture(steps):
 def test_texts_of_one_length_are_drawn_once(texts):
     tokens = drawn(100, *texts)
     assert len(tokens) == len(np.unique(tokens[:, 0])) == 3 * len(texts)
+
+
+def test_only_the_rows_that_measure_are_not_trained_on():
+    text = rows(0, 20)
+    calibrated = text_files.draw_sequences(
+        [text], sequences=2, length=8, bos=None, seed=0, most=3
+    )
+    (measured,) = calibrated.undrawn
+    (left,) = inputs.without_rows([text], [text], [measured])
+    firsts = set(left.tokens[:, 0].tolist())
+    assert firsts == set(range(0, 160, 8)) - set(measured.tokens[:, 0].tolist())
+    assert len(firsts) == 17
+    assert inputs.without_rows([text], [text], ()) == [text]
