@@ -28,7 +28,9 @@ def __dir__() -> list[str]:
 _HERE = r"(_[^/]*)?(/[^/]*)?$"
 _UNPRUNABLE = {
     "an embedding": rf"(^|[/_])((embed|embedding)s?|wte|wpe)\d*{_HERE}"
-    rf"|(^|[/_])patch_embed(ding)?s?/[^/]*/[^/]*$|(^|/)shared/weight$",
+    rf"|(^|[/_])patch_embed(ding)?s?/[^/]*/[^/]*$|(^|/)shared/weight$"
+    # Of a vision transformer, one row each: (1, tokens, width).
+    r"|(^|[/_])(cls|class|dist(illation)?|mask|register|query)_tokens?$",
     "a normalisation": r"(^|[/_])((layer|rms|batch|group|instance)?norms?"
     rf"|normali[sz]ation|ln[a-z]?|bn)\d*{_HERE}|(^|[/_])scale(/[^/]*)?$",
     "a bias": r"(^|[/_])bias(_table)?(/[^/]*)?$",
@@ -43,6 +45,8 @@ _UNPRUNABLE = {
     "a depthwise convolution": rf"(^|[/_])(dw_?conv|depthwise(_conv)?(_?[123]d)?"
     rf"|conv_?dw)\d*{_HERE}",
 }
+# What PEFT puts between a module and its weights.
+_WRAPPED = r"/(base_layer|original_module|modules_to_save/[^/]*)/"
 # Of Mamba and Qwen3-Next: (taps, 1, channels), in torch (channels, 1, taps).
 _SHORT_CONVOLUTION = rf"(^|[/_])conv_?1d\d*{_HERE}"
 _MOST_TAPS = 8
@@ -120,7 +124,7 @@ def _is_short_convolution(name: str, leaf: Any) -> bool:
 
 def _named_as(name: str) -> str | None:
     """What a name speaks of that is left alone, as "a bias", or None."""
-    name = _split_words(name)
+    name = re.sub(_WRAPPED, "/", _split_words(name))
     for what, words in _UNPRUNABLE.items():
         if re.search(words, name):
             return what

@@ -92,7 +92,8 @@ def layer_sizes(
         }
         for attribute, leaves in SIZES.items():
             held = getattr(part, attribute, "")
-            if isinstance(held, str):  # Equinox has "scalar" for a size, which stays
+            # Equinox has "scalar" for a size, which stays.
+            if held is not None and not isinstance(held, int | tuple):
                 continue
             for leaf, axes in leaves.items():
                 # A class of one's own may mean something else by that name.
