@@ -207,14 +207,14 @@ def begin(place: Path, config: Any, *decisive: str) -> None:
     """Notes which settings the results of a place are of.
 
     Args:
-      place: a folder, or the file of a table.
+      place: a folder, or a .csv.
       config: settings of the benchmark.
       *decisive: names of those that decide numbers and are in no name of a result.
 
     Raises:
       SystemExit: the results there are of others.
     """
-    folder = place if place.suffix == "" else place.parent
+    folder = place.parent if place.suffix == ".csv" else place
     folder.mkdir(parents=True, exist_ok=True)
     path = "settings.json" if folder == place else f"{place.stem}.settings.json"
     settings = {name: getattr(config, name) for name in decisive}

@@ -112,7 +112,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs what is missing, then writes the table and the figure."""
-    # Rounds and steps decide speeds alone, which are of one machine's moment anyway.
+    # Rounds and steps decide speeds alone, which are timed anew on each machine.
     measure.begin(config.work, config, "sequences", "limit")
     paths = texts.write_documents(config.work / "texts", (*TRAINED, *HELD_OUT))
     models = {name: _made(config, name, paths) for name in config.forms}

@@ -160,7 +160,11 @@ def names(tree: Any) -> list[str]:
 
 
 def is_floating(leaf: Any) -> bool:
-    """Whether a leaf is an array (or its abstract stand-in) of floating numbers."""
+    """Whether a leaf is an array (or its abstract stand-in) of floating numbers.
+
+    Raises:
+      TypeError: it is a tensor of torch, whose dtype says nothing to NumPy.
+    """
     if is_torch(leaf):
         raise TypeError(
             "leaves must be arrays of JAX or NumPy, but got torch's; take both the "
@@ -170,8 +174,8 @@ def is_floating(leaf: Any) -> bool:
 
 
 def is_torch(leaf: Any) -> bool:
-    """Whether a leaf is a tensor of torch, which no function here takes."""
-    return type(leaf).__module__.split(".")[0] == "torch"
+    """Whether a leaf is a tensor of torch, which is an array to `jp.torch` alone."""
+    return _is_class_of(leaf, "Tensor", "torch")
 
 
 def align(reference: Any, other: Any, what: str) -> list[Any]:

@@ -9,7 +9,7 @@ types; there a node is recognised by its names.
 
 import functools
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -184,7 +184,7 @@ def _averages(state: Any) -> dict[str, Params]:
             "last, as in optax.chain(optimizer, jp.track_importance())",
             stacklevel=3,
         )
-    if "square" in averages and _is_misplaced(state, {"square"}, "late"):
+    if "square" in averages and _is_misplaced(state, _OF_GRADIENTS, "late"):
         warnings.warn(
             "track_gradients stands behind the optimizer in this chain, where an "
             "update is no gradient any more; put it first, as in "
@@ -199,24 +199,22 @@ def _averages(state: Any) -> dict[str, Params]:
 
 _OF_WEIGHTS = frozenset({"weight", "magnitude"})
 """The averages that need the step that is really taken."""
+_OF_GRADIENTS = frozenset({"square"})
+"""The average that needs the gradient before it becomes a step."""
 
 
 def _is_misplaced(
-    state: Any, fields: Collection[str], when: Literal["early", "late"]
+    state: Any, fields: frozenset[str], when: Literal["early", "late"]
 ) -> bool:
     """Whether a chain has a tracker on the wrong side of an optimizer's moments."""
     if isinstance(state, tuple) and not hasattr(state, "_fields"):  # of optax.chain
         steps = [_found(part, _held) for part in state]
         moments = [i for i, held in enumerate(steps) if "moment" in held]
-        trackers = [
-            i
-            for i, held in enumerate(steps)
-            if held.keys() & set(fields) and "moment" not in held
-        ]
-        if trackers and moments:
-            if when == "early" and trackers[0] < moments[-1]:
-                return True
-            if when == "late" and trackers[-1] > moments[0]:
+        trackers = [i for i, held in enumerate(steps) if held.keys() & fields]
+        direct = [i for i in trackers if i not in moments]
+        if direct and moments:
+            early, late = direct[0] < moments[-1], direct[-1] > moments[0]
+            if {"early": early, "late": late}[when]:
                 return True
     parts = state.values() if isinstance(state, Mapping) else state
     nested = isinstance(state, tuple | list | Mapping)

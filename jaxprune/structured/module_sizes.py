@@ -98,7 +98,9 @@ def layer_sizes(
             for leaf, axes in leaves.items():
                 # A class of one's own may mean something else by that name.
                 cut = inside.get(leaf)
-                if cut and held in (None, _size(part, attribute, cut, axes, now=False)):
+                if cut is None or not _has_axes(cut, axes):
+                    continue
+                if held in (None, _size(part, attribute, cut, axes, now=False)):
                     value = _size(part, attribute, cut, axes, now=True)
                     sizes.setdefault((path, attribute), value)
         for attribute, leaf in _SHAPES.items():
@@ -111,6 +113,11 @@ def layer_sizes(
             if isinstance(groups, int) and groups > 1 and leaf_cut is not None:
                 sizes[path, attribute] = _groups(groups, leaf_cut, attribute)
     return sizes
+
+
+def _has_axes(cut: LeafCut, axes: tuple[int, ...]) -> bool:
+    rank = len(cut.before)
+    return all(-rank <= axis < rank for axis in axes)
 
 
 def _below(path: str, cuts: Mapping[str, LeafCut]) -> dict[str, LeafCut]:
@@ -131,8 +138,6 @@ def _size(
     if isinstance(held, tuple):  # (heads, size of a head), as LinearGeneral has it
         count = len(held)
         return shape[:count] if attribute in _INPUTS else shape[-count:]
-    if not all(-len(shape) <= axis < len(shape) for axis in axes):
-        return ""  # no layer of this kind
     size = math.prod(shape[axis] for axis in axes)
     if attribute in _INPUTS:  # a kernel has the inputs of one group
         for name in _CONVOLVED:

@@ -1,5 +1,7 @@
 """Which attributes of a smaller module are set: those that hold a size that changed."""
 
+import types
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 from flax import nnx
 
 import jaxprune as jp
+from jaxprune.structured.cut import LeafCut
+from jaxprune.structured.module_sizes import layer_sizes
 from tests.support.small_models import draw
 from tests.support.small_models import quick_compilation as quick_compilation
 
@@ -195,3 +199,10 @@ def test_equinox_counts_inputs_and_neurons_of_one_value_apart():
     )
     small = result.module(model, batch, call)
     assert (small.in_size, small.out_size, small.width_size) == (8, 8, 4)
+
+
+def test_an_attribute_that_is_left_out_stays_so_where_a_leaf_has_fewer_axes():
+    cut = LeafCut((8,), (4,), None, ((np.arange(4),),))
+    part = types.SimpleNamespace(in_features=3, out_features=None, num_features=8)
+    sizes = layer_sizes({"norm": part}, {"norm/weight": cut, "norm/scale": cut})
+    assert sizes == {("norm", "num_features"): 4}

@@ -38,6 +38,7 @@ def check_batches(
       A new list.
 
     Raises:
+      TypeError: it is one batch in the place of a list, or a batch has torch's tensors.
       ValueError: there is none, their structures, shapes or dtypes differ, the number
         of devices does not divide theirs, or one is spread over several processes.
     """
