@@ -162,6 +162,12 @@ def names(tree: Any) -> list[str]:
 def is_floating(leaf: Any) -> bool:
     """Whether a leaf is an array (or its abstract stand-in) of floating numbers.
 
+    Args:
+      leaf: anything; what has no dtype is not of floating numbers.
+
+    Returns:
+      True for floating dtypes, False for every other leaf.
+
     Raises:
       TypeError: it is a tensor of torch, whose dtype says nothing to NumPy.
     """
