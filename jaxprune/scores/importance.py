@@ -8,6 +8,7 @@ types; there a node is recognised by its names.
 """
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -209,16 +210,28 @@ def _is_misplaced(
     """Whether a chain has a tracker on the wrong side of an optimizer's moments."""
     if isinstance(state, tuple) and not hasattr(state, "_fields"):  # of optax.chain
         steps = [_found(part, _held) for part in state]
+        names = [_leaf_names(held) for held in steps]  # a part may watch some leaves
         moments = [i for i, held in enumerate(steps) if "moment" in held]
-        trackers = [i for i, held in enumerate(steps) if held.keys() & fields]
-        direct = [i for i in trackers if i not in moments]
-        if direct and moments:
-            early, late = direct[0] < moments[-1], direct[-1] > moments[0]
-            if {"early": early, "late": late}[when]:
+        for i, held in enumerate(steps):
+            if not held.keys() & fields or i in moments:
+                continue
+            others = [k for k in moments if not names[i].isdisjoint(names[k])]
+            if any(i < k if when == "early" else i > k for k in others):
                 return True
     parts = state.values() if isinstance(state, Mapping) else state
     nested = isinstance(state, tuple | list | Mapping)
     return nested and any(_is_misplaced(part, fields, when) for part in parts)
+
+
+def _leaf_names(held: Mapping[str, list[Params]]) -> set[str]:
+    """The names of all leaves that a part of a chain holds something of."""
+    averages = itertools.chain.from_iterable(held.values())
+    return {
+        name
+        for average in averages
+        for name, leaf in tree.named_leaves(average).items()
+        if not tree.is_excluded(leaf)
+    }
 
 
 def _optax_name(node: Any) -> str:

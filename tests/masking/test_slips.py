@@ -243,6 +243,25 @@ def test_squares_of_what_is_no_gradient_any_more_are_told():
     square(jp.track_gradients(), optax.adamw(1e-3))
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_optimizer_of_other_leaves_is_on_neither_side_of_a_tracker():
+    def of(name, *transformations):
+        chosen = {"w": {key: key == name for key in tree["w"]}}
+        return optax.masked(optax.chain(*transformations), chosen)
+
+    tree = {"w": {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}}
+    averages = jp.track_importance()
+    parts = [
+        *(of("a", optax.adamw(1e-3)), of("a", averages)),
+        *(of("b", jp.track_gradients()), of("b", optax.adamw(1e-3))),
+    ]
+    importance = jp.get_importance(optax.chain(*parts).init(tree))
+    assert isinstance(importance.weight["w"]["b"], optax.MaskedNode)
+    with pytest.warns(UserWarning, match="track_gradients stands behind the optimizer"):
+        swapped = [of("b", optax.adamw(1e-3)), of("b", jp.track_gradients())]
+        jp.get_importance(optax.chain(*parts[:2], *swapped).init(tree))
+
+
 @pytest.mark.parametrize(
     ("batches", "words"),
     [
