@@ -4,9 +4,9 @@
 
 The gradient of the layers' matrices, as `--recover-train matrices` takes it: in float32
 and in bfloat16; with the gradient of each matrix as JAX makes it, or in the order of
-`models.product`; with all logits, or those of the tokens that texts and predictions
-name and a sample of the others (`recovery.sampled_tokens`). All are timed in turn in
-one process, and each is compared with the first.
+`models.product`; with all logits, or those of the tokens that the step's texts and
+predictions name and a sample of the others (`recovery.sampled_tokens`). All are timed
+in turn in one process, and each is compared with the first.
 """
 
 import dataclasses
@@ -72,13 +72,14 @@ def main(config: Config) -> None:
         kept = predictions.keep_predictions(
             teacher.decoder(), tokens, Path(folder), batch=config.batch
         )
-        named = sampled_tokens.named_tokens(
-            teacher.config.vocab_size, [tokens, *kept.likeliest()]
+        sampler = sampled_tokens.sampler_of(
+            teacher.config.vocab_size, tokens, kept.likeliest, batch=config.batch
         )
-        sample = sampled_tokens.draw_tokens(named)
-        if sample is None:
-            raise ValueError("half of the vocabulary is named; give fewer sequences")
-        for name, run in _calls(config, tokens, kept, sample):
+        if sampler is None:
+            raise ValueError(
+                "a step names half of the vocabulary; give a smaller batch"
+            )
+        for name, run in _calls(config, tokens, kept, sampler):
 
             def call(name: str = name, run: Any = run) -> Any:
                 results[name] = run()  # the last one stays, to be compared
@@ -88,7 +89,7 @@ def main(config: Config) -> None:
     times = measure.interleaved(calls, config.rounds, warmup=1)
     ways = _compare(results, times)
     print(columns([["way", "seconds", "times", "loss", "cosine"], *_rows(ways)]))
-    facts = {"vocabulary": len(named), "named": int(named.sum())}
+    facts = {"vocabulary": sampler.vocab_size, "sampled": sampler.size}
     measure.report("recovery_step", config=str(config), **facts, ways=ways)
 
 
@@ -96,7 +97,7 @@ def _calls(
     config: Config,
     tokens: np.ndarray,
     kept: predictions.Predictions,
-    sample: sampled_tokens.TokenSample,
+    sampler: sampled_tokens.TokenSampler,
 ) -> Iterator[tuple[str, Any]]:
     """Name and call of each way."""
     models: dict[str, LoadedModel] = {}
@@ -104,9 +105,7 @@ def _calls(
         if dtype not in models:
             models[dtype] = open_model(config.pruned, dtype=dtype).read()
         model, inputs = models[dtype], tokens[: config.batch]
-        if sampled:
-            model, inputs = model.with_tokens(sample.ids), sample.places(inputs)
-        loss = predictions.from_predictions(kept, sample=sample if sampled else None)
+        loss = predictions.from_predictions(kept, sampler=sampler if sampled else None)
         arrays = jax.tree.map(np.array, loss.read(np.arange(config.batch)))
         # How a product is differentiated is decided when it is traced.
         with mock.patch.object(layers, "product", layers.product if ordered else _dot):

@@ -126,13 +126,14 @@ def recovery_needs(
     size = _teacher_size(recovery, work)
     # Forward, forward again and back, and the teacher's forward.
     passes = recovery.steps * (4 + (size if teacher else 0))
-    tokens = passes * calibration.batch * calibration.length
+    step = recovery.batch(calibration) * calibration.length  # tokens
+    tokens = passes * step
     if recovery.top:
         followed = recovery.followed_tokens(work.trained, calibration.written_tokens)
         tokens += size * followed
     memory = _trained_bytes(recovery.trained, work)
     # Logits, those without the likeliest, and the gradients of both.
-    logits = calibration.batch * calibration.length * work.scores
+    logits = step * work.scores
     memory += 4 * min(logits, 4 * LOGITS)
     held = int(size * work.weights)
     # A teacher whose predictions are kept is gone when the training begins.

@@ -319,7 +319,7 @@ def draw_training(
       int32 (sequences, length).
     """
     body = calibration.length - (bos is not None)  # tokens of the text
-    used = recovery.steps * calibration.batch  # each once, if there are
+    used = recovery.steps * recovery.batch(calibration)  # each once, if there are
     # What the model wrote itself has the share of a text.
     used = math.ceil(used * len(trained) / (len(trained) + recovery.own_text))
     due = text_files.shares(max(used, len(trained)), trained)

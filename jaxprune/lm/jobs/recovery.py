@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.recovery import distill, predictions, retrain, sampled_tokens
-from jaxprune.lm.recovery.sampled_tokens import TokenSample
+from jaxprune.lm.recovery.sampled_tokens import TokenSampler
 
 _RANK = 16  # of "lora"
 
@@ -57,16 +57,17 @@ def recover(
     """
     names = _trained_leaves(model, recovery, matrices)
     sequences, shares = _sequences_and_shares(recovery, sequences, written)
-    draw = functools.partial(_draw_tokens, model.config, names, calibration.seed)
-    loss, sample = _loss(recovery, calibration, sequences, shares, draw, teacher, work)
-    student = model
-    if sample is not None:
-        sequences, student = sample.places(sequences), model.with_tokens(sample.ids)
+    sampler = functools.partial(
+        _sampler, model.config, names, recovery, calibration, sequences
+    )
+    loss, logits = _loss(
+        recovery, calibration, sequences, shares, sampler, teacher, work
+    )
     settings = retrain.Settings(
         steps=recovery.steps,
         learning_rate=recovery.learning_rate,
         relative=recovery.relative,
-        batch=calibration.batch,
+        batch=recovery.batch(calibration),
         seed=calibration.seed,
         rank=_RANK if recovery.trained == "lora" else None,
     )
@@ -80,25 +81,19 @@ def recover(
             progress.update(steps)
 
         decoder, losses = retrain.retrain(
-            student.decoder(),
+            model.decoder(),
             names,
             sequences,
             settings,
             loss=loss,
-            masked=_sparse_leaves(student),  # zeros of an earlier job stay too
+            masked=_sparse_leaves(model),  # zeros of an earlier job stay too
             directory=work / recovery.recover_by,
             progress=tick,
         )
-    trained = tree.named_leaves(nnx.state(decoder, nnx.Param))
-    # What was not trained knows all tokens here.
-    leaves = [
-        trained[name] if name in names else leaf
-        for name, leaf in tree.named_leaves(model.params).items()
-    ]
-    params = jax.tree.unflatten(jax.tree.structure(model.params), leaves)
+    params = nnx.state(decoder, nnx.Param)
     record = _record(recovery, calibration, losses)
-    if sample is not None:
-        record["logits"] = len(sample.ids)
+    if logits is not None:
+        record["logits"] = logits
     return as_stored(model._replace(params=params), names), names, record
 
 
@@ -123,17 +118,17 @@ def _loss(
     calibration: Calibration,
     sequences: Int[np.ndarray, "sequences length"],
     shares: Float[np.ndarray, "sequences"],
-    draw: Callable[[Iterable[np.ndarray]], TokenSample | None],
+    sampler: Callable[..., TokenSampler | None],
     teacher: Callable[[], Decoder],
     work: Path,
-) -> tuple[retrain.Loss, TokenSample | None]:
-    """What is made small, and the tokens that are drawn for it; None for all.
+) -> tuple[retrain.Loss, int | None]:
+    """What is made small, and the number of logits of a step; None for all.
 
     The teacher is let go where its predictions are kept.
     """
     if recovery.recover_by == "retraining":
-        sample = draw([sequences])
-        return retrain.from_text(sample), sample
+        tokens = sampler()
+        return retrain.from_text(tokens), tokens and tokens.size
     if not recovery.top:
         return distill.from_teacher(teacher(), hidden=recovery.recover_hidden), None
     shown = Progress(len(sequences), "predicting", unit="sequence", leave=False)
@@ -147,23 +142,30 @@ def _loss(
             followed=shares < 1,
             progress=progress.update,
         )
-    sample = draw([sequences, *kept.likeliest()])
-    loss = predictions.from_predictions(kept, text=shares, sample=sample)
-    return loss, sample
+    tokens = sampler(kept.likeliest)
+    loss = predictions.from_predictions(kept, text=shares, sampler=tokens)
+    return loss, tokens and tokens.size
 
 
-def _draw_tokens(
+def _sampler(
     config: DecoderConfig,
     names: Set[str],
-    seed: int,
-    ids: Iterable[Int[np.ndarray, "..."]],
-) -> TokenSample | None:
-    """The tokens that are named, and some others; None where tokens are trained."""
+    recovery: Recovery,
+    calibration: Calibration,
+    sequences: Int[np.ndarray, "sequences length"],
+    likeliest: Callable[[int], np.ndarray] | None = None,
+) -> TokenSampler | None:
+    """What draws the tokens of a step; None where tokens are trained, or few."""
     fewer = dataclasses.replace(config, vocab_size=config.vocab_size - 1)
     if names & hf.changed_axes(config, fewer).keys():
         return None
-    named = sampled_tokens.named_tokens(config.vocab_size, ids)
-    return sampled_tokens.draw_tokens(named, seed=seed)
+    return sampled_tokens.sampler_of(
+        config.vocab_size,
+        sequences,
+        likeliest,
+        batch=recovery.batch(calibration),
+        seed=calibration.seed,
+    )
 
 
 def _record(
@@ -173,7 +175,7 @@ def _record(
     record: dict[str, Any] = {
         "steps": recovery.steps,
         "learning_rate": recovery.learning_rate,
-        "batch": calibration.batch,
+        "batch": recovery.batch(calibration),
         "trained": recovery.trained,
         "texts": [*texts, str(SELF)] if recovery.own_text else texts,
         "losses": losses,

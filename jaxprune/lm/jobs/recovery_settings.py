@@ -17,7 +17,7 @@ from jaxprune.lm.jobs.option_types import (
     Number,
     choice_of,
 )
-from jaxprune.lm.jobs.settings import SELF
+from jaxprune.lm.jobs.settings import SELF, Calibration
 
 TOP = 64
 """Likeliest tokens of a prediction that a distillation keeps."""
@@ -38,6 +38,7 @@ class Recovery:
       recover_by: "distillation" brings the next-token distributions of what is left
         back to those of the model before (KL divergence); "retraining" learns to
         predict the texts.
+      recover_batch: sequences of a step; those of --batch if left out.
       recover_text: texts for that; those that are calibrated on if left out. The word
         "self" beside them stands for what --calibration self wrote, in as many
         sequences as each text has.
@@ -64,6 +65,7 @@ class Recovery:
 
     recover_steps: MaybeCount = None
     recover_by: Literal["distillation", "retraining"] = "distillation"
+    recover_batch: MaybeCount = None
     recover_text: Files = ()
     recover_learning_rate: MaybeNumber = None
     recover_train: Annotated[Trained | None, choice_of(Trained), UNSET] = None
@@ -108,6 +110,10 @@ class Recovery:
         # A factor of a matrix's change begins at zero.
         return self.recover_learning_rate is None and self.trained != "lora"
 
+    def batch(self, calibration: Calibration) -> int:
+        """Number of sequences of a step."""
+        return self.recover_batch or calibration.batch
+
     def followed_tokens(self, trained_tokens: int, written_tokens: int) -> int:
         """Number of tokens whose predictions are kept.
 
@@ -144,6 +150,7 @@ RULES = (
         "--recover-steps needs --recover-text FILE..., or --calibration FILE..., "
         "whose texts it then takes",
     ),
+    at_least("recover_batch", 1),
     open_share("recover_learning_rate"),  # Adam's, which moves each weight so far
     within(
         "recover_hidden",
@@ -155,7 +162,7 @@ RULES = (
     *(
         idle_without(Recovery, option, "recover_steps", _STEPS)
         for option in (
-            *("recover_text", "recover_train", "recover_hidden"),
+            *("recover_text", "recover_train", "recover_hidden", "recover_batch"),
             *("recover_learning_rate", "recover_by", "recover_top"),
             *("recover_text_share", "recover_teacher"),
         )

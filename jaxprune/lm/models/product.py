@@ -42,6 +42,11 @@ def product(
     return _product(x, kernel, preferred_element_type, out_sharding)
 
 
+def is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether a step of a program is a `product`, a policy for `jax.checkpoint`."""
+    return primitive.name == "custom_vjp_call"  # a layer has no other
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(
     x: Array, kernel: Array, dtype: DTypeLike | None, out_sharding: jax.P | None

@@ -19,7 +19,7 @@ References:
   a teacher's probabilities with a tail, as here.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.decoder.model import Decoder, map_tokens
 from jaxprune.lm.recovery.distill import SAME_VOCABULARY
 from jaxprune.lm.recovery.retrain import Loss
-from jaxprune.lm.recovery.sampled_tokens import TokenSample
+from jaxprune.lm.recovery.sampled_tokens import TokenSampler
 from jaxprune.posttraining import fingerprint
 from jaxprune.posttraining.progress import ProgressLog
 
@@ -98,10 +98,9 @@ class Predictions(NamedTuple):
                 log_p[i] = self.log.array(_file_name(file), "log_p")[row]
         return ids, log_p
 
-    def likeliest(self) -> Iterator[Int[np.ndarray, "batch time k"]]:
-        """The likeliest tokens of all that was predicted, file by file."""
-        for file in range(-(-(int(self.places.max()) + 1) // self.batch)):
-            yield self.log.array(_file_name(file), "ids")
+    def likeliest(self, row: int) -> Int[np.ndarray, "time k"]:
+        """The likeliest tokens after each token of a sequence, zeros for none."""
+        return self.rows(np.array([row]))[0][0]
 
 
 def _file_name(file: int) -> str:
@@ -184,7 +183,7 @@ def from_predictions(
     predictions: Predictions,
     *,
     text: float | Float[np.ndarray, " sequences"] = 0.0,
-    sample: TokenSample | None = None,
+    sampler: TokenSampler | None = None,
 ) -> Loss:
     """The loss of `retrain` that follows what a teacher predicted.
 
@@ -196,8 +195,7 @@ def from_predictions(
         in their order.
       text: share of the text itself, in [0, 1]: one for all sequences, or one for
         each, 1 for texts to learn and 0 for texts that the teacher wrote, say.
-      sample: the tokens that the student knows, where they are not all of the
-        teacher's; the sequences that are trained on are then its `places`.
+      sampler: what draws the tokens of each step whose logits stand for all.
 
     Returns:
       The loss, which reads each step's predictions from disk.
@@ -214,20 +212,21 @@ def from_predictions(
         [_PREDICTED], missing=int(np.sum((predictions.places < 0) & (shares < 1)))
     )
 
-    vocab, log_counts = predictions.vocab_size, None
-    if sample is not None:
-        vocab, log_counts = len(sample.ids), sample.log_counts
+    vocab = predictions.vocab_size
 
     def read(rows: Int[np.ndarray, " rows"]) -> Any:
-        ids, log_p = predictions.rows(rows)
-        return ids if sample is None else sample.places(ids), log_p, shares[rows]
+        sample = None if sampler is None else sampler.draw(rows)
+        return sample, *predictions.rows(rows), shares[rows]
 
     def loss(student: Decoder, arrays: Any, tokens: jax.Array) -> jax.Array:
         # (batch, length - 1, k), (batch, length - 1, k + 1) and (batch,)
-        ids, log_p, share = arrays
-        known = student.config.vocab_size
-        rules.check(SAME_VOCABULARY, teacher=vocab, student=known)
+        sample, ids, log_p, share = arrays
+        rules.check(SAME_VOCABULARY, teacher=vocab, student=student.config.vocab_size)
         states, _ = student.states(student.embed(tokens[:, :-1]), remat=True)
+        targets, size = tokens[:, 1:], vocab
+        if sample is not None:
+            size = len(sample.ids)
+            ids, targets = (jnp.searchsorted(sample.ids, x) for x in (ids, targets))
 
         def losses(
             state: Float[Array, "batch width"],
@@ -235,9 +234,10 @@ def from_predictions(
             ids: Int[Array, "batch k"],
             log_p: Float[Array, "batch outcomes"],
         ) -> tuple[Array, Array]:
-            logits = student.logits(state)  # (batch, vocab)
-            if log_counts is not None:  # one stands for many
-                logits += log_counts[None]
+            tokens = None if sample is None else sample.ids
+            logits = student.logits(state, tokens)  # (batch, vocab)
+            if sample is not None:  # one stands for many
+                logits += sample.log_counts[None]
             log_q = log_outcomes(logits, ids)  # (batch, k + 1)
             logit = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
             return (
@@ -246,16 +246,16 @@ def from_predictions(
             )
 
         # Logits lie beside those without the likeliest.
-        by_token = (states, tokens[:, 1:], ids, log_p)
-        divergence, of_text = map_tokens(losses, by_token, vocab=2 * vocab)
+        by_token = (states, targets, ids, log_p)
+        divergence, of_text = map_tokens(losses, by_token, vocab=2 * size)
         if not shares.any():
             return divergence.mean()
         return ((1 - share) * divergence.mean(1) + share * of_text.mean(1)).mean()
 
     mixed = fingerprint.of_arrays([shares])
     name = f"predictions, {predictions.name}, text {mixed}"
-    if sample is not None:
-        name += f", {sample.name}"
+    if sampler is not None:
+        name += f", {sampler.name}"
     return Loss(name, loss, read=read)
 
 

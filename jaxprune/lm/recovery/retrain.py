@@ -27,7 +27,7 @@ from jaxprune.arrays.rules import Rule
 from jaxprune.contrib.lora import lora
 from jaxprune.lm.models.decoder.model import Decoder, cross_entropy
 from jaxprune.lm.recovery.checkpoints import Checkpoints
-from jaxprune.lm.recovery.sampled_tokens import TokenSample
+from jaxprune.lm.recovery.sampled_tokens import TokenSampler
 from jaxprune.posttraining import fingerprint
 from jaxprune.training.keep_masks import keep_masks
 
@@ -75,24 +75,24 @@ class Loss(NamedTuple):
         return self.arrays if self.read is None else self.read(rows)
 
 
-def from_text(sample: TokenSample | None = None) -> Loss:
+def from_text(sampler: TokenSampler | None = None) -> Loss:
     """The cross entropy of the text's own tokens.
 
     Args:
-      sample: the tokens that the model knows, where they stand for others too.
+      sampler: what draws the tokens of each step whose logits stand for all.
 
     Returns:
       The loss.
     """
-    log_counts = None if sample is None else sample.log_counts
 
-    def loss(model: Decoder, _: Any, tokens: jax.Array) -> jax.Array:
+    def loss(model: Decoder, sample: Any, tokens: jax.Array) -> jax.Array:
         # Activations of all layers would take more than the parameters.
         states, _ = model.states(model.embed(tokens[:, :-1]), remat=True)
-        nats = cross_entropy(model, states, tokens[:, 1:], log_counts=log_counts)
-        return nats.mean()
+        return cross_entropy(model, states, tokens[:, 1:], sample=sample).mean()
 
-    return Loss("text" if sample is None else f"text, {sample.name}", loss)
+    if sampler is None:
+        return Loss("text", loss)
+    return Loss(f"text, {sampler.name}", loss, read=sampler.draw)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

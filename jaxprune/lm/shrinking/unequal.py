@@ -237,14 +237,12 @@ class _Judge:
         kept = predictions.keep_predictions(
             model.decoder(), sequences, work / _PREDICTIONS, batch=size
         )
-        vocabulary = model.config.vocab_size
-        named = sampled_tokens.named_tokens(vocabulary, [sequences, *kept.likeliest()])
         # The head is that of the whole model, whatever the layers lost: most of a
         # large one's logits are the same from size to size, and small.
-        sample = sampled_tokens.draw_tokens(named)
-        if sample is not None:
-            model, sequences = model.with_tokens(sample.ids), sample.places(sequences)
-        loss = predictions.from_predictions(kept, sample=sample)
+        sampler = sampled_tokens.sampler_of(
+            model.config.vocab_size, sequences, kept.likeliest, batch=size
+        )
+        loss = predictions.from_predictions(kept, sampler=sampler)
         graphdef = model.graphdef
 
         @jax.jit

@@ -2,8 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.product import product
+from tests.support.plain_decoder import initial
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -39,3 +42,23 @@ def test_product_has_the_gradient_of_the_plain_product(dtype, result):
         scale = np.abs(target).max()
         np.testing.assert_allclose(gradient, target, rtol=0, atol=tolerance * scale)
     assert [a.dtype for a in gradients[1:]] == [x.dtype, kernel.dtype]
+
+
+@pytest.mark.parametrize(("sequences", "again"), [(2, 2), (3, 8)])
+def test_a_gradient_makes_the_products_of_many_tokens_again(sequences, again):
+    """Of 16 tokens, twice the width, the two products of the attention alone."""
+    config = DecoderConfig(
+        vocab_size=11, context=8, layers=2, width=8, heads=2, kv_heads=2, head_dim=4,
+        mlp_width=8,
+    )  # fmt: skip
+    graphdef, params = nnx.split(initial(config, 0))
+
+    def products(remat):
+        def total(params, tokens):
+            model = nnx.merge(graphdef, params)
+            return model.states(model.embed(tokens), remat=remat)[0].sum()
+
+        tokens = jnp.zeros((sequences, 8), jnp.int32)
+        return str(jax.make_jaxpr(jax.grad(total))(params, tokens)).count("dot_general")
+
+    assert products(remat=True) - products(remat=False) == again * config.layers

@@ -8,7 +8,6 @@ from jaxprune.arrays import tree
 from jaxprune.lm.jobs import recovery
 from jaxprune.lm.jobs.recovery_settings import Recovery
 from jaxprune.lm.jobs.settings import Calibration
-from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.loaded_model import device_mesh, open_model
 from jaxprune.lm.recovery import predictions, sampled_tokens
@@ -16,41 +15,43 @@ from tests.support import tiny_hf
 from tests.support.plain_decoder import initial
 
 CONFIG = DecoderConfig(
-    vocab_size=40, context=8, layers=1, width=8, heads=2, kv_heads=2, head_dim=4,
+    vocab_size=80, context=8, layers=1, width=8, heads=2, kv_heads=2, head_dim=4,
     mlp_width=8,
 )  # fmt: skip
 SEQUENCES = np.random.default_rng(0).integers(0, 4, (4, 8)).astype(np.int32)
-
-
-def with_tokens(model, kept):
-    config, params = hf.keep_tokens(model.config, nnx.state(model, nnx.Param), kept)
-    graphdef, _ = nnx.split(hf.abstract(config), nnx.Param)
-    return nnx.merge(graphdef, params)
 
 
 def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def test_tokens_that_were_drawn_stand_for_all_that_nothing_names(tmp_path):
-    teacher, student = (initial(CONFIG, seed, scale=5) for seed in (0, 1))
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_that_were_drawn_stand_for_all_that_nothing_names(
+    tied, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sampled_tokens, "OTHERS", 3)
+    config = dataclasses.replace(CONFIG, tie_weights=tied)
+    teacher, student = (initial(config, seed, scale=5) for seed in (0, 1))
     kept = predictions.keep_predictions(teacher, SEQUENCES, tmp_path, top=1, batch=3)
     ids, log_p = kept.rows(np.arange(4))
-    named = sampled_tokens.named_tokens(40, [SEQUENCES, *kept.likeliest()])
-    assert set(np.flatnonzero(named)) == {*SEQUENCES.flat, *ids.flat}
-    sample = sampled_tokens.draw_tokens(named, others=3)
+    sampler = sampled_tokens.sampler_of(80, SEQUENCES, kept.likeliest, batch=3)
     text = np.array([0, 0.25, 1, 0])
-    loss = predictions.from_predictions(kept, text=text, sample=sample)
+    loss = predictions.from_predictions(kept, text=text, sampler=sampler)
     rows = np.array([1, 2, 0])
-    small, tokens = with_tokens(student, sample.ids), sample.places(SEQUENCES[rows])
-    value = nnx.jit(loss.fn)(small, loss.read(rows), tokens)
+    sample, *_ = arrays = loss.read(rows)
+    assert len(sample.ids) == sampler.size
+    named = np.isin(np.arange(80), [*SEQUENCES[rows].flat, *ids[rows].flat])
+    value = nnx.jit(loss.fn)(student, arrays, SEQUENCES[rows])
+    again, *_ = loss.read(rows)
+    np.testing.assert_array_equal(again.ids, sample.ids)  # a resumed run's too
 
     inputs, targets = SEQUENCES[rows, :-1], SEQUENCES[rows, 1:]
     logits = np.asarray(nnx.jit(lambda m, x: m(x))(student, inputs), np.float64)
     # Of the tokens that nothing names the drawn ones, as often as makes up for all.
-    drawn = np.isin(np.arange(40), sample.ids) & ~named
-    assert drawn.sum() == 3
-    counts = np.where(named, 1, np.where(drawn, (~named).sum() / 3, 0))
+    drawn = np.isin(np.arange(80), sample.ids) & ~named
+    assert set(np.flatnonzero(named)) <= set(sample.ids)
+    assert drawn.sum() >= 3
+    counts = np.where(named, 1, np.where(drawn, (~named).sum() / drawn.sum(), 0))
     with np.errstate(divide="ignore"):
         log_q = log_softmax(logits + np.log(counts))
     of_text = -np.take_along_axis(log_q, targets[..., None], -1)[..., 0].mean(1)
@@ -67,7 +68,7 @@ def test_the_drawn_ones_add_up_to_all_others_on_average():
     named = np.arange(40) < 9
     sums = []
     for seed in range(400):
-        ids, log_counts = sampled_tokens.draw_tokens(named, others=5, seed=seed)
+        ids, log_counts = sampled_tokens.draw_tokens(named, 14, seed=seed)
         assert ids[:9].tolist() == [*range(9)]
         assert len(set(ids)) == 14
         sums.append((exponentials[ids] * np.exp(log_counts)).sum())
@@ -75,16 +76,23 @@ def test_the_drawn_ones_add_up_to_all_others_on_average():
     assert abs(np.mean(sums) - exponentials.sum()) < 4 * error
 
 
-def test_most_of_a_vocabulary_is_no_sample():
-    named = np.arange(40) < 9
-    assert len(sampled_tokens.draw_tokens(named, others=11).ids) == 20
-    assert sampled_tokens.draw_tokens(named, others=12) is None
+def test_most_of_a_vocabulary_is_no_sample(monkeypatch):
+    sequences = np.array([[0, 1, 2, 0], [3, 4, 4, 4], [5, 6, 7, 8]])
+    monkeypatch.setattr(sampled_tokens, "OTHERS", 13)
+    assert sampled_tokens.sampler_of(40, sequences, batch=2).size == 20
+    assert sampled_tokens.sampler_of(40, sequences, batch=3) is None
+
+
+def test_each_step_draws_tokens_of_its_own(monkeypatch):
+    monkeypatch.setattr(sampled_tokens, "OTHERS", 5)
+    sampler = sampled_tokens.sampler_of(40, SEQUENCES, batch=2)
+    first, second = (sampler.draw(np.array(rows)).ids for rows in ([0, 1], [2, 3]))
+    assert set(first) != set(second)
 
 
 def few_others(monkeypatch):
     """Draws so few tokens that a tiny vocabulary is drawn from."""
-    options = {"others": 8, "seed": 0}
-    monkeypatch.setattr(sampled_tokens.draw_tokens, "__kwdefaults__", options)
+    monkeypatch.setattr(sampled_tokens, "OTHERS", 8)
 
 
 def recovered(folder, trained, work, mesh=None):
@@ -94,7 +102,7 @@ def recovered(folder, trained, work, mesh=None):
     matrices = {n for n in before if n.startswith("layers/") and n.endswith("kernel")}
     settings = Recovery(
         recover_steps=3,
-        recover_learning_rate=1e-2,
+        recover_learning_rate=1e-3,
         recover_train=trained,
         recover_text_share=0.5,
         recover_top=1,

@@ -112,19 +112,28 @@ class Linear(nnx.Module):
         self.dtype = config.dtype
 
     def __call__(
-        self, x: Float[Array, "... inputs"], *, dtype: str | None = None
+        self,
+        x: Float[Array, "... inputs"],
+        *,
+        dtype: str | None = None,
+        outputs: Int[Array, "some"] | None = None,
     ) -> Float[Array, "... outputs"]:
-        """The product in the compute dtype; the result is of `dtype` if given."""
-        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        """The product in the compute dtype; the result is of `dtype` if given.
+
+        Where `outputs` are given, of those alone.
+        """
+        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
+        if outputs is not None:
+            kernel = jnp.take(kernel, outputs, axis=1, mode="clip")
+            bias = None if bias is None else jnp.take(bias, outputs, mode="clip")
+        x = x.astype(self.dtype)
         y = product(  # (..., outputs)
             x,
-            kernel,
+            kernel.astype(self.dtype),
             preferred_element_type=dtype,
             out_sharding=row_sharding(x, x.ndim - 1),
         )
-        if self.bias is None:
-            return y
-        return y + broadcast(self.bias[...], y).astype(y.dtype)
+        return y if bias is None else y + broadcast(bias, y).astype(y.dtype)
 
 
 class Attention(nnx.Module):

@@ -20,7 +20,6 @@ from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -31,6 +30,7 @@ from jaxprune.lm.models.decoder.config import DecoderConfig as DecoderConfig
 from jaxprune.lm.models.decoder.layers import Linear, Norm, embedding, scaled
 from jaxprune.lm.models.decoder.rope import cos_and_sin
 from jaxprune.lm.models.placement import look_up, row_sharding
+from jaxprune.lm.models.product import is_product
 
 LOGITS = 2**25
 """Number of logits that a loss holds at a time: in float32 128 MiB."""
@@ -126,7 +126,7 @@ class Decoder(nnx.Module):
           cache: keys and values of the text before; see the call.
           positions: positions of the tokens; see the call.
           remat: whether the gradient computes the activations inside each layer
-            again, to save memory.
+            again, to save memory; of few tokens all but its products.
 
         Returns:
           The states (batch, time, width) and the longer cache (None without one).
@@ -156,12 +156,16 @@ class Decoder(nnx.Module):
             for rope in self.config.ropes
         }
         masks = _causal_masks(self.config, order, time if cache is None else size)
+        # Products take most of a layer's time, and little beside what it trains where
+        # few tokens are at once.
+        few = x.shape[0] * time <= 2 * self.config.width
+        policy = is_product if few else None
         kv_caches = []
         for i, layer in enumerate(self.layers):
             kv_cache = None if cache is None else (cache.keys[i], cache.values[i])
             rope, window = self.config.rope(i), self.config.window(i)
             turn = None if rope is None else cos_sin[rope]
-            run = jax.checkpoint(layer) if remat else layer
+            run = jax.checkpoint(layer, policy=policy) if remat else layer
             # (batch, time, width), and keys and values (batch, keys, kv_heads, dim)
             x, kv_cache = run(x, turn, masks[window], kv_cache, cache_length)
             kv_caches.append(kv_cache)
@@ -178,19 +182,23 @@ class Decoder(nnx.Module):
         x, cache = self.states(x, cache=cache)
         return self.logits(x[:, -1]), cache  # not of all: the vocabulary may be large
 
-    def logits(self, x: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
-        """Float32 logits of final hidden states (..., width)."""
+    def logits(
+        self, x: Float[Array, "... width"], tokens: Int[Array, "some"] | None = None
+    ) -> Float[Array, "... some"]:
+        """Float32 logits of final hidden states (..., width), of all tokens or some."""
         if self.config.tie_weights:
-            table = self.embedding.embedding[...].astype(x.dtype)  # (vocab, width)
+            table = self.embedding.embedding[...]  # (vocab, width)
+            if tokens is not None:
+                table = jnp.take(table, tokens, axis=0, mode="clip")
             logits = jax.lax.dot_general(  # (..., vocab)
                 x,
-                table,
+                table.astype(x.dtype),
                 (((x.ndim - 1,), (1,)), ((), ())),  # over the width; no batch axes
                 preferred_element_type="float32",
                 out_sharding=row_sharding(x, x.ndim - 1),
             )
         else:
-            logits = self.head(x, dtype="float32")
+            logits = self.head(x, dtype="float32", outputs=tokens)
         if self.config.logit_scale != 1:
             logits = self.config.logit_scale * logits
         softcap = self.config.logit_softcap
@@ -254,7 +262,7 @@ def cross_entropy(
     targets: Int[Array, "batch time"],
     *,
     rows: int | None = None,
-    log_counts: Float[np.ndarray, "vocab"] | None = None,
+    sample: tuple[Int[Array, "some"], Float[Array, "some"]] | None = None,
 ) -> Float[Array, "batch time"]:
     """Cross entropy (nats) by final hidden states.
 
@@ -263,21 +271,25 @@ def cross_entropy(
       states: final hidden states (batch, time, width).
       targets: the tokens that follow, integers (batch, time).
       rows: number of tokens at a time; see `loss_per_token`.
-      log_counts: logarithm of the number of tokens that each stands for (vocab,); None
-        where each stands for itself.
+      sample: tokens that the others are reckoned by, ascending and the targets among
+        them, and the logarithm of the number that each stands for; None for all.
 
     Returns:
       Float32 (batch, time).
     """
+    tokens, log_counts = (None, None) if sample is None else sample
 
     def loss(state: Float[Array, "batch width"], target: Int[Array, "batch"]) -> Array:
-        logits = model.logits(state)  # (batch, vocab)
+        logits = model.logits(state, tokens)  # (batch, vocab)
         if log_counts is not None:
             logits += log_counts[None]
         logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - logit  # (batch,)
 
-    return map_tokens(loss, (states, targets), vocab=model.config.vocab_size, rows=rows)
+    vocab = model.config.vocab_size
+    if tokens is not None:
+        vocab, targets = len(tokens), jnp.searchsorted(tokens, targets)
+    return map_tokens(loss, (states, targets), vocab=vocab, rows=rows)
 
 
 def map_tokens(
