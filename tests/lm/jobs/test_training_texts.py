@@ -21,8 +21,8 @@ def rows(first, count):
     return text_files.Text(Path(f"{first}.npy"), str(first), tokens)
 
 
-def drawn(steps, *texts):
-    recovery = Recovery(recover_steps=steps)
+def drawn(steps, *texts, batch=None):
+    recovery = Recovery(recover_steps=steps, recover_batch=batch)
     return inputs.draw_training(
         recovery, Calibration(length=8, batch=2), list(texts), None
     )
@@ -44,6 +44,10 @@ def test_what_all_texts_have_is_drawn_as_from_one_mixture(steps):
         texts, sequences=2 * steps, length=8, bos=None, seed=1
     )
     np.testing.assert_array_equal(drawn(steps, *texts), mixture.tokens)
+
+
+def test_steps_of_a_batch_of_their_own_need_other_numbers():
+    assert len(drawn(12, rows(0, 50), batch=1)) == 12
 
 
 @pytest.mark.parametrize("texts", [[rows(0, 3)], [rows(0, 3), rows(1000, 3)]])

@@ -95,7 +95,7 @@ def few_others(monkeypatch):
     monkeypatch.setattr(sampled_tokens, "OTHERS", 8)
 
 
-def recovered(folder, trained, work, mesh=None):
+def recovered(folder, trained, work, mesh=None, batch=2):
     """The leaves before and after, the names that moved, and the record."""
     model = open_model(folder, mesh=mesh and device_mesh(mesh)).read()
     before = tree.named_leaves(model.params)
@@ -106,10 +106,11 @@ def recovered(folder, trained, work, mesh=None):
         recover_train=trained,
         recover_text_share=0.5,
         recover_top=1,
+        recover_batch=batch,
     )
     model, moved, record = recovery.recover(
         settings,
-        dataclasses.replace(Calibration(), batch=2),
+        dataclasses.replace(Calibration(), batch=2 * batch),
         SEQUENCES,
         model=model,
         teacher=model.decoder,
@@ -129,9 +130,9 @@ def test_a_recovery_leaves_tokens_that_it_did_not_see(
     few_others(monkeypatch)
     tiny_hf.random_folder("llama", tmp_path / "model", "float32")
     before, after, moved, record = recovered(
-        tmp_path / "model", trained, tmp_path / "work"
+        tmp_path / "model", trained, tmp_path / "work", batch=1
     )
-    assert ("logits" in record) == sampled
+    assert ("logits" in record, record["batch"]) == (sampled, 1)
     assert any("embedding" in name for name in moved) != sampled
     assert {n: x.shape for n, x in after.items()} == {
         n: x.shape for n, x in before.items()
