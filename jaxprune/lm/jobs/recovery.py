@@ -57,11 +57,11 @@ def recover(
     """
     names = _trained_leaves(model, recovery, matrices)
     sequences, shares = _sequences_and_shares(recovery, sequences, written)
-    sampler = functools.partial(
+    of_tokens = functools.partial(
         _sampler, model.config, names, recovery, calibration, sequences
     )
-    loss, logits = _loss(
-        recovery, calibration, sequences, shares, sampler, teacher, work
+    loss, sampler = _loss(
+        recovery, calibration, sequences, shares, of_tokens, teacher, work
     )
     settings = retrain.Settings(
         steps=recovery.steps,
@@ -92,8 +92,8 @@ def recover(
         )
     params = nnx.state(decoder, nnx.Param)
     record = _record(recovery, calibration, losses)
-    if logits is not None:
-        record["logits"] = logits
+    if sampler is not None:
+        record["logits"] = sampler.size
     return as_stored(model._replace(params=params), names), names, record
 
 
@@ -118,17 +118,17 @@ def _loss(
     calibration: Calibration,
     sequences: Int[np.ndarray, "sequences length"],
     shares: Float[np.ndarray, "sequences"],
-    sampler: Callable[..., TokenSampler | None],
+    of_tokens: Callable[..., TokenSampler | None],
     teacher: Callable[[], Decoder],
     work: Path,
-) -> tuple[retrain.Loss, int | None]:
-    """What is made small, and the number of logits of a step; None for all.
+) -> tuple[retrain.Loss, TokenSampler | None]:
+    """What is made small, and what draws the tokens of a step; None for all.
 
     The teacher is let go where its predictions are kept.
     """
     if recovery.recover_by == "retraining":
-        tokens = sampler()
-        return retrain.from_text(tokens), tokens and tokens.size
+        sampler = of_tokens()
+        return retrain.from_text(sampler), sampler
     if not recovery.top:
         return distill.from_teacher(teacher(), hidden=recovery.recover_hidden), None
     shown = Progress(len(sequences), "predicting", unit="sequence", leave=False)
@@ -142,9 +142,9 @@ def _loss(
             followed=shares < 1,
             progress=progress.update,
         )
-    tokens = sampler(kept.likeliest)
-    loss = predictions.from_predictions(kept, text=shares, sampler=tokens)
-    return loss, tokens and tokens.size
+    sampler = of_tokens(kept.likeliest)
+    loss = predictions.from_predictions(kept, text=shares, sampler=sampler)
+    return loss, sampler
 
 
 def _sampler(

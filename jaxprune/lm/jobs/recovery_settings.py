@@ -30,7 +30,8 @@ class Recovery:
     """Training afterwards that makes up for what was removed.
 
     Where embedding and head are not trained, a step computes the logits of the tokens
-    that texts and kept predictions name, and of a sample that stands for all others.
+    that its sequences and their kept predictions name, and of a sample that stands for
+    all others.
 
     Attributes:
       recover_steps: steps of Adam afterwards; zeros stay zeros, and sizes stay as they
