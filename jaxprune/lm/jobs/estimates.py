@@ -21,7 +21,7 @@ from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.recovery_settings import Recovery, Trained
 from jaxprune.lm.jobs.settings import Calibration
 from jaxprune.lm.measure import machine
-from jaxprune.lm.models.decoder.model import LOGITS
+from jaxprune.lm.models.decoder.model import LOGITS, keeps_products
 from jaxprune.lm.models.loaded_model import LoadedModel
 
 _COMPILING = 15.0  # seconds of every job that runs the model
@@ -57,7 +57,8 @@ class Work(NamedTuple):
       tokens: number of tokens that are calibrated on.
       evaluated: number of tokens that are evaluated, at one stage.
       trained: number of tokens of all sequences that are trained on.
-      wide: bytes of a token's activations.
+      width: number of a token's activations.
+      wide: bytes of them.
       scores: bytes of a token's predictions.
     """
 
@@ -69,6 +70,7 @@ class Work(NamedTuple):
     tokens: int
     evaluated: int
     trained: int
+    width: int
     wide: int
     scores: int
 
@@ -104,6 +106,7 @@ def count_work(calibration: Calibration, model: LoadedModel, texts: JobTexts) ->
         tokens=drawn + calibration.written_tokens,
         evaluated=sum(windows.tokens.size for windows in texts.windows.values()),
         trained=texts.trained_tokens,
+        width=config.width,
         wide=config.width * np.dtype(config.dtype).itemsize,
         scores=4 * config.vocab_size,
     )
@@ -124,9 +127,11 @@ def recovery_needs(
     # The dense model is in each step where its predictions are not kept.
     teacher = recovery.recover_by == "distillation" and not recovery.top
     size = _teacher_size(recovery, work)
-    # Forward, forward again and back, and the teacher's forward.
-    passes = recovery.steps * (4 + (size if teacher else 0))
     step = recovery.batch(calibration) * calibration.length  # tokens
+    keeps = keeps_products(work.width, step)
+    # Forward, forward again and back, and the teacher's forward.
+    again = 0 if keeps else 1
+    passes = recovery.steps * (3 + again + (size if teacher else 0))
     tokens = passes * step
     if recovery.top:
         followed = recovery.followed_tokens(work.trained, calibration.written_tokens)
@@ -135,6 +140,9 @@ def recovery_needs(
     # Logits, those without the likeliest, and the gradients of both.
     logits = step * work.scores
     memory += 4 * min(logits, 4 * LOGITS)
+    if keeps:
+        outputs = sum(count * out for count, _, out in work.matrices.values())
+        memory += step * outputs * work.wide // work.width
     held = int(size * work.weights)
     # A teacher whose predictions are kept is gone when the training begins.
     memory = memory + held if teacher else max(memory, held if recovery.top else 0)

@@ -156,10 +156,8 @@ class Decoder(nnx.Module):
             for rope in self.config.ropes
         }
         masks = _causal_masks(self.config, order, time if cache is None else size)
-        # Products take most of a layer's time, and little beside what it trains where
-        # few tokens are at once.
-        few = x.shape[0] * time <= 2 * self.config.width
-        policy = is_product if few else None
+        keeps = keeps_products(self.config.width, x.shape[0] * time)
+        policy = is_product if keeps else None
         kv_caches = []
         for i, layer in enumerate(self.layers):
             kv_cache = None if cache is None else (cache.keys[i], cache.values[i])
@@ -209,6 +207,22 @@ class Decoder(nnx.Module):
         config = self.config
         heads = [config.sizes(layer).kv_heads for layer in range(config.layers)]
         return empty_cache(config, batch, size, heads, config.head_dim)
+
+
+def keeps_products(width: int, tokens: int) -> bool:
+    """Whether a gradient with `remat` keeps the products of so many tokens at once.
+
+    To make them again takes most of a layer's forward pass. A float of each output
+    and token is little beside what a layer trains where tokens are few.
+
+    Args:
+      width: width of the decoder.
+      tokens: number of tokens, of all sequences together.
+
+    Returns:
+      Whether they are at most twice the width.
+    """
+    return tokens <= 2 * width
 
 
 def loss_per_token(
