@@ -62,7 +62,7 @@ class TokenSampler:
         """The sample for the sequences of these numbers, the same each time."""
         named = np.zeros(self.vocab_size, bool)
         for row in rows:
-            named[_named(self.sequences, self.likeliest, row)] = True
+            named |= _named(self.vocab_size, self.sequences, self.likeliest, row)
         return draw_tokens(named, self.size, (self.seed, *map(int, rows)))
 
 
@@ -93,7 +93,8 @@ def sampler_of(
       (8, 4104)
     """
     rows = range(len(sequences))
-    counts = sorted(len(np.unique(_named(sequences, likeliest, row))) for row in rows)
+    named = (_named(vocab_size, sequences, likeliest, row) for row in rows)
+    counts = sorted(int(tokens.sum()) for tokens in named)
     size = sum(counts[-batch:]) + OTHERS
     if 2 * size > vocab_size:
         return None
@@ -101,11 +102,17 @@ def sampler_of(
 
 
 def _named(
-    sequences: np.ndarray, likeliest: Callable[[int], np.ndarray] | None, row: int
-) -> Int[np.ndarray, " tokens"]:
-    """The tokens that a sequence names, some more than once."""
-    others = [] if likeliest is None else [likeliest(row).ravel()]
-    return np.concatenate([sequences[row], *others])
+    vocab_size: int,
+    sequences: Int[np.ndarray, "sequences length"],
+    likeliest: Callable[[int], Int[np.ndarray, "..."]] | None,
+    row: int,
+) -> Bool[np.ndarray, " vocab"]:
+    """Which tokens a sequence names."""
+    named = np.zeros(vocab_size, bool)
+    named[sequences[row]] = True
+    if likeliest is not None:
+        named[likeliest(row)] = True
+    return named
 
 
 def draw_tokens(
