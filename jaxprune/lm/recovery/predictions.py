@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.arrays import rules
 from jaxprune.arrays.rules import Rule
-from jaxprune.lm.models.decoder.model import Decoder, map_tokens
+from jaxprune.lm.models.decoder.model import Decoder, map_tokens, sampled_logits
 from jaxprune.lm.recovery.distill import SAME_VOCABULARY
 from jaxprune.lm.recovery.retrain import Loss
 from jaxprune.lm.recovery.sampled_tokens import TokenSampler
@@ -234,10 +234,7 @@ def from_predictions(
             ids: Int[Array, "batch k"],
             log_p: Float[Array, "batch outcomes"],
         ) -> tuple[Array, Array]:
-            tokens = None if sample is None else sample.ids
-            logits = student.logits(state, tokens)  # (batch, vocab)
-            if sample is not None:  # one stands for many
-                logits += sample.log_counts[None]
+            logits = sampled_logits(student, state, sample)  # (batch, vocab)
             log_q = log_outcomes(logits, ids)  # (batch, k + 1)
             logit = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
             return (

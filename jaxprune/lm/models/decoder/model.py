@@ -16,7 +16,7 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,9 @@ from jaxprune.lm.models.product import is_product
 
 LOGITS = 2**25
 """Number of logits that a loss holds at a time: in float32 128 MiB."""
+
+Sample: TypeAlias = tuple[Int[Array, "some"], Float[Array, "some"]]
+"""Ids of tokens, and the logarithm of the number that each stands for."""
 
 
 class Decoder(nnx.Module):
@@ -276,7 +279,7 @@ def cross_entropy(
     targets: Int[Array, "batch time"],
     *,
     rows: int | None = None,
-    sample: tuple[Int[Array, "some"], Float[Array, "some"]] | None = None,
+    sample: Sample | None = None,
 ) -> Float[Array, "batch time"]:
     """Cross entropy (nats) by final hidden states.
 
@@ -285,25 +288,42 @@ def cross_entropy(
       states: final hidden states (batch, time, width).
       targets: the tokens that follow, integers (batch, time).
       rows: number of tokens at a time; see `loss_per_token`.
-      sample: tokens that the others are reckoned by, ascending and the targets among
-        them, and the logarithm of the number that each stands for; None for all.
+      sample: the tokens that stand for all, the targets among them; see
+        `sampled_logits`.
 
     Returns:
       Float32 (batch, time).
     """
-    tokens, log_counts = (None, None) if sample is None else sample
 
     def loss(state: Float[Array, "batch width"], target: Int[Array, "batch"]) -> Array:
-        logits = model.logits(state, tokens)  # (batch, vocab)
-        if log_counts is not None:
-            logits += log_counts[None]
+        logits = sampled_logits(model, state, sample)  # (batch, vocab)
         logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - logit  # (batch,)
 
     vocab = model.config.vocab_size
-    if tokens is not None:
-        vocab, targets = len(tokens), jnp.searchsorted(tokens, targets)
+    if sample is not None:
+        vocab, targets = len(sample[0]), jnp.searchsorted(sample[0], targets)
     return map_tokens(loss, (states, targets), vocab=vocab, rows=rows)
+
+
+def sampled_logits(
+    model: Decoder, state: Float[Array, "batch width"], sample: Sample | None
+) -> Float[Array, "batch some"]:
+    """Logits of some tokens, each raised by what it stands for.
+
+    Args:
+      model: model whose head reads the states.
+      state: final hidden states.
+      sample: ids of tokens, ascending, and the logarithm of the number that each stands
+        for; None for all tokens.
+
+    Returns:
+      Float32 logits, whose exponentials add up as those of all tokens do.
+    """
+    if sample is None:
+        return model.logits(state)
+    tokens, log_counts = sample
+    return model.logits(state, tokens) + log_counts[None]
 
 
 def map_tokens(
