@@ -92,6 +92,8 @@ def _recovery(job: PruneJob, level: Level) -> Recovery:
     return dataclasses.replace(
         recovery,
         recover_steps=steps or level.recover_steps,
+        # Many steps of one sequence are better than few of many.
+        recover_batch=recovery.recover_batch or (1 if steps is None else None),
         recover_text=recovery.recover_text or job.calibration.calibration,
         recover_train=recovery.recover_train or "matrices",
     )

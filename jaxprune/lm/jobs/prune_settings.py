@@ -40,7 +40,7 @@ class Pruning:
     Attributes:
       effort: in place of --method and its options, the best that is known for its time:
         quick is sparsegpt; good is alps, in two to three times as long; best lets the
-        model write a part of the calibration and trains what is left for 64 steps, and
+        model write a part of the calibration and trains what is left for 256 steps, and
         takes longest. Where that cannot be, it refines each layer: with --quantize,
         without a text, beyond a billion parameters, through torch, in several
         processes.

@@ -21,7 +21,8 @@ class Level(NamedTuple):
       refine: number of passes that refine each layer; 0 for none.
       own_text: whether a language model also calibrates on what it writes itself.
       recover_steps: steps in which a language model that is pruned by the command
-        follows the dense one, in place of the refinement; 0 for none.
+        follows the dense one, each of one sequence, in place of the refinement; 0 for
+        none.
     """
 
     method: Literal["sparsegpt", "alps"]
@@ -37,7 +38,7 @@ class Level(NamedTuple):
 LEVELS: dict[str, Level] = {
     "quick": Level("sparsegpt", 0.0, refine=0, own_text=False, recover_steps=0),
     "good": Level("alps", 0.5, refine=0, own_text=False, recover_steps=0),
-    "best": Level("alps", 0.5, refine=4, own_text=True, recover_steps=64),
+    "best": Level("alps", 0.5, refine=4, own_text=True, recover_steps=256),
 }
 """Name of a level of effort to what it does."""
 

@@ -57,7 +57,7 @@ def test_more_effort_does_more(level, model):
         == {
             "quick": ("sparsegpt", 0.0, 0),
             "good": ("alps", 0.5, 0),
-            "best": ("alps", 0.5, 64),
+            "best": ("alps", 0.5, 256),
         }[level]
     )
     assert job.solver.refine == 0
@@ -111,7 +111,7 @@ def test_texts_to_train_on_bring_the_steps_without_a_calibration(model):
     groups = {"calibration": Calibration(), "recovery": Recovery(recover_text=(TEXT,))}
     job = choose_by_effort(job_of("best", model, **groups), writes=True)
     recovery = job.recovery
-    assert (job.solver.refine, recovery.recover_steps) == (0, 64)
+    assert (job.solver.refine, recovery.recover_steps) == (0, 256)
     assert (recovery.recover_text, recovery.trained) == ((TEXT,), "matrices")
     assert job.calibration.calibration == (SELF,)
 
