@@ -278,7 +278,7 @@ def test_the_effort_best_trains_on_its_own_text_too(place, capsys):
     assert record["calibration"]["self"] == 4
     assert record["distillation"]["texts"] == ["rows.npy", "self"]
     words = ["--method", "alps", "--correction", "0.5", *texts, "self"]
-    words += ["--recover-steps", "64"]
+    words += ["--recover-steps", "256", "--recover-batch", "1"]
     words += ["--recover-train", "matrices", "--recover-text", rows, "self"]
     assert prune(capsys, place, "in_words", *words)[0] == 0
     same = tiny_cli.weights(place / "in_words")
