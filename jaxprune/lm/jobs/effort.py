@@ -92,8 +92,9 @@ def _recovery(job: PruneJob, level: Level) -> Recovery:
     return dataclasses.replace(
         recovery,
         recover_steps=steps or level.recover_steps,
-        # Many steps of one sequence are better than few of many.
-        recover_batch=recovery.recover_batch or (1 if steps is None else None),
+        # Steps that were asked for are of --batch, as without the word.
+        recover_batch=recovery.recover_batch
+        or (level.recover_batch if steps is None else None),
         recover_text=recovery.recover_text or job.calibration.calibration,
         recover_train=recovery.recover_train or "matrices",
     )

@@ -129,7 +129,7 @@ def recovery_needs(
     size = _teacher_size(recovery, work)
     step = recovery.batch(calibration) * calibration.length  # tokens
     keeps = keeps_products(work.width, step)
-    # Forward, forward again and back, and the teacher's forward.
+    # Forward and back, forward again, and the teacher's forward.
     again = 0 if keeps else 1
     passes = recovery.steps * (3 + again + (size if teacher else 0))
     tokens = passes * step

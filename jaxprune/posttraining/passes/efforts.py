@@ -21,23 +21,24 @@ class Level(NamedTuple):
       refine: number of passes that refine each layer; 0 for none.
       own_text: whether a language model also calibrates on what it writes itself.
       recover_steps: steps in which a language model that is pruned by the command
-        follows the dense one, each of one sequence, in place of the refinement; 0 for
-        none.
+        follows the dense one, in place of the refinement; 0 for none.
+      recover_batch: number of sequences of each step.
     """
 
     method: Literal["sparsegpt", "alps"]
     correction: float
     refine: int
     own_text: bool
-    recover_steps: int
+    recover_steps: int = 0
+    recover_batch: int = 1
 
 
 # Each is the lowest perplexity that was measured within its seconds, Gemma 3 270M
 # without 60 % of its weights: docs/results/records/all_together.toml.
 # The steps, on SmolLM2 135M and Gemma: docs/results/records/recovery_rates.toml.
 LEVELS: dict[str, Level] = {
-    "quick": Level("sparsegpt", 0.0, refine=0, own_text=False, recover_steps=0),
-    "good": Level("alps", 0.5, refine=0, own_text=False, recover_steps=0),
+    "quick": Level("sparsegpt", 0.0, refine=0, own_text=False),
+    "good": Level("alps", 0.5, refine=0, own_text=False),
     "best": Level("alps", 0.5, refine=4, own_text=True, recover_steps=256),
 }
 """Name of a level of effort to what it does."""

@@ -102,7 +102,7 @@ def recovered(folder, trained, work, mesh=None, batch=2):
     matrices = {n for n in before if n.startswith("layers/") and n.endswith("kernel")}
     settings = Recovery(
         recover_steps=3,
-        recover_learning_rate=1e-3,
+        recover_learning_rate=1e-2,
         recover_train=trained,
         recover_text_share=0.5,
         recover_top=1,
