@@ -110,7 +110,8 @@ def recovered(folder, trained, work, mesh=None, batch=2):
     )
     model, moved, record = recovery.recover(
         settings,
-        dataclasses.replace(Calibration(), batch=2 * batch),
+        # With seed 0 one gradient is next to zero, and Adam takes its sign alone.
+        dataclasses.replace(Calibration(), batch=2 * batch, seed=1),
         SEQUENCES,
         model=model,
         teacher=model.decoder,
