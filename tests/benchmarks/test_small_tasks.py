@@ -77,6 +77,8 @@ def test_rows_that_are_there_are_not_made_again(tmp_path, monkeypatch, capsys):
     rows = small_tables.read(config.out)
     assert len(rows) == 2 * 5 * 3 * 2  # norm, criteria, allocations, seeds
     monkeypatch.setattr(small_tasks, "make_rows", lambda *_: pytest.fail("made again"))
-    small_tasks.main(dataclasses.replace(config, seeds=1))
+    small_tasks.main(config)
     assert small_tables.read(config.out) == rows
     assert "preconditioned_magnitude | measured" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="seeds was 2 and is 1"):
+        small_tasks.main(dataclasses.replace(config, seeds=1))
