@@ -120,10 +120,13 @@ class WeightView:
         """Whether two views have no element in common, as far as is known."""
         if self.leaf != other.leaf:
             return True
-        if self.box is None or other.box is None:
-            return False
-        pairs = zip(self.box, other.box, strict=True)
-        return any(set(a).isdisjoint(b) for a, b in pairs)
+        if self.box is not None and other.box is not None:
+            pairs = zip(self.box, other.box, strict=True)
+            return any(set(a).isdisjoint(b) for a, b in pairs)
+        # Where the ways part: later moves only choose among what these see.
+        ways = zip(self.moves, other.moves, strict=False)
+        fork = next(((a, b) for a, b in ways if a != b), None)
+        return fork is not None and _are_disjoint(*fork)
 
     @classmethod
     def whole(cls, leaf: int, shape: Sequence[int]) -> "WeightView":
@@ -275,6 +278,14 @@ class WeightView:
             behind = tuple(sorted({axis for _, axes in old for axis in axes}))
             made.update((axis, behind) for axis, _ in new)
         return tuple(made.get(axis, ()) for axis in range(len(shape)))
+
+
+def _are_disjoint(first: Move, second: Move) -> bool:
+    """Whether two moves of the same array are boxes without a common element."""
+    if not (isinstance(first, Slice) and isinstance(second, Slice)):
+        return False
+    pairs = zip(first.starts, first.sizes, second.starts, second.sizes, strict=True)
+    return any(a + n <= b or b + m <= a for a, n, b, m in pairs)
 
 
 def _with_starts(form: Sequence[Move], starts: Sequence[Any]) -> Iterator[Move]:

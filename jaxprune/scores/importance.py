@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from jaxprune.arrays import low_bit, merge, tree
@@ -85,12 +86,12 @@ def get_importance(state: Any) -> Importance:
 
     Returns:
       The averages, like the parameters, as they are held and where; nothing is copied.
-      `square` is the tracked E[g^2] where there is one, else the second moment of the
-      optimizer as it stands: of Adam and its kin, AMSGrad, RMSProp, Adagrad, Adadelta,
-      AdEMAMix, MADGRAD, MoMo, D-Adaptation and Prodigy. Yogi's, in the same state as
-      Adam's, is an estimate of its own. Where there is none of the weights (inside
-      `lora` and GaLore, for AdaBelief, Adan, Adafactor, ...), chain `track_gradients()`
-      before it.
+      `square` is the tracked E[g^2] of the leaves that have one, else the second moment
+      of the optimizer as it stands: of Adam and its kin, AMSGrad, RMSProp, Adagrad,
+      Adadelta, AdEMAMix, MADGRAD, MoMo, D-Adaptation and Prodigy. Yogi's, in the same
+      state as Adam's, is an estimate of its own. Where there is none of the weights
+      (inside `lora` and GaLore, for AdaBelief, Adan, Adafactor, ...), chain
+      `track_gradients()` before it.
       Leaves nobody tracked are `optax.MaskedNode()`.
 
     Raises:
@@ -175,7 +176,7 @@ def _averages(state: Any) -> dict[str, Params]:
         state, Mapping | list
     ):  # optax's own are tuples
         trees_by_field = _found(state, _held_by_name)
-    # An optimizer's own moment serves only where nobody tracked E[g^2] itself.
+    # An optimizer's own moment serves the leaves whose E[g^2] nobody tracked.
     moments = trees_by_field.pop("moment", [])
     averages = {field: _merged(trees, field) for field, trees in trees_by_field.items()}
     if averages.keys() & _OF_WEIGHTS and _is_misplaced(state, _OF_WEIGHTS, "early"):
@@ -192,8 +193,11 @@ def _averages(state: Any) -> dict[str, Params]:
             "optax.chain(jp.track_gradients(), optimizer)",
             stacklevel=3,
         )
-    if "square" not in averages and moments:
-        averages["square"] = _merged(moments, "square")
+    squares = averages.get("square", optax.MaskedNode())
+    leaves = jax.tree.leaves(squares, is_leaf=tree.is_leaf)
+    if moments and any(map(tree.is_excluded, leaves)):
+        moment = _merged(moments, "square")
+        averages["square"] = merge.disjoint(squares, moment, conflict=None)
         _warn_of_maxima(state)
     return averages
 

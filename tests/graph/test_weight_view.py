@@ -10,6 +10,19 @@ from hypothesis import strategies as st
 
 from jaxprune.graph.weight_view import WeightView
 
+# Ways to two parts of a leaf of 8 x 6 that have no element in common.
+PARTED = {
+    "reshaped": lambda w, i: w.reshape((8, 2, 3)).slice((0, i, 0), (8, 1, 3)),
+    "interleaved": lambda w, i: w.reshape((8, 3, 2)).slice((0, 0, i), (8, 3, 1)),
+    "moved": lambda w, i: (
+        w.reshape((8, 2, 3)).transpose((1, 0, 2)).slice((i, 0, 0), (1, 8, 3))
+    ),
+    "reversed": lambda w, i: w.reverse((1,)).slice((0, 3 * i), (8, 3)),
+    "moved later": lambda w, i: (
+        w.reshape((2, 4, 6)).slice((i, 0, 0), (1, 4, 6)).transpose((2, 1, 0))
+    ),
+}
+
 SHAPES = [(12,), (4, 6), (3, 4, 6), (2, 3, 2, 4)]
 
 
@@ -89,6 +102,32 @@ def test_a_box_and_the_axes_say_where_the_part_lies(case):
         places = np.stack(np.unravel_index(rest.astype(int), shape))
         changed = {i for i, own in enumerate(places) if len(set(own.tolist())) > 1}
         assert changed <= set(behind)
+
+
+@settings(max_examples=30)
+@given(case=moved(), data=st.data())
+def test_views_that_are_apart_have_no_element_in_common(case, data):
+    _, view, array = case
+    parts = []
+    for _ in range(2):
+        sizes = [data.draw(st.integers(1, size)) for size in array.shape]
+        ends = zip(array.shape, sizes, strict=True)
+        starts = [data.draw(st.integers(0, size - n)) for size, n in ends]
+        box = (slice(a, a + n) for a, n in zip(starts, sizes, strict=True))
+        parts.append((view.slice(starts, sizes).reverse((0,)), array[tuple(box)]))
+    (first, seen), (second, also_seen) = parts
+    common = set(seen.ravel().tolist()) & set(also_seen.ravel().tolist())
+    assert first.is_apart(second) == second.is_apart(first) == (not common)
+
+
+@pytest.mark.parametrize("way", PARTED)
+def test_parts_of_a_leaf_that_moved_are_apart(way):
+    parts = [PARTED[way](WeightView.whole(0, (8, 6)), i) for i in (0, 1)]
+    numbers = [part.read(jnp.asarray(numbered((8, 6)))).ravel() for part in parts]
+    assert not set(numbers[0].tolist()) & set(numbers[1].tolist())
+    assert parts[0].is_apart(parts[1])
+    assert not parts[0].is_apart(parts[0])
+    assert not parts[0].is_apart(WeightView.whole(0, (8, 6)))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

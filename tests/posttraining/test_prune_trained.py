@@ -194,6 +194,27 @@ def test_parts_of_a_fused_leaf_are_pruned_by_themselves():
     np.testing.assert_array_equal(pruned["qkv"], np.concatenate(expected, 1))
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_heads_of_a_fused_leaf_are_pruned_as_if_apart(method):
+    kernel = draw(8, 6, 3, 2, 4)  # queries, keys and values of two heads
+
+    def attention(queries, keys, values, x):
+        parts = [jnp.einsum("bc,chd->bhd", x, w) for w in (queries, keys, values)]
+        return jax.nn.dot_product_attention(*(part[None] for part in parts))[0]
+
+    def fused(p, x):
+        return attention(*jnp.moveaxis(p["qkv"].reshape(6, 3, 2, 4), 1, 0), x)
+
+    pruned, _ = prune(fused, {"qkv": kernel.reshape(6, 24)}, BATCHES, method)
+    parts = {name: kernel[:, i] for i, name in enumerate("qkv")}
+    expected, _ = prune(
+        lambda p, x: attention(p["q"], p["k"], p["v"], x), parts, BATCHES, method
+    )
+    for i, name in enumerate("qkv"):
+        part = np.reshape(pruned["qkv"], kernel.shape)[:, i]
+        np.testing.assert_allclose(part, expected[name], rtol=1e-6)
+
+
 def test_an_equinox_weight_is_pruned_along_its_inputs():
     weight = draw(9, 6, 6)  # (out, in)
     pruned, _ = prune(lambda p, x: x @ p["w"].T, {"w": weight}, BATCHES, "wanda", 0.6)

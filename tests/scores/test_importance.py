@@ -141,6 +141,13 @@ PREFIXES = {
         },
         {"body": "a", "out": "b"},
     ),
+    "a tracker beside Adam": optax.partition(
+        {
+            "a": optax.adam(0.1),
+            "b": optax.chain(jp.track_gradients(), optax.sgd(0.1)),
+        },
+        {"body": "a", "out": "b"},
+    ),
     "frozen": optax.partition(
         {"a": optax.adam(0.1), "b": optax.set_to_zero()}, {"body": "a", "out": "b"}
     ),
@@ -160,6 +167,15 @@ def test_labels_of_whole_subtrees_are_as_good_as_those_of_leaves(name):
     if half_frozen:
         with pytest.raises(ValueError, match="'out/kernel' were not"):
             jp.scores.preconditioned_magnitude(TREE, state)
+
+
+def test_what_is_tracked_has_precedence_over_a_moment_of_the_same_leaf():
+    tracker = optax.masked(jp.track_gradients(), {"body": True, "out": False})
+    tx = optax.chain(tracker, optax.adam(0.1, b2=0.75))
+    _, state = tx.update(TREE, tx.init(TREE), TREE)  # gradients of one
+    square = jp.get_importance(state).square
+    np.testing.assert_array_equal(square["body"]["k"], ONES)
+    np.testing.assert_array_equal(square["out"]["kernel"], ONES / 4)  # 1 - b2
 
 
 @pytest.mark.full
