@@ -84,18 +84,22 @@ def _recovery(job: PruneJob, level: Level) -> Recovery:
     if (
         not (level.recover_steps and texts)
         or steps == 0
-        or recovery.recover_by != "distillation"
         or job.quantization.quantize  # comes last
         or (steps is None and _parameters(job) > LARGEST)
     ):
         return recovery
+    batch = recovery.recover_batch
+    if batch is None and steps is None:
+        # Steps that were asked for are of --batch, as without the word.
+        batch = level.recover_batch
+    # What the model wrote itself is followed and not learned.
+    distilled = recovery.recover_by == "distillation"
+    followed = job.calibration.calibration if distilled else job.calibration.files
     return dataclasses.replace(
         recovery,
         recover_steps=steps or level.recover_steps,
-        # Steps that were asked for are of --batch, as without the word.
-        recover_batch=recovery.recover_batch
-        or (level.recover_batch if steps is None else None),
-        recover_text=recovery.recover_text or job.calibration.calibration,
+        recover_batch=batch,
+        recover_text=recovery.recover_text or followed,
         recover_train=recovery.recover_train or "matrices",
     )
 

@@ -34,8 +34,8 @@ def say_texts(
         trained = [p.name for p in recovery.trained_files or calibration.files]
         trained += [str(SELF)] if recovery.own_text else []
         console.say(
-            f"{recovery.stage} in {recovery.steps} steps "
-            f"({recovery.trained}) on {', '.join(trained)}"
+            f"{recovery.stage} in {recovery.steps} steps ({recovery.trained}, "
+            f"batch {recovery.batch(calibration)}) on {', '.join(trained)}"
         )
     windows = [f"{name} ({texts.roles[name]})" for name in texts.windows]
     console.say(f"evaluated on {', '.join(windows) or 'nothing'}")

@@ -84,7 +84,13 @@ def test_the_plan_for_people_names_texts_and_what_is_left_alone(
 @pytest.mark.parametrize(
     ("options", "does", "does_not"),
     [
-        ((), "distilled in 256 steps (matrices) on a.txt, self\n", "refined"),
+        (
+            (),
+            "distilled in 256 steps (matrices, batch 1) on a.txt, self\n",
+            "refined",
+        ),
+        (("--recover-batch", "3"), "256 steps (matrices, batch 3)", "refined"),
+        (("--recover-by", "retraining"), "batch 1) on a.txt\n", "distilled"),
         (("--quantize", "int8"), "each layer refined in 4 passes\n", "distilled"),
         (("--recover-steps", "0"), "each layer refined in 4 passes\n", "distilled"),
     ],

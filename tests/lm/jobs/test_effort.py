@@ -116,10 +116,13 @@ def test_texts_to_train_on_bring_the_steps_without_a_calibration(model):
     assert job.calibration.calibration == (SELF,)
 
 
-def test_a_retraining_stays_as_it_was_asked_for(model):
-    asked = Recovery(recover_steps=7, recover_by="retraining")
+@pytest.mark.parametrize(("steps", "expected"), [(None, 256), (7, 7)])
+def test_a_retraining_learns_the_texts_alone(model, steps, expected):
+    asked = Recovery(recover_steps=steps, recover_by="retraining")
     job = choose_by_effort(job_of("best", model, recovery=asked), writes=True)
-    assert (job.solver.refine, job.recovery) == (0, asked)
+    recovery = job.recovery
+    assert (recovery.recover_steps, recovery.recover_text) == (expected, (TEXT,))
+    assert SELF in job.calibration.calibration
 
 
 @pytest.mark.parametrize("level", ["quick", "good"])
@@ -153,6 +156,11 @@ def test_what_the_effort_decides_is_not_given_too(groups, flag):
 def test_other_options_stay_as_they_are():
     job = dataclasses.replace(job_of("good"), solver=Solver(damping=0.1))
     assert choose_by_effort(job, writes=True).solver.damping == 0.1
+
+
+def test_a_batch_of_none_is_no_batch_left_out(model):
+    job = job_of("best", model, recovery=Recovery(recover_batch=0))
+    assert choose_by_effort(job, writes=True).recovery.recover_batch == 0
 
 
 def test_no_such_effort_is_refused():
