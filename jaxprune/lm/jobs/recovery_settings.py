@@ -44,8 +44,8 @@ class Recovery:
         "self" beside them stands for what --calibration self wrote, in as many
         sequences as each text has.
       recover_learning_rate: the highest learning rate, reached in a twentieth of the
-        steps; it then falls to zero. If left out, a thousandth of the root mean square
-        of what is trained, for each tensor, experts of a layer together; 3e-5 for lora.
+        steps; it then falls to zero. If left out, 0.002 times the root mean square of
+        what is trained, for each tensor, experts of a layer together; 3e-5 for lora.
       recover_train: what is trained: all parameters, the matrices that were pruned (of
         a smaller model, those of its layers), norms and biases, or those matrices by
         changes of rank 16 (lora). If left out, all parameters by distillation, the
@@ -102,7 +102,7 @@ class Recovery:
     @property
     def learning_rate(self) -> float:
         """The highest learning rate."""
-        usual = 1e-3 if self.relative else 3e-5
+        usual = 2e-3 if self.relative else 3e-5
         return self.recover_learning_rate or usual
 
     @property

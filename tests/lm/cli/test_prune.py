@@ -202,7 +202,7 @@ def test_the_rate_of_a_training_is_relative_unless_it_is_a_number(
             ("number", ("--recover-learning-rate", "2e-3")),
         )
     ]
-    assert rates == [(True, 1e-3), (False, 2e-3)]
+    assert rates == [(True, 2e-3), (False, 2e-3)]
     assert [record["distillation"].get("relative") for record in said] == [True, None]
 
 

@@ -10,9 +10,9 @@ from jaxprune.lm.jobs.recovery_settings import Recovery
 @pytest.mark.parametrize(
     ("options", "rate", "relative"),
     [
-        ({}, 1e-3, True),
-        ({"recover_train": "matrices"}, 1e-3, True),
-        ({"recover_by": "retraining"}, 1e-3, True),
+        ({}, 2e-3, True),
+        ({"recover_train": "matrices"}, 2e-3, True),
+        ({"recover_by": "retraining"}, 2e-3, True),
         ({"recover_train": "lora"}, 3e-5, False),
         ({"recover_learning_rate": 2e-4}, 2e-4, False),
         ({"recover_learning_rate": 2e-4, "recover_train": "lora"}, 2e-4, False),
