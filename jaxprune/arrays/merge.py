@@ -7,7 +7,7 @@ import jax
 from jaxprune.arrays import tree
 
 
-def disjoint(first: Any, second: Any, conflict: str | None) -> Any:
+def union(first: Any, second: Any, conflict: str | None) -> Any:
     """Each leaf from the tree that has it.
 
     Args:
@@ -30,7 +30,7 @@ def disjoint(first: Any, second: Any, conflict: str | None) -> Any:
         raise ValueError(conflict)
     children, structure = _children(first)  # both may have `None`, and empty containers
     pairs = zip(children, _children(second)[0], strict=True)
-    return jax.tree.unflatten(structure, [disjoint(*pair, conflict) for pair in pairs])
+    return jax.tree.unflatten(structure, [union(*pair, conflict) for pair in pairs])
 
 
 def _children(node: Any) -> tuple[list[Any], Any]:

@@ -193,11 +193,13 @@ def _averages(state: Any) -> dict[str, Params]:
             "optax.chain(jp.track_gradients(), optimizer)",
             stacklevel=3,
         )
+    if "square" in averages:  # moments of flattened parameters (optax.flatten) fit none
+        moments = [m for m in moments if not jax.tree_util.all_leaves([m])]
     squares = averages.get("square", optax.MaskedNode())
     leaves = jax.tree.leaves(squares, is_leaf=tree.is_leaf)
     if moments and any(map(tree.is_excluded, leaves)):
         moment = _merged(moments, "square")
-        averages["square"] = merge.disjoint(squares, moment, conflict=None)
+        averages["square"] = merge.union(squares, moment, conflict=None)
         _warn_of_maxima(state)
     return averages
 
@@ -318,7 +320,7 @@ def _merged(trees: list[Params], what: str) -> Params:
         "each leaf must be tracked once, but two transformations in this state track "
         f"the {what} of one leaf; remove all but one"
     )
-    return functools.reduce(lambda a, b: merge.disjoint(a, b, conflict), trees)
+    return functools.reduce(lambda a, b: merge.union(a, b, conflict), trees)
 
 
 def _warn_of_maxima(state: Any) -> None:

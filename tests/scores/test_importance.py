@@ -169,13 +169,22 @@ def test_labels_of_whole_subtrees_are_as_good_as_those_of_leaves(name):
             jp.scores.preconditioned_magnitude(TREE, state)
 
 
+TRACKED_BODY = optax.masked(jp.track_gradients(), {"body": True, "out": False})
+
+
 def test_what_is_tracked_has_precedence_over_a_moment_of_the_same_leaf():
-    tracker = optax.masked(jp.track_gradients(), {"body": True, "out": False})
-    tx = optax.chain(tracker, optax.adam(0.1, b2=0.75))
+    tx = optax.chain(TRACKED_BODY, optax.adam(0.1, b2=0.75))
     _, state = tx.update(TREE, tx.init(TREE), TREE)  # gradients of one
     square = jp.get_importance(state).square
     np.testing.assert_array_equal(square["body"]["k"], ONES)
     np.testing.assert_array_equal(square["out"]["kernel"], ONES / 4)  # 1 - b2
+
+
+def test_moments_of_flattened_parameters_fill_no_leaf():
+    tx = optax.chain(TRACKED_BODY, optax.flatten(optax.adam(0.1)))
+    square = jp.get_importance(tx.init(TREE)).square
+    assert square["body"]["k"].shape == ONES.shape
+    assert jax.tree.leaves(square["out"]) == []
 
 
 @pytest.mark.full

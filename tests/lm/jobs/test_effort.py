@@ -158,7 +158,7 @@ def test_other_options_stay_as_they_are():
     assert choose_by_effort(job, writes=True).solver.damping == 0.1
 
 
-def test_a_batch_of_none_is_no_batch_left_out(model):
+def test_a_batch_of_zero_is_not_taken_as_left_out(model):
     job = job_of("best", model, recovery=Recovery(recover_batch=0))
     assert choose_by_effort(job, writes=True).recovery.recover_batch == 0
 
