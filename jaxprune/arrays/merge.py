@@ -7,30 +7,28 @@ import jax
 from jaxprune.arrays import tree
 
 
-def union(first: Any, second: Any, conflict: str | None) -> Any:
+def disjoint(first: Any, second: Any, conflict: str) -> Any:
     """Each leaf from the tree that has it.
 
     Args:
       first: a tree with `optax.MaskedNode()` for what it lacks; one such node may stand
         for a subtree, as where `optax.partition` labels one.
       second: another tree of the same parameters.
-      conflict: sentence of the error; None where the first has precedence.
+      conflict: sentence of the error.
 
     Returns:
       A tree like the two; `optax.MaskedNode()` where both lack a leaf.
 
     Raises:
-      ValueError: both have a leaf, and neither has precedence.
+      ValueError: both have a leaf.
     """
     if tree.is_excluded(first) or tree.is_excluded(second):
         return second if tree.is_excluded(first) else first
     if tree.is_leaf(first) or jax.tree_util.all_leaves([first]):
-        if conflict is None:
-            return first
         raise ValueError(conflict)
     children, structure = _children(first)  # both may have `None`, and empty containers
     pairs = zip(children, _children(second)[0], strict=True)
-    return jax.tree.unflatten(structure, [union(*pair, conflict) for pair in pairs])
+    return jax.tree.unflatten(structure, [disjoint(*pair, conflict) for pair in pairs])
 
 
 def _children(node: Any) -> tuple[list[Any], Any]:

@@ -144,7 +144,7 @@ def _side_by_side(trees: Sequence[Masks]) -> Masks:
         "each leaf must have one mask, but two transformations in this state mask the "
         "same leaf; remove all but one"
     )
-    return functools.reduce(lambda a, b: merge.union(a, b, conflict), trees)
+    return functools.reduce(lambda a, b: merge.disjoint(a, b, conflict), trees)
 
 
 def _read_nested(node: Any, params: Any) -> Masks:

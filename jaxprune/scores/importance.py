@@ -16,7 +16,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from jaxprune.arrays import low_bit, merge, tree
@@ -86,12 +85,13 @@ def get_importance(state: Any) -> Importance:
 
     Returns:
       The averages, like the parameters, as they are held and where; nothing is copied.
-      `square` is the tracked E[g^2] of the leaves that have one, else the second moment
-      of the optimizer as it stands: of Adam and its kin, AMSGrad, RMSProp, Adagrad,
-      Adadelta, AdEMAMix, MADGRAD, MoMo, D-Adaptation and Prodigy. Yogi's, in the same
-      state as Adam's, is an estimate of its own. Where there is none of the weights
-      (inside `lora` and GaLore, for AdaBelief, Adan, Adafactor, ...), chain
-      `track_gradients()` before it.
+      `square` is the tracked E[g^2] where there is one, else the second moment of the
+      optimizer as it stands: of Adam and its kin, AMSGrad, RMSProp, Adagrad, Adadelta,
+      AdEMAMix, MADGRAD, MoMo, D-Adaptation and Prodigy. Yogi's, in the same state as
+      Adam's, is an estimate of its own. Where there is none of the weights (inside
+      `lora` and GaLore, for AdaBelief, Adan, Adafactor, ...), chain `track_gradients()`
+      before it. Where some leaves are tracked, an optimizer's moment of others does not
+      stand in for theirs, since it has another scale; track them too.
       Leaves nobody tracked are `optax.MaskedNode()`.
 
     Raises:
@@ -176,7 +176,7 @@ def _averages(state: Any) -> dict[str, Params]:
         state, Mapping | list
     ):  # optax's own are tuples
         trees_by_field = _found(state, _held_by_name)
-    # An optimizer's own moment serves the leaves whose E[g^2] nobody tracked.
+    # An optimizer's own moment serves only where nobody tracked E[g^2] itself.
     moments = trees_by_field.pop("moment", [])
     averages = {field: _merged(trees, field) for field, trees in trees_by_field.items()}
     if averages.keys() & _OF_WEIGHTS and _is_misplaced(state, _OF_WEIGHTS, "early"):
@@ -193,13 +193,8 @@ def _averages(state: Any) -> dict[str, Params]:
             "optax.chain(jp.track_gradients(), optimizer)",
             stacklevel=3,
         )
-    if "square" in averages:  # moments of flattened parameters (optax.flatten) fit none
-        moments = [m for m in moments if not jax.tree_util.all_leaves([m])]
-    squares = averages.get("square", optax.MaskedNode())
-    leaves = jax.tree.leaves(squares, is_leaf=tree.is_leaf)
-    if moments and any(map(tree.is_excluded, leaves)):
-        moment = _merged(moments, "square")
-        averages["square"] = merge.union(squares, moment, conflict=None)
+    if "square" not in averages and moments:
+        averages["square"] = _merged(moments, "square")
         _warn_of_maxima(state)
     return averages
 
@@ -320,7 +315,7 @@ def _merged(trees: list[Params], what: str) -> Params:
         "each leaf must be tracked once, but two transformations in this state track "
         f"the {what} of one leaf; remove all but one"
     )
-    return functools.reduce(lambda a, b: merge.union(a, b, conflict), trees)
+    return functools.reduce(lambda a, b: merge.disjoint(a, b, conflict), trees)
 
 
 def _warn_of_maxima(state: Any) -> None:

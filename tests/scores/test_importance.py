@@ -141,13 +141,6 @@ PREFIXES = {
         },
         {"body": "a", "out": "b"},
     ),
-    "a tracker beside Adam": optax.partition(
-        {
-            "a": optax.adam(0.1),
-            "b": optax.chain(jp.track_gradients(), optax.sgd(0.1)),
-        },
-        {"body": "a", "out": "b"},
-    ),
     "frozen": optax.partition(
         {"a": optax.adam(0.1), "b": optax.set_to_zero()}, {"body": "a", "out": "b"}
     ),
@@ -169,21 +162,13 @@ def test_labels_of_whole_subtrees_are_as_good_as_those_of_leaves(name):
             jp.scores.preconditioned_magnitude(TREE, state)
 
 
-TRACKED_BODY = optax.masked(jp.track_gradients(), {"body": True, "out": False})
-
-
-def test_what_is_tracked_has_precedence_over_a_moment_of_the_same_leaf():
-    tx = optax.chain(TRACKED_BODY, optax.adam(0.1, b2=0.75))
+def test_a_moment_of_other_leaves_is_no_neighbour_of_what_is_tracked():
+    """After a step Adam's is a thousandth of E[g^2]: both in one ranking would err."""
+    tracker = optax.masked(jp.track_gradients(), {"body": True, "out": False})
+    tx = optax.chain(tracker, optax.adam(0.1))
     _, state = tx.update(TREE, tx.init(TREE), TREE)  # gradients of one
     square = jp.get_importance(state).square
     np.testing.assert_array_equal(square["body"]["k"], ONES)
-    np.testing.assert_array_equal(square["out"]["kernel"], ONES / 4)  # 1 - b2
-
-
-def test_moments_of_flattened_parameters_fill_no_leaf():
-    tx = optax.chain(TRACKED_BODY, optax.flatten(optax.adam(0.1)))
-    square = jp.get_importance(tx.init(TREE)).square
-    assert square["body"]["k"].shape == ONES.shape
     assert jax.tree.leaves(square["out"]) == []
 
 
