@@ -6,7 +6,7 @@ They are measured by the perplexity of texts, and can be trained again.
 import abc
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxprune.arrays.console_progress import Progress
@@ -89,11 +89,18 @@ class Measurements:
 
 
 def _never_first(texts: JobTexts) -> set[int]:
-    """The tokens that no text begins with: special ones, and rows for no token."""
-    if texts.tokenizer is None:
-        return set()
-    unused = range(texts.tokenizer.vocab_size, texts.vocab_size)
-    return {*texts.tokenizer.special, *unused}
+    """The tokens that no text begins with.
+
+    Special ones, rows for no token, and beside other texts the tokens that these lack:
+    most of a large vocabulary is of languages in which what is written would go on.
+    """
+    never = set()
+    if texts.drawn is not None:
+        never |= set(range(texts.vocab_size)).difference(texts.drawn.tokens.flat)
+    if texts.tokenizer is not None:
+        unused = range(texts.tokenizer.vocab_size, texts.vocab_size)
+        never |= {*texts.tokenizer.special, *unused}
+    return never
 
 
 def _bits_words(result: Mapping[str, Any]) -> str:
@@ -131,14 +138,11 @@ class ModelTransformation(Transformation[AnyJob, LoadedModel]):
         with self.costs.phase("evaluate before"):
             self.measurements.measure_dense(self.model.decoder())
 
-    def write_calibration(
-        self, writer: LoadedModel, never_first: Collection[int] = ()
-    ) -> None:
+    def write_calibration(self, writer: LoadedModel) -> None:
         """Lets a model write what `--calibration self` asks for.
 
         Args:
           writer: model whose parameters are in memory, with the tokens of the texts.
-          never_first: tokens that no sequence begins with, beside special ones.
         """
         calibration, texts = self.job.calibration, self.texts
         number = calibration.self_sequences
@@ -154,7 +158,7 @@ class ModelTransformation(Transformation[AnyJob, LoadedModel]):
                 seed=calibration.seed,
                 temperature=calibration.calibration_temperature,
                 bos=texts.begins.token,
-                special=_never_first(texts).union(never_first),
+                special=_never_first(texts),
                 batch=sequences_at_once(
                     decoder,
                     sequences=number,

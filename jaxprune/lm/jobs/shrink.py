@@ -129,12 +129,9 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         # In memory to the end: it teaches, and is timed beside the small one.
         self.model = read_dense(self.model)
         super().look_at_dense()
+        self.write_calibration(self.model)
         if self.job.removal.vocab is None:
-            self.write_calibration(self.model)
             return
-        # Of the kinds of its texts: a first token of another language goes on in it.
-        apart = smaller_vocabulary.tokens_apart(self.texts)
-        self.write_calibration(self.model, never_first=apart)
         with self.costs.phase("choose tokens"):
             self.fewer = smaller_vocabulary.choose_for_job(
                 *(self.job, self.source, self.texts),

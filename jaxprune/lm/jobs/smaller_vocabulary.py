@@ -55,18 +55,6 @@ def check_vocabulary(job: ShrinkJob, source: CheckpointDir, texts: JobTexts) -> 
         choose_vocabulary(source, tokenizer, _count_mixture(texts), size)
 
 
-def tokens_apart(texts: JobTexts) -> Int[np.ndarray, " apart"]:
-    """The tokens that none of the calibration texts has.
-
-    Args:
-      texts: texts by the model's tokenizer.
-
-    Returns:
-      Their ids, int64.
-    """
-    return np.flatnonzero(_count_mixture(texts) == 0)
-
-
 def choose_for_job(
     job: ShrinkJob,
     source: CheckpointDir,

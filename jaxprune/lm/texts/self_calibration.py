@@ -24,6 +24,7 @@ from jaxtyping import Int
 from jaxprune.arrays import rules
 from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.generate import LanguageModel, generate
+from jaxprune.posttraining import fingerprint
 from jaxprune.posttraining.progress import ProgressLog
 
 _MOST = 16  # sequences at once
@@ -62,7 +63,8 @@ def self_calibration(
       temperature: divisor of the logits; 1 follows the model, 0 takes the likeliest
         token each time.
       bos: token that each sequence begins with; None for none.
-      special: tokens that are not drawn as the first one: BOS, EOS, padding.
+      special: tokens that are not drawn as the first one: BOS, EOS, padding, and
+        those of languages that do not matter.
       batch: number of sequences that are written at once; another number gives other
         sequences.
       directory: directory of one model in which each batch is kept, so that a run that
@@ -105,7 +107,7 @@ def self_calibration(
             "seed": seed,
             "temperature": temperature,
             "bos": None if bos is None else int(bos),
-            "special": sorted(map(int, special)),
+            "special": fingerprint.of_arrays([np.unique([*map(int, special)])]),
             "batch": batch,
         }
         log = ProgressLog(directory, job)

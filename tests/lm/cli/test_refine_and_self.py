@@ -131,15 +131,19 @@ def test_what_it_writes_is_one_part_of_a_mixture(place, capsys, monkeypatch):
         return embedded(model, names, config, part, dtype)
 
     monkeypatch.setattr(command.hf, "embedded", noted)
-    texts = ["--calibration", place / "rows.npy", "self"]
-    code, record, _ = prune(capsys, place, "mixed", *WANDA, *texts)
-    assert code == 0
+    few = np.load(place / "rows.npy") % 5 + 10  # of the tokens 10 to 14
+    np.save(place / "few.npy", few)
+    texts = ["--calibration", place / "few.npy", "self", "--any-perplexity"]
+    code, record, err = prune(capsys, place, "mixed", *WANDA, *texts)
+    assert code == 0, err
     used = record["calibration"]
     assert (used["self"], used["sequences"]) == (4, 8)
     assert [of["sequences"] for of in used["files"]] == [4]
-    rows = {tuple(row) for row in np.load(place / "rows.npy").tolist()}
-    given = [tuple(row) in rows for row in np.concatenate(seen).tolist()]
-    assert given == [True, False] * 4
+    rows, used = {tuple(row) for row in few.tolist()}, np.concatenate(seen)
+    assert [tuple(row) in rows for row in used.tolist()] == [True, False] * 4
+    written = used[1::2]
+    assert set(written[:, 1]) <= set(range(10, 15))  # after BOS, a token of the text
+    assert len(np.unique(written)) > 5
 
 
 @pytest.mark.full
