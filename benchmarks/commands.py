@@ -4,8 +4,9 @@ import io
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,22 +64,49 @@ def write_calibration(model: Path, work: Path, sequences: int) -> Calibration:
     ]
     rows = np.stack(drawn, 1).reshape(-1, LENGTH)  # the texts in turn
     # Once for all methods: what each of them wrote itself would not be the same text.
-    loaded = hf.load(model, dtype="bfloat16")
-    tokenizer = hf.load_tokenizer(model)
-    own = self_calibration(
-        loaded.model,
-        sequences=each,
-        length=LENGTH,
-        bos=tokenizer.bos if tokenizer.begins else None,
-        special=set(tokenizer.special),
-        batch=8,
-    )
-    _save(files.own, own)
-    _save(files.tokens, np.concatenate([rows, own]))
+    own = own_sequences(model, rows, each, dtype="bfloat16", batch=8)
+    save_rows(files.own, own)
+    save_rows(files.tokens, np.concatenate([rows, own]))
     return files
 
 
-def _save(path: Path, rows: np.ndarray) -> None:
+def own_sequences(
+    model: Path,
+    text: np.ndarray,
+    sequences: int,
+    *,
+    dtype: str,
+    batch: int,
+    progress: Callable[[int], Any] = lambda sequences: None,
+) -> np.ndarray:
+    """What a model writes beside a text, each sequence from a token of the text on.
+
+    Args:
+      model: a Hugging Face directory.
+      text: tokens of the text, int32 (rows, length).
+      sequences: number of sequences.
+      dtype: dtype of parameters and products.
+      batch: number of sequences that are written at once.
+      progress: function that is called with the number of sequences of a batch.
+
+    Returns:
+      Tokens, int32 (sequences, length).
+    """
+    loaded, tokenizer = hf.load(model, dtype=dtype), hf.load_tokenizer(model)
+    absent = set(range(loaded.config.vocab_size)).difference(text.flat)
+    return self_calibration(
+        loaded.model,
+        sequences=sequences,
+        length=text.shape[1],
+        bos=tokenizer.bos if tokenizer.begins else None,
+        special=absent.union(tokenizer.special),
+        batch=batch,
+        progress=progress,
+    )
+
+
+def save_rows(path: Path, rows: np.ndarray) -> None:
+    """Writes tokens as int32 .npy, whole or not at all."""
     content = io.BytesIO()
     np.save(content, rows.astype(np.int32))
     atomic.replace(path, content.getvalue())
