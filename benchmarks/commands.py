@@ -99,7 +99,7 @@ def own_sequences(
         sequences=sequences,
         length=text.shape[1],
         bos=tokenizer.bos if tokenizer.begins else None,
-        special=absent.union(tokenizer.special),
+        never_first=absent.union(tokenizer.special),
         batch=batch,
         progress=progress,
     )

@@ -98,7 +98,7 @@ def _written(config: Config, draw: int) -> np.ndarray:
             seed=draw,
             temperature=config.temperature,
             bos=tokenizer.bos if tokenizer.begins else None,
-            special={*tokenizer.special, *padding},
+            never_first={*tokenizer.special, *padding},
             batch=min(config.calibrated, 32),
             # Kept: writing takes longer than pruning, and every cell of a draw needs
             # it.

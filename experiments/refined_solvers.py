@@ -181,7 +181,9 @@ class Run(allocation_with_solvers.Run):
             seed=cell.draw,
             temperature=cell.temperature,
             # The vocabulary is padded with entries that no character has.
-            special=range(len(self.corpus.vocabulary), self.model.config.vocab_size),
+            never_first=range(
+                len(self.corpus.vocabulary), self.model.config.vocab_size
+            ),
             batch=text[0].shape[0],
         ).reshape(shape)
         if cell.calibration == "self":

@@ -89,12 +89,12 @@ class Measurements:
 
 
 def _never_first(texts: JobTexts) -> set[int]:
-    """The tokens that no text begins with.
+    """The tokens that nothing that is written begins with.
 
     Special ones, rows for no token, and beside other texts the tokens that these lack:
     most of a large vocabulary is of languages in which what is written would go on.
     """
-    never = set()
+    never: set[int] = set()
     if texts.drawn is not None:
         never |= set(range(texts.vocab_size)).difference(texts.drawn.tokens.flat)
     if texts.tokenizer is not None:
@@ -158,7 +158,7 @@ class ModelTransformation(Transformation[AnyJob, LoadedModel]):
                 seed=calibration.seed,
                 temperature=calibration.calibration_temperature,
                 bos=texts.begins.token,
-                special=_never_first(texts),
+                never_first=_never_first(texts),
                 batch=sequences_at_once(
                     decoder,
                     sequences=number,

@@ -82,8 +82,8 @@ class Calibration:
         template writes; or .npy of int32 token ids (sequences, length). Several are a
         mixture with as many sequences of each. Give each kind of text that the model is
         for: that is worth more than the choice of a method. The word "self" stands for
-        text that the model writes, each sequence from a token of the texts beside it
-        on; what was calibrated on texts alone loses most on texts of other kinds.
+        text that the model writes, beginning with tokens of the texts beside it; what
+        was calibrated on texts alone loses most on texts of other kinds.
       sequences: how many sequences are calibrated on.
       length: tokens of a sequence, BOS included; the model's context where that is
         less.

@@ -1,7 +1,7 @@
 """Calibration sequences that a model writes itself, where no text is at hand.
 
 Each begins with BOS, where the model wants that, and a token drawn uniformly from the
-vocabulary, special tokens left out; the model continues it. So the sequences begin
+vocabulary, special tokens left out say; the model continues it. So the sequences begin
 anywhere, and go on as the texts did that the model was trained on.
 
 Reference:
@@ -48,7 +48,7 @@ def self_calibration(
     seed: int = 0,
     temperature: float = 1.0,
     bos: int | None = None,
-    special: Collection[int] = (),
+    never_first: Collection[int] = (),
     batch: int = 8,
     directory: Path | None = None,
     progress: Callable[[int], Any] = lambda sequences: None,
@@ -63,8 +63,8 @@ def self_calibration(
       temperature: divisor of the logits; 1 follows the model, 0 takes the likeliest
         token each time.
       bos: token that each sequence begins with; None for none.
-      special: tokens that are not drawn as the first one: BOS, EOS, padding, and
-        those of languages that do not matter.
+      never_first: tokens that are not drawn as the first one: BOS, EOS, padding, and
+        those of languages that do not matter, since a sequence goes on in its own.
       batch: number of sequences that are written at once; another number gives other
         sequences.
       directory: directory of one model in which each batch is kept, so that a run that
@@ -76,7 +76,7 @@ def self_calibration(
       Tokens, int32 (sequences, length).
 
     Raises:
-      ValueError: a number is out of range, every token is special, or the directory is
+      ValueError: a number is out of range, no first token is left, or the directory is
         another job's.
 
     Example:
@@ -85,7 +85,7 @@ def self_calibration(
       >>> config = DecoderConfig(vocab_size=65, context=32, layers=1, width=16, heads=4,
       ...                        kv_heads=2, head_dim=8, mlp_width=32)
       >>> model = Decoder(config, rngs=nnx.Rngs(0))
-      >>> self_calibration(model, sequences=3, length=8, special={0}).shape
+      >>> self_calibration(model, sequences=3, length=8, never_first={0}).shape
       (3, 8)
     """
     rules.check(
@@ -96,7 +96,8 @@ def self_calibration(
         shortest=1 + (bos is not None),
         context=model.config.context,
     )
-    prompts = first_tokens(sequences, model.config.vocab_size, special, seed)[:, None]
+    vocab_size = model.config.vocab_size
+    prompts = first_tokens(sequences, vocab_size, never_first, seed)[:, None]
     if bos is not None:
         prompts = np.insert(prompts, 0, bos, axis=1)  # (sequences, 2)
     log = None
@@ -107,7 +108,8 @@ def self_calibration(
             "seed": seed,
             "temperature": temperature,
             "bos": None if bos is None else int(bos),
-            "special": fingerprint.of_arrays([np.unique([*map(int, special)])]),
+            # A digest, since it may be most of a vocabulary.
+            "never_first": fingerprint.of_arrays([np.unique([*map(int, never_first)])]),
             "batch": batch,
         }
         log = ProgressLog(directory, job)
@@ -162,26 +164,26 @@ def sequences_at_once(
 
 
 def first_tokens(
-    count: int, vocab_size: int, special: Collection[int], seed: int
+    count: int, vocab_size: int, never_first: Collection[int], seed: int
 ) -> Int[np.ndarray, " count"]:
-    """Tokens drawn uniformly from a vocabulary, special ones left out.
+    """Tokens drawn uniformly from a vocabulary, some left out.
 
     Args:
       count: number of tokens.
       vocab_size: number that tokens are below of.
-      special: tokens that are never drawn.
+      never_first: tokens that are not drawn.
       seed: rng seed of the draw.
 
     Returns:
       int32 (count,).
 
     Raises:
-      ValueError: every token is special.
+      ValueError: no token is left.
     """
-    allowed = np.setdiff1d(np.arange(vocab_size, dtype=np.int32), list(special))
+    allowed = np.setdiff1d(np.arange(vocab_size, dtype=np.int32), list(never_first))
     if not allowed.size:
         raise ValueError(
-            f"some token must not be special, but all {vocab_size} of the vocabulary "
-            "are; give fewer"
+            f"sequences must begin with some token, but all {vocab_size} of the "
+            "vocabulary are never first; leave some, of texts with other tokens say"
         )
     return np.random.default_rng(seed).choice(allowed, count)

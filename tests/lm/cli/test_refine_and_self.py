@@ -139,9 +139,9 @@ def test_what_it_writes_is_one_part_of_a_mixture(place, capsys, monkeypatch):
     used = record["calibration"]
     assert (used["self"], used["sequences"]) == (4, 8)
     assert [of["sequences"] for of in used["files"]] == [4]
-    rows, used = {tuple(row) for row in few.tolist()}, np.concatenate(seen)
-    assert [tuple(row) in rows for row in used.tolist()] == [True, False] * 4
-    written = used[1::2]
+    rows, calibrated = {tuple(row) for row in few.tolist()}, np.concatenate(seen)
+    assert [tuple(row) in rows for row in calibrated.tolist()] == [True, False] * 4
+    written = calibrated[1::2]
     assert set(written[:, 1]) <= set(range(10, 15))  # after BOS, a token of the text
     assert len(np.unique(written)) > 5
 
@@ -262,7 +262,11 @@ def test_a_model_loses_neurons_by_what_it_writes_as_by_the_same_token_ids(
     assert names.index("write calibration") < names.index("shrink")
     assert by_text[1]["calibration"]["self"] == 8
     written = self_calibration(
-        hf.load(place / "model").model, sequences=8, length=16, bos=1, special={0, 1, 2}
+        hf.load(place / "model").model,
+        sequences=8,
+        length=16,
+        bos=1,
+        never_first={0, 1, 2},
     )
     np.save(place / "written.npy", written)
     words.append(place / "written.npy")

@@ -115,7 +115,7 @@ def test_the_dense_model_writes_a_calibration_which_is_split_anew(
     wrote, narrowed = [], []
 
     def writes(model, **options):
-        wrote.append((model.config.vocab_size, options["special"]))
+        wrote.append((model.config.vocab_size, options["never_first"]))
         wrote.append(self_calibration(model, **options))
         return wrote[-1]
 

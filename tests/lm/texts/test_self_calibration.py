@@ -35,7 +35,12 @@ def model():
 
 
 def write(model, **options):
-    options = {"sequences": 5, "length": 8, "batch": 2, "special": SPECIAL} | options
+    options = {
+        "sequences": 5,
+        "length": 8,
+        "batch": 2,
+        "never_first": SPECIAL,
+    } | options
     return self_calibration(model, **options)
 
 
@@ -83,7 +88,7 @@ def test_a_run_that_was_stopped_writes_only_what_is_left(
     def stop(count):
         raise KeyboardInterrupt
 
-    numpys = {"bos": np.int64(1), "special": set(np.array([*SPECIAL]))}
+    numpys = {"bos": np.int64(1), "never_first": set(np.array([*SPECIAL]))}
     with pytest.raises(KeyboardInterrupt):
         write(model, **numpys, directory=tmp_path, progress=stop)
     calls, generate = [], written.generate
@@ -116,7 +121,7 @@ def test_another_jobs_directory_is_refused(model, tmp_path):
         ({"batch": 0}, "batch=0"),
         ({"length": 17}, "1 to 16 tokens"),
         ({"length": 1, "bos": 1}, "2 to 16 tokens"),
-        ({"special": range(VOCABULARY)}, "must not be special"),
+        ({"never_first": range(VOCABULARY)}, "must begin with some token"),
         ({"temperature": -1.0}, "temperature"),
     ],
 )
