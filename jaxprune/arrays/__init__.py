@@ -2,6 +2,7 @@
 
 __all__ = [
     "axes",
+    "compiling",
     "console_progress",
     "counting",
     "exact_sum",

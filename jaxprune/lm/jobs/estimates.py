@@ -23,8 +23,10 @@ from jaxprune.lm.jobs.settings import Calibration
 from jaxprune.lm.measure import machine
 from jaxprune.lm.models.decoder.model import LOGITS, keeps_products
 from jaxprune.lm.models.loaded_model import LoadedModel
+from jaxprune.lm.recovery.sampled_tokens import OTHERS
 
 _COMPILING = 15.0  # seconds of every job that runs the model
+_NAMED = 9  # tokens that one token and its prediction add to a step's sample
 _PROGRAMS = 150_000_000  # bytes of what is compiled
 _REACHED = 0.5  # how much of a lone product's rate a model reaches
 _STREAMED = 15e-9  # seconds a weight: read, ranked, written, summed up
@@ -115,7 +117,7 @@ def count_work(calibration: Calibration, model: LoadedModel, texts: JobTexts) ->
 def writing_flops(calibration: Calibration, work: Work) -> float:
     """FLOPs of what the model writes for `--calibration self`."""
     # Token by token, which reaches less of the rate.
-    return work.forward(4 * calibration.written_tokens)
+    return work.forward(2 * calibration.written_tokens)
 
 
 def recovery_needs(
@@ -132,13 +134,15 @@ def recovery_needs(
     # Forward and back, forward again, and the teacher's forward.
     again = 0 if keeps else 1
     passes = recovery.steps * (3 + again + (size if teacher else 0))
-    tokens = passes * step
+    share = 1.0 if teacher else _logits_share(recovery, work, step)
+    flops = work.forward(passes * step, head=False)
+    flops += 2.0 * passes * step * work.head * share
     if recovery.top:
         followed = recovery.followed_tokens(work.trained, calibration.written_tokens)
-        tokens += size * followed
+        flops += work.forward(size * followed)
     memory = _trained_bytes(recovery.trained, work)
     # Logits, those without the likeliest, and the gradients of both.
-    logits = step * work.scores
+    logits = int(share * step * work.scores)
     memory += 4 * min(logits, 4 * LOGITS)
     if keeps:
         outputs = sum(count * out for count, _, out in work.matrices.values())
@@ -146,7 +150,16 @@ def recovery_needs(
     held = int(size * work.weights)
     # A teacher whose predictions are kept is gone when the training begins.
     memory = memory + held if teacher else max(memory, held if recovery.top else 0)
-    return work.forward(tokens), memory
+    return flops, memory
+
+
+def _logits_share(recovery: Recovery, work: Work, tokens: int) -> float:
+    """The share of the vocabulary whose logits a step of so many tokens computes."""
+    if recovery.trained == "all":
+        return 1.0
+    # A prediction's likeliest are mostly those of the tokens beside it.
+    share = 4 * (OTHERS + _NAMED * tokens) / work.scores
+    return share if share <= 0.5 else 1.0  # as `sampler_of` decides
 
 
 def _teacher_size(recovery: Recovery, work: Work) -> float:

@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 from jaxtyping import Int
 
-from jaxprune.arrays import placement, rules, tree
+from jaxprune.arrays import compiling, placement, rules, tree
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import Rule
 from jaxprune.contrib.lora import lora
@@ -271,8 +271,10 @@ def _step(
     def value(trained: Any, frozen: Any, arrays: Any, tokens: jax.Array) -> jax.Array:
         return loss.fn(join(trained, frozen), arrays, tokens)
 
+    options = compiling.leaf_by_leaf()
+
     # Donated: two copies of leaves and state would not fit where one does.
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=options)
     def step(
         trained: Any,
         state: Any,
