@@ -248,6 +248,9 @@ def _categorical(
     CPU takes longer than the head's product; this draws two for each row.
     """
     logits = logits.astype(jnp.float32)
+    if jax.typeof(logits).sharding.spec[-1:] not in ((), (None,)):
+        # An Explicit mesh splits the vocabulary: sums along it would gather it.
+        return jax.random.categorical(key, logits).astype(jnp.int32)
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))  # (batch, vocab)
     rest = -weights.shape[-1] % _GROUP
     groups = jnp.pad(weights, ((0, 0), (0, rest))).reshape(len(weights), -1, _GROUP)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxprune.lm.models.generate import _categorical, _first_above
 
@@ -28,6 +30,20 @@ def test_draws_have_the_shares_of_the_softmax_in_each_group(dtype):
     often = shares * _COUNT >= 5
     statistic = _COUNT * np.sum((observed - shares)[often] ** 2 / shares[often])
     assert abs(statistic - often.sum()) < 5 * np.sqrt(2 * often.sum())
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("vocabulary", [1300, 2048])
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data"), P("data", "model")])
+def test_a_mesh_may_split_rows_and_vocabulary(kind, vocabulary, spec):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))
+    logits = np.full((4, vocabulary), -np.inf, np.float32)
+    expected = np.array([0, 511, 512, vocabulary - 1])
+    logits[np.arange(4), expected] = 0
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(logits, NamedSharding(mesh, spec))
+        drawn = jax.jit(_categorical)(jax.random.key(0), placed)
+    np.testing.assert_array_equal(drawn, expected)
 
 
 def test_rows_are_drawn_apart():
