@@ -177,6 +177,7 @@ class Programs:
                 self.names.append(getattr(function, "__qualname__", str(function)))
             return program(*arguments)
 
+        call.lower = program.lower
         return call
 
 
