@@ -1,6 +1,7 @@
 """What a job on a directory does, apart from the command that asks for it."""
 
 __all__ = [
+    "budget_reach",
     "console",
     "defaults",
     "effort",

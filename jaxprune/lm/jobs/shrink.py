@@ -12,9 +12,9 @@ from jaxtyping import Int
 import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints.checkpoint_dir import CONFIG, CheckpointDir, open_directory
 from jaxprune.lm.jobs import (
+    budget_reach,
     defaults,
     inputs,
     progress_dir,
@@ -34,7 +34,7 @@ from jaxprune.lm.jobs.provenance import Page
 from jaxprune.lm.jobs.recovery import as_stored
 from jaxprune.lm.jobs.shrink_plan import plan_shrink
 from jaxprune.lm.jobs.shrink_rules import check_fits, check_shrink
-from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
+from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.lm.jobs.teacher import open_teacher
 from jaxprune.lm.jobs.transformation import Change, Prepared
 from jaxprune.lm.jobs.width_rules import channels_left
@@ -45,16 +45,8 @@ from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.shrinking import channels, possible_sizes, search, units
 from jaxprune.lm.shrinking.unequal import narrow_unequally
 from jaxprune.lm.vocabulary.new_vocabulary import NewVocabulary
-from jaxprune.structured.budget import OutOfReach
 
 _PROMPT, _STEPS = 256, 32  # tokens, of what is timed
-
-_SEARCHED = Rule(
-    lambda v: v.share < 1,
-    "--budget {budget:g} is met by fewer tokens or channels alone, so nothing is left "
-    "to search",
-    "give a smaller budget, or leave --search out",
-)
 
 
 def prepare_shrink(job: ShrinkJob, console: Console) -> Prepared:
@@ -82,6 +74,7 @@ def prepare_shrink(job: ShrinkJob, console: Console) -> Prepared:
         )
         model = open_for_job(job.model, job.loading, job.devices)
         check_fits(job.removal, source, model.config, job.loading.ignore_config)
+        budget_reach.check_budget(job.removal, source, model)
         other_teacher = open_teacher(job, source, model)
         texts = inputs.read_texts(job, source)
         # What is solved at several sizes takes about twice the room of the model.
@@ -231,8 +224,8 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         # Tokens and channels went first. Then go layers, then experts of those that
         # stay, then their heads and neurons.
         if removal.search and tokens is not None:
-            share = _remaining_budget(removal, self.model, dense)
-            check(_SEARCHED, share=share, budget=removal.budget)
+            share = budget_reach.remaining_budget(removal, self.model, dense)
+            budget_reach.check_search(removal, share)
             narrowing = narrowing._replace(budget=share)
             division = search.divide_budget(
                 dense, narrowing, tokens, batch=batch, work=work, note=note
@@ -258,7 +251,7 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
             )
         # What is gone counts: the rest of the budget is a larger share of what stays.
         if narrowing.budget is not None and not removal.search:
-            share = _remaining_budget(removal, self.model, small)
+            share = budget_reach.remaining_budget(removal, self.model, small)
             narrowing = narrowing._replace(budget=share)
         if narrowing.narrows and narrowing.budget != 1:
             small, record["units"] = self._narrow(small, narrowing, tokens)
@@ -273,7 +266,7 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         """As `units.narrow`; a budget out of reach is named as it was asked for."""
         removal = self.job.removal
         batch, work = self.job.calibration.batch, self.job.work
-        try:
+        with budget_reach.names_whole_budget(removal, narrowing.budget):
             if removal.unequal and tokens is not None:
                 note = self.console.note
                 return narrow_unequally(
@@ -282,13 +275,6 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
             return units.narrow(
                 small, narrowing, tokens, batch=batch, work=work, resumes=True
             )
-        except OutOfReach as error:
-            if removal.search or narrowing.budget == removal.budget:
-                raise
-            raise OutOfReach(
-                f"--budget {removal.budget:g} of the whole is out of reach without "
-                f"what else goes: of what is left {error}"
-            ) from None
 
 
 def _note_narrowed(dtype: str | None, source: CheckpointDir, console: Console) -> None:
@@ -305,18 +291,6 @@ def _note_narrowed(dtype: str | None, source: CheckpointDir, console: Console) -
             f"all weights are written as they are read, in {dtype or 'float32'}: "
             f"{listed(narrowed)} lose bits"
         )
-
-
-def _remaining_budget(
-    removal: Removal, dense: LoadedModel, small: LoadedModel
-) -> float:
-    """The share that may stay of a model which lost layers or experts before."""
-    budget = removal.budget or 1.0
-    if small.config == dense.config:
-        return budget
-    # Both by the same count, since the budget is of the dense model.
-    before, after = (units.count_cost(m, removal.measure) for m in (dense, small))
-    return min(budget * before / after, 1.0)
 
 
 def _ways(job: ShrinkJob, record: dict[str, Any]) -> list[str]:

@@ -91,7 +91,7 @@ def narrow_unequally(
     """
     fn, _, groups = units.group_axes(model)
     roles = units.group_roles(groups, model.config)
-    start = _equal_sizes(groups, narrowing, roles, model.config)
+    start = equal_sizes(groups, narrowing, roles, model.config)
     chosen_groups = [group for group in groups if group.name in start]
     judging = -(-len(tokens) // 4)
     # (sequences, length) each
@@ -140,19 +140,31 @@ def passes_of_judge(layers: int) -> float:
     return 4 * groups * few + _GENERATIONS * (7 * few + judging)
 
 
-def _equal_sizes(
+def equal_sizes(
     groups: jp.AxisGroups,
     narrowing: Narrowing,
     roles: Mapping[str, str],
     config: DecoderConfig,
 ) -> dict[str, int]:
-    """Group name to the units that it keeps where all layers are cut alike."""
+    """How many units groups keep where all layers are cut alike, by shapes alone.
+
+    Args:
+      groups: axis groups of the model.
+      narrowing: number of heads and neurons to remove.
+      roles: name of a group to what it is.
+      config: shape of the model.
+
+    Returns:
+      Group name to the number.
+
+    Raises:
+      OutOfReach: the budget is out of reach.
+    """
     request = units.narrowing_request(narrowing, roles, config)
-    budget = request.get("budget", {}).get(narrowing.measure)
     lost = structured.lost_units(
         groups,
         request.get("sparsity"),
-        budget,
+        request.get("budget", {}).get(narrowing.measure),
         narrowing.measure,
         request.get("groups", ("*",)),
         request["sizes"],

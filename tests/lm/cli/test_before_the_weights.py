@@ -4,6 +4,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.support import hf_directories, tiny_cli
+from tests.support import hf_directories, tiny_cli, tiny_hf
 from tests.support.tiny_cli import place, run
 
 pytest.importorskip("tyro")
@@ -311,3 +312,48 @@ def test_a_streamed_pruning_looks_at_its_texts_first(
     code, _, err = run(capsys, *words, "--prompt", "w4", "--prompt-steps", "1000")
     assert code == 1
     assert "--prompt-steps 1000; take fewer steps" in err
+
+
+@pytest.fixture
+def shrinking(tmp_path):
+    """The words that shrink a model of two layers, and its number of parameters."""
+    tiny_hf.random_folder("llama", tmp_path / "model", "float32")
+    np.save(tmp_path / "rows.npy", tiny_hf.tokens(8, 16))
+    words = ["shrink", tmp_path / "model", tmp_path / "out", *SMALL[:4]]
+    words += ["--calibration", tmp_path / "rows.npy", "--speed-rounds", "0"]
+    leaves = tiny_cli.weights(tmp_path / "model").values()
+    return words, sum(leaf.size for leaf in leaves)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("0.1",), "^jaxprune shrink: a budget must be within reach, but 0.1 of"),
+        (("0.1", "--hidden", "0.5"), "0.1 is of the whole model; once all else is"),
+        (("0.1", "--layers", "1"), "0.1 is of the whole model; once all else is gone"),
+        (("0.1", "--search"), "0.1 is of the whole model; once all else is gone, a"),
+        (
+            ("0.9", "--hidden", "0.5", "--search"),
+            "0.9 is met by fewer tokens or channels alone, so nothing is left to",
+        ),
+    ],
+)
+def test_a_budget_that_the_shapes_forbid_is_refused(
+    shrinking, capsys, no_weights, options, message
+):
+    code, _, err = run(capsys, *shrinking[0], "--budget", *options)
+    assert code == 1
+    assert re.search(message, err)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("removed", [(), ("--layers", "1"), ("--hidden", "0.5")])
+def test_the_smallest_model_of_a_refusal_can_be_had(shrinking, capsys, removed):
+    words, whole = shrinking
+    words = [*words, *removed, "--any-perplexity", "--budget"]
+    _, _, err = run(capsys, *words, 0.01)
+    least = int(re.search(r"allow has ([\d,]+)", err)[1].replace(",", ""))
+    assert run(capsys, *words, (least - 1) / whole)[0] == 1
+    code, record, _ = run(capsys, *words, (least + 1) / whole)
+    assert code == 0
+    assert record["sizes"]["after"]["parameters"] == least
