@@ -26,7 +26,8 @@ _SEARCHED = Rule(
 def check_budget(removal: Removal, source: CheckpointDir, model: LoadedModel) -> None:
     """Refuses a budget that is out of reach, or leaves nothing to search.
 
-    Not known yet are milliseconds, and which of layers of different sizes will stay.
+    Milliseconds are not known yet, nor which of layers of different sizes will stay. No
+    mixture of experts takes a budget.
 
     Args:
       removal: what is to go.
@@ -39,12 +40,16 @@ def check_budget(removal: Removal, source: CheckpointDir, model: LoadedModel) ->
     """
     if removal.budget is None or removal.measure == "milliseconds":
         return
-    if model.config.layer_sizes and (removal.layers or removal.search):
-        return
-    small = _without_fixed_parts(removal, source, model)
+    small = _with_fewer_tokens_and_channels(removal, source, model)
     if removal.search:
-        check_search(removal, remaining_budget(removal, model, small))
-        small = units.keep_layers(small, [0])  # a search leaves one at least
+        share = remaining_budget(removal, model, small)
+        check([_SEARCHED], share=share, budget=removal.budget)
+    if model.config.layer_sizes and (removal.search or removal.layers):
+        return
+    # Which layers stay does not matter to the cost. A search leaves one at least.
+    count = 1 if removal.search else removal.layers or model.config.layers
+    kept = [i for i in range(count) if i not in removal.drop_layers]
+    small = units.keep_layers(small, kept)
     share = remaining_budget(removal, model, small)
     if share == 1:
         return
@@ -56,19 +61,6 @@ def check_budget(removal: Removal, source: CheckpointDir, model: LoadedModel) ->
     roles = units.group_roles(groups, small.config)
     with names_whole_budget(removal, share):
         unequal.equal_sizes(groups, narrowing, roles, small.config)
-
-
-def check_search(removal: Removal, share: float) -> None:
-    """Refuses a search of a budget that is met before it.
-
-    Args:
-      removal: what is to go.
-      share: share that may stay of the model that is searched.
-
-    Raises:
-      ValueError: all of it may.
-    """
-    check([_SEARCHED], share=share, budget=removal.budget)
 
 
 def remaining_budget(removal: Removal, dense: LoadedModel, small: LoadedModel) -> float:
@@ -115,21 +107,15 @@ def names_whole_budget(removal: Removal, share: float | None) -> Iterator[None]:
         ) from None
 
 
-def _without_fixed_parts(
+def _with_fewer_tokens_and_channels(
     removal: Removal, source: CheckpointDir, model: LoadedModel
 ) -> LoadedModel:
-    """The shapes without what goes in any case, before heads and neurons do."""
     config = model.config
     if removal.vocab is not None:
         config = dataclasses.replace(config, vocab_size=removal.vocab)
     if removal.hidden:
         config = hf.with_width(config, channels_left(removal, source, config))
-    if removal.experts:
-        left = config.experts - round(removal.experts * config.experts)
-        config = dataclasses.replace(config, experts=left)
-    if config != model.config:
-        _, params = nnx.split(hf.abstract(config), nnx.Param)
-        model = model.reshaped(config, params)
-    layers = removal.layers or config.layers
-    kept = [i for i in range(layers) if i not in removal.drop_layers]
-    return units.keep_layers(model, kept) if len(kept) < config.layers else model
+    if config == model.config:
+        return model
+    _, params = nnx.split(hf.abstract(config), nnx.Param)
+    return model.reshaped(config, params)

@@ -225,7 +225,6 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         # stay, then their heads and neurons.
         if removal.search and tokens is not None:
             share = budget_reach.remaining_budget(removal, self.model, dense)
-            budget_reach.check_search(removal, share)
             narrowing = narrowing._replace(budget=share)
             division = search.divide_budget(
                 dense, narrowing, tokens, batch=batch, work=work, note=note

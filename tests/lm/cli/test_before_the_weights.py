@@ -347,7 +347,9 @@ def test_a_budget_that_the_shapes_forbid_is_refused(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("removed", [(), ("--layers", "1"), ("--hidden", "0.5")])
+@pytest.mark.parametrize(
+    "removed", [(), ("--layers", "1"), ("--drop-layers", "0"), ("--hidden", "0.5")]
+)
 def test_the_smallest_model_of_a_refusal_can_be_had(shrinking, capsys, removed):
     words, whole = shrinking
     words = [*words, *removed, "--any-perplexity", "--budget"]
