@@ -30,8 +30,6 @@ PAGES = {
     "experiments/README.md": (
         "Pruned after training",
         "Pruned while it trains",
-        "Solvers on small GPTs",
-        "Recovery",
     ),
     "benchmarks/README.md": (
         "A trained model, beside torch",

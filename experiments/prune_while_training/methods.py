@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxprune as jp
-from experiments.harness.optimizer import CLIP, adamw, optimizer
+from experiments.harness.optimizer import optimizer
 
 DENSE, DENSE_SMALL = "dense", "dense_small"
 """The control, and the dense model of a pruned run's average number of weights."""
@@ -115,21 +115,6 @@ def _straight(
     )
 
 
-def _admm(
-    rate: optax.ScalarOrSchedule, span: Span, **options: Any
-) -> optax.GradientTransformation:
-    # Of 0.003 to 0.1, and ends at 40 to 75 %, the best from a dense model at 90 %.
-    penalised = jp.contrib.admm(
-        adamw(rate),
-        jp.schedules.once(span.begin, span.final),
-        freeze=(span.begin + span.freeze) // 2,
-        every=span.every,
-        penalty=0.003,
-        **options,
-    )
-    return optax.chain(optax.clip_by_global_norm(CLIP), penalised)
-
-
 def _sparse(
     rate: optax.ScalarOrSchedule,
     span: Span,
@@ -169,15 +154,6 @@ METHODS: dict[str, Method] = {
     "ste_layer_magnitude": functools.partial(_straight, criterion=layer_magnitude),
     "ste_magnitude_free": functools.partial(_straight, freezes=False, **_MAGNITUDE),
     "ste_preconditioned_free": functools.partial(_straight, freezes=False),
-    "admm": _admm,
-    "admm_global": functools.partial(_admm, allocation="global"),
-    "admm_magnitude": functools.partial(_admm, **_MAGNITUDE),
-    "admm_preconditioned": functools.partial(
-        _admm, criterion=jp.scores.preconditioned_magnitude, allocation="global"
-    ),
-    "admm_preconditioned_layer": functools.partial(
-        _admm, criterion=jp.scores.preconditioned_magnitude
-    ),
     "set": functools.partial(_sparse, grow=jp.grow.random()),
     "rigl": functools.partial(_sparse, grow=jp.grow.gradient()),
     "static_random": _sparse,
@@ -189,6 +165,4 @@ METHODS: dict[str, Method] = {
 }
 """Name to optimizer. `ste_` is straight-through; `_free` never freezes its masks;
 `_scaled` divides steps by each matrix's density to the power 0.75, `_by_root` by its
-root, `_fully` by itself.
-
-ADMM ranks by E[g^2] v^2 in each layer, as ELSA does, if its name does not say more."""
+root, `_fully` by itself."""

@@ -13,11 +13,9 @@ from experiments.report import results as results_
 
 __all__ = [
     "accuracy",
-    "allocation_figure",
     "figures",
     "findings",
     "life_cycle",
-    "mixture_table",
     "other_text",
     "plots",
     "provenance",

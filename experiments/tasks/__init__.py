@@ -1,8 +1,6 @@
 """What the experiments train: language models and models of pictures."""
 
 __all__ = [
-    "dense_models",
-    "expert_mixture",
     "finetuning",
     "language_model",
     "language_task",

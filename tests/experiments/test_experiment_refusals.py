@@ -1,8 +1,6 @@
 """What an experiment refuses before it trains, and what it must not mix up."""
 
 import dataclasses
-import json
-import shlex
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,19 +12,14 @@ from experiments import (
     gpt,
     phi3_vision,
     prune_while_training,
-    recovery,
-    refined_solvers,
     scaled_down_llm,
-    trained_mixture,
 )
 from experiments.datasets.question_answers import Asked
 from experiments.harness import records, runner
 from experiments.harness.option_rules import check_lists
 from experiments.harness.progress import Progress
 from experiments.prune_while_training.run import Run
-from experiments.report import allocation_figure
 from experiments.tasks import picture_model
-from experiments.tasks.expert_mixture import MixtureShape
 from experiments.tasks.finetuning import Texts
 from experiments.tasks.language_task import LanguageTask
 from experiments.tasks.picture_task import PictureTask
@@ -35,53 +28,11 @@ from jaxprune.lm.models.hf import vision_config
 from tests.support.tiny_run import flags, write_text
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "match"),
-    [
-        ("sparsities", (1.5,), r"sparsities must be in \(0, 1\)"),
-        ("passes", (-1,), "passes must be at least 0"),
-        ("corrections", (-1.0,), "corrections must be at least 0"),
-        ("draws", (), "draws must name at least one"),
-        ("draws", (-1,), "draws must be at least 0"),
-        ("methods", ("obs",), "methods must be of"),
-    ],
-)
-def test_refined_solvers_refuse_what_could_only_fail_later(field, value, match):
-    with pytest.raises(ValueError, match=match):
-        refined_solvers.Config(**{field: value}).check()
-
-
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        ({"sparsity": 80.0}, r"sparsity in \(0, 1\) and a width that 8"),
-        ({"width": 30}, r"sparsity in \(0, 1\) and a width that 8"),
-        ({"rates": ()}, "rates must name at least one"),
-        ({"rates": (1e-3, 0.0)}, "rates must be over 0, got 0.0"),
-        ({"seeds": (0, 0)}, "seeds must be named once each"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-    ],
-)
-def test_a_recovery_is_refused_before_it_trains(wrong, words, tmp_path):
-    with pytest.raises(ValueError, match=words):
-        recovery.main(recovery.Config(out=tmp_path / "new", **wrong))
-    assert not (tmp_path / "new").exists()
-
-
 def test_a_low_rank_change_has_no_moments_to_prune_gradually_by():
     config = phi3_vision.Config(lora=2, criteria=("magnitude", "gradual"))
     with pytest.raises(ValueError, match="with --lora there are none"):
         config.plan()
     assert dataclasses.replace(config, retrain_steps=0).plan()
-
-
-def test_the_recorded_command_makes_the_same_run():
-    shape = MixtureShape(layers=3)
-    config = trained_mixture.Config(seeds=(1, 2), shape=shape, smoke=True)
-    words = shlex.split(runner.command("experiments.trained_mixture", config))
-    assert words[:3] == ["python", "-m", "experiments.trained_mixture"]
-    assert words[3:] == ["--seeds", "1", "2", "--shape.layers", "3", "--smoke"]
-    assert tyro.cli(trained_mixture.Config, args=words[3:]) == config
 
 
 def test_seeds_under_zero_are_refused():
@@ -112,10 +63,10 @@ def test_a_directory_is_of_one_experiment(tmp_path):
             name, Config(), {}, lambda: content, lambda *_: "", grows=True
         )
 
-    run("refined_solvers")
+    run("prune_while_training")
     before = (tmp_path / "out" / "results.json").read_bytes()
-    with pytest.raises(ValueError, match="holds the results of refined_solvers"):
-        run("allocation_with_solvers")
+    with pytest.raises(ValueError, match="holds the results of prune_while_training"):
+        run("scaled_down_llm")
     assert (tmp_path / "out" / "results.json").read_bytes() == before
 
 
@@ -187,16 +138,6 @@ def test_the_control_may_have_peaks_of_its_own(tmp_path):
 def test_a_batch_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="batch"):
         prune_while_training.Config(out=tmp_path, batch_size=0).check()
-
-
-def test_a_figure_is_of_one_experiment_and_one_run_of_each_preset(tmp_path, capsys):
-    (tmp_path / "results.json").write_text(json.dumps({"name": "recovery"}))
-    with pytest.raises(SystemExit, match="must be of allocation_with_solvers, but is"):
-        allocation_figure.main([str(tmp_path), "--out", str(tmp_path)])
-    twice = {"name": "allocation_with_solvers", "config": {"preset": "cpu"}}
-    (tmp_path / "results.json").write_text(json.dumps(twice))
-    with pytest.raises(SystemExit, match="one run of each preset, got cpu, cpu"):
-        allocation_figure.main([str(tmp_path)] * 2)
 
 
 @pytest.mark.parametrize("strips", [False, True])
