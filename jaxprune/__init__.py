@@ -21,7 +21,6 @@ from jaxprune.masking import patterns as patterns
 from jaxprune.masking.metrics import metrics as metrics
 from jaxprune.masking.prune import prune as prune
 from jaxprune.masking.sparsity import sparsity as sparsity
-from jaxprune.masking.sweep import sweep as sweep
 from jaxprune.posttraining import passes as passes
 from jaxprune.posttraining.calibration import calibrate as calibrate
 from jaxprune.posttraining.prune_trained import PruneResult as PruneResult
@@ -73,7 +72,6 @@ __all__ = [
     "shrink",
     "sparsity",
     "straight_through",
-    "sweep",
     "torch",
     "trace",
     "track_gradients",

@@ -9,14 +9,12 @@ from jaxprune.arrays.rules import Rule, check
 from jaxprune.masking import masks as masks_
 from jaxprune.masking.packed_mask import is_packed
 from jaxprune.masking.sparsity import sparsity
-from jaxprune.masking.sweep import Sweep
 from jaxprune.typing import Masks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["by_layer", "masks", "overlap", "sparsity_curve"]
-_MARKERS = "osD^vPX*"
+__all__ = ["by_layer", "masks", "overlap"]
 
 _MATRIX = Rule(
     lambda v: np.ndim(v.mask) >= 2 and np.size(v.mask) > 0,
@@ -33,50 +31,6 @@ _PAIR = Rule(
 
 def __dir__() -> list[str]:
     return __all__
-
-
-def sparsity_curve(sweep: Sweep, *, axes: "Axes | None" = None) -> "Axes":
-    """What a sweep measured against the share removed, a line a criterion.
-
-    Of several allocations each has its line.
-
-    Retrained models are drawn full, those right after pruning dashed.
-
-    Args:
-      sweep: result of `jp.sweep`.
-      axes: matplotlib axes to draw on; new ones if left out.
-
-    Returns:
-      The axes.
-
-    Raises:
-      ModuleNotFoundError: matplotlib is not installed.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import jaxprune as jp
-      >>> params = {"w": jnp.arange(1.0, 9.0).reshape(2, 4)}
-      >>> scores = {"magnitude": jp.scores.magnitude(params)}
-      >>> result = jp.sweep(params, scores, lambda params: params["w"].sum())
-      >>> jp.plot.sparsity_curve(result).get_xlabel()
-      'weights removed (%)'
-    """
-    axes = _axes(axes)
-    axes.axhline(sweep.dense, color="grey", linewidth=1, linestyle=":", label="dense")
-    for number, (name, cells) in enumerate(sweep.curves.items()):
-        shares = [100 * cell.removed for cell in cells]
-        style: Any = {"color": f"C{number}", "marker": _MARKERS[number % len(_MARKERS)]}
-        retrained = [cell.retrained for cell in cells if cell.retrained is not None]
-        pruned = [cell.value for cell in cells]
-        label = name
-        if retrained:
-            axes.plot(shares, retrained, label=f"{name}, retrained", **style)
-            label = f"{name}, pruned"
-        dash = "--" if retrained else "-"
-        axes.plot(shares, pruned, dash, label=label, **style)
-    axes.set_xlabel("weights removed (%)")
-    axes.legend()
-    return axes
 
 
 def by_layer(params: Any, *, axes: "Axes | None" = None) -> "Axes":

@@ -17,5 +17,4 @@ __all__ = [
     "selection",
     "shares",
     "sparsity",
-    "sweep",
 ]

@@ -23,9 +23,7 @@ from jaxprune.typing import Masks, Params
 T = TypeVar("T")
 
 # The fields of the states with masks, all together.
-_FIELDS = frozenset(
-    {"masks", "inner", "step", "parked", "split", "gradients", "restarts"}
-)
+_FIELDS = frozenset({"masks", "inner", "step", "parked", "split", "gradients", "ages"})
 
 
 def get(state: Any, params: Params | None = None) -> Masks:

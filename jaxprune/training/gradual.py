@@ -19,14 +19,13 @@ from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.masking.counts import Allocation
 from jaxprune.masking.patterns import Block, Channel
-from jaxprune.scores.adamax import name_adamax
 from jaxprune.scores.names import parse_criterion
 from jaxprune.training import schedules
 from jaxprune.training.event_table import Event, EventTable
 from jaxprune.training.grow import Grow, parse_growth
 from jaxprune.training.mask_events import MaskEvents
 from jaxprune.training.masked import masked_step, require_params, wrapped_optimizer
-from jaxprune.training.restarts import RestartState, restarted_step, start_restarts
+from jaxprune.training.restarts import restarted_step, start_ages
 from jaxprune.typing import Criterion, Masks, Params, Pattern, PrunableLike
 
 
@@ -37,13 +36,14 @@ class GradualState(NamedTuple):
       step: number of updates so far, int32 scalar.
       masks: boolean masks like the parameters; packed where that was asked for.
       inner: state of the wrapped optimizer.
-      restarts: how long ago weights came back, where Adam's steps count; else ().
+      ages: 1 and the number of steps since each weight came back, uint16, 0 for none;
+        () where nothing grows or the optimizer does not count steps as Adam does.
     """
 
     step: jax.Array
     masks: Masks
     inner: optax.OptState
-    restarts: RestartState | tuple[()] = ()
+    ages: Params | tuple[()] = ()
 
 
 def gradual(
@@ -56,6 +56,7 @@ def gradual(
     axes: Axes | Mapping[str, Axes] | None = None,
     prunable: PrunableLike = leaves.prunable,
     grow: Grow | str | None = None,
+    decays: tuple[float, float] = (0.9, 0.999),
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes while it trains; a pruned weight stays so, unless `grow` returns it.
@@ -93,6 +94,9 @@ def gradual(
         begins at zero, with the moments that the optimizer's `init` gives, and Adam's
         bias correction counts its steps from there, for which the state holds two bytes
         more a weight.
+      decays: b1 and b2 of the optimizer, by which that correction is made; give them
+        where they are not optax's defaults. (b1, 0) for Adamax, which corrects its
+        first moment alone, and (0, 0) for Yogi. Not read without `grow`.
       packed: whether the state holds masks at one bit a weight rather than eight. Of
         the checkpoints, orbax takes these; `flax.serialization` does not.
 
@@ -105,9 +109,8 @@ def gradual(
     Raises:
       ValueError: schedule, pattern, allocation and growth do not agree, or the sparsity
         falls and nothing grows; at `init`: no leaf is prunable, or the criterion's
-        statistic is not in the optimizer (Adamax, known by a step of two numbers a
-        leaf, keeps a maximum of |g|); at `update`: no parameters.
-      TypeError: an argument is of another kind.
+        statistic is not in the optimizer; at `update`: no parameters.
+      TypeError: an argument has the wrong type.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -135,13 +138,12 @@ def gradual(
     def init(params: Params) -> GradualState:
         inner = optimizer.init(params)
         masking.refuse_blind_start(params)
-        masks = masking.start(params, name_adamax(optimizer, inner, params))
-        restarts = (
-            ()
-            if grow is None
-            else start_restarts(optimizer, inner, masking.read(masks, params), params)
-        )
-        return GradualState(placement.counter(params), masks, inner, restarts)
+        state_masks = masking.start(params, inner)
+        ages: Params | tuple[()] = ()
+        if grow is not None:
+            masks = masking.read(state_masks, params)
+            ages = start_ages(optimizer, inner, masks, params)
+        return GradualState(placement.counter(params), state_masks, inner, ages)
 
     def update(
         updates: optax.Updates,
@@ -150,15 +152,11 @@ def gradual(
         **extra_args: Any,
     ) -> tuple[optax.Updates, GradualState]:
         params = require_params(params, "gradual")
-        step, state_masks, inner, restarts = state
+        step, _, inner, ages = state
         # RigL ranks pruned weights by this step's gradient, before it is masked.
         gradients = updates if grow is not None and grow.reads_gradient else params
-        due = masking.due(step)
-        before, state_masks = (
-            state_masks,
-            masking.choose(
-                due, step, state_masks, lambda: (params, state.inner), gradients
-            ),
+        state_masks = masking.choose(
+            masking.due(step), step, state.masks, lambda: (params, inner), gradients
         )
         masks = masking.read(state_masks, params)
         if grow is None:
@@ -166,12 +164,20 @@ def gradual(
                 optimizer, masks, updates, inner, params, extra_args
             )
         else:
-            before = masking.read(before, params)
-            updates, inner, restarts = restarted_step(
-                optimizer, before, masks, updates, inner, restarts, params, extra_args
+            before = masking.read(state.masks, params)
+            updates, inner, ages = restarted_step(
+                optimizer,
+                before,
+                masks,
+                updates,
+                inner,
+                ages,
+                params,
+                extra_args,
+                decays,
             )
         step = optax.safe_increment(step)
-        return updates, GradualState(step, state_masks, inner, restarts)
+        return updates, GradualState(step, state_masks, inner, ages)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

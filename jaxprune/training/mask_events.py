@@ -106,7 +106,7 @@ class MaskEvents:
         except (AttributeError, IndexError, KeyError, TypeError):
             return  # a user's criterion that reads the optimizer's state itself
         except ValueError as error:
-            if "track" not in str(error):
+            if not self._ranks_all_statistics(params):
                 raise
             raise ValueError(
                 f"{self.name} needs a gradient before this criterion can rank, but the "
@@ -233,12 +233,20 @@ class MaskEvents:
         try:
             return jax.eval_shape(self.scores, params, importance)
         except ValueError as error:
-            if "track" not in str(error):
+            if not self._ranks_all_statistics(params):
                 raise
             raise ValueError(
                 f"{error}; it must be inside the optimizer that is wrapped: "
                 f"jp.{self.name}(optax.chain(optimizer, tracker), ...)"
             ) from error
+
+    def _ranks_all_statistics(self, params: Params) -> bool:
+        """Whether the criterion lacks nothing but a statistic that may be tracked."""
+        try:
+            jax.eval_shape(self.scores, params, Importance(*[params] * 4))
+        except Exception:  # a user's criterion may raise anything
+            return False
+        return True
 
     def _prunable_names(self, params: Params) -> set[str]:
         """The names of the leaves that may be pruned."""

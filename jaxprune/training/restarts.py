@@ -8,9 +8,11 @@ steps ago, and by the t of all others its first step would be
 
     (1 - b1^t) / (1 - b1^a) sqrt((1 - b2^a) / (1 - b2^t)),
 
-which leaves out Adam's epsilon. The state has its age for it, two bytes a weight.
-NAdam and RAdam get the same ratio, which is not quite theirs: NAdam's first step is 1.3
-times a fresh one's. Others that count steps get none, and a warning says so.
+which leaves out Adam's epsilon. No state of optax holds b1 and b2, so `gradual` takes
+them as `decays`; a decay of 0 corrects nothing. The state has the age of each weight,
+two bytes. NAdam and RAdam get the same ratio, which is not quite theirs: NAdam's first
+step is 1.3 times a fresh one's. Other optimizers that count steps get none, and a
+warning says so.
 
 Xiao et al., "Memory-Efficient LLM Training with Dynamic Sparsity", 2026, arXiv
 2606.00888 (SMET), count so too; their warm-up of such weights is not here.
@@ -18,21 +20,17 @@ Xiao et al., "Memory-Efficient LLM Training with Dynamic Sparsity", 2026, arXiv
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float32, Int32
 
-from jaxprune.arrays import placement, tree
-from jaxprune.scores.adamax import has_adams_type, is_linear, pairs_like
+from jaxprune.arrays import tree
 from jaxprune.training.masked import map_masked, masked_step, select_kept, zeros_of
 from jaxprune.typing import Masks, Params
 
-# Updates that a probe waits for a step of an optimizer that collects gradients.
-_PROBES = 256
 # optax's states whose bias correction counts steps too, but is not Adam's.
 _UNCORRECTED = {
     "ScaleByAdemamixState",
@@ -44,45 +42,30 @@ _UNCORRECTED = {
 _OLDEST = 2**16 - 1
 
 
-class RestartState(NamedTuple):
-    """How long ago weights came back.
-
-    Attributes:
-      ages: 1 and the number of steps since a weight came back, uint16 like the masks; 0
-        of what never did, is pruned, or came back 65535 steps ago.
-      decays: b1 and b2 of each of Adam's states, float32 (states, 2); 0 for none.
-    """
-
-    ages: Params
-    decays: jax.Array
-
-
-def start_restarts(
+def start_ages(
     optimizer: optax.GradientTransformation,
     inner: optax.OptState,
     masks: Masks,
     params: Params,
-) -> RestartState | tuple[()]:
-    """The state in which nothing has come back.
+) -> Params | tuple[()]:
+    """The ages of weights of which none has come back.
 
     Args:
-      optimizer: optimizer whose state `inner` is; it is asked for steps of two numbers
-        a leaf, from which Adam's decays are read.
+      optimizer: optimizer whose state `inner` is.
       inner: state of the optimizer.
       masks: boolean masks like the parameters.
       params: parameters, or optax's stand-in for them.
 
     Returns:
-      The state, on the devices of the parameters; () where nothing of the optimizer
-      counts steps as Adam does.
+      Zeros, uint16, of the leaves that have a mask, placed like them; () where no part
+      of the optimizer counts steps as Adam does.
 
     Raises:
       ValueError: optax cannot tell which parts of the state belong to the parameters.
     """
-    states = len(_adam_nodes(inner))
+    counts_steps = bool(_adam_nodes(inner))
     if tree.is_placeholder(params):
-        none = jnp.zeros((states, 2), jnp.float32)
-        return RestartState(params, none) if states else ()
+        return params if counts_steps else ()
     try:
         _moments(optimizer, inner, masks)
     except Exception as error:  # whatever an optimizer's `init` says of a stand-in
@@ -91,13 +74,15 @@ def start_restarts(
             "tell which parts of this optimizer's state belong to the parameters "
             f"({error}); leave optax.flatten and the like out"
         ) from error
-    _warn_of_uncorrected(inner)
-    if not states:
-        return ()
-    decays = jnp.asarray(_decays(optimizer, params, states))
-    return RestartState(
-        zeros_of(masks, params, jnp.uint16), placement.counter(params) + decays
-    )
+    nodes = jax.tree.leaves(inner, is_leaf=_is_uncorrected)
+    if any(map(_is_uncorrected, nodes)):
+        warnings.warn(
+            "this optimizer's bias correction is not Adam's, so the first steps of a "
+            "weight that comes back may be several times too large; take optax.adam "
+            "or the like, or a lower learning rate",
+            stacklevel=3,  # the caller of `init`
+        )
+    return zeros_of(masks, params, jnp.uint16) if counts_steps else ()
 
 
 def restarted_step(
@@ -106,10 +91,11 @@ def restarted_step(
     masks: Masks,
     gradients: optax.Updates,
     inner: optax.OptState,
-    restarts: RestartState | tuple[()],
+    ages: Params | tuple[()],
     params: Params,
     extra_args: Mapping[str, Any],
-) -> tuple[optax.Updates, optax.OptState, RestartState | tuple[()]]:
+    decays: tuple[float, float],
+) -> tuple[optax.Updates, optax.OptState, Params | tuple[()]]:
     """A masked step at which what comes back starts anew; see `masked_step`.
 
     Args:
@@ -118,23 +104,48 @@ def restarted_step(
       masks: boolean masks of this step.
       gradients: gradients, like the parameters.
       inner: the optimizer's state.
-      restarts: state of the restarts.
+      ages: 1 and the number of steps since a weight came back; 0 for one that never
+        did, is pruned, or came back 65535 steps ago.
       params: the parameters.
       extra_args: extra arguments of the optimizer's `update`.
+      decays: b1 and b2 of Adam.
 
     Returns:
-      The update and both new states.
+      The update, the optimizer's new state and the new ages.
     """
     returned = map_masked(lambda mask, old: mask & ~old, masks, before)
     inner = _fresh_moments(optimizer, inner, returned, select_kept(masks, params))
     updates, stepped = masked_step(
         optimizer, masks, gradients, inner, params, extra_args
     )
-    if restarts:
-        updates, restarts = _corrected(
-            updates, restarts, returned, masks, inner, stepped
+    if not ages:
+        return updates, stepped, ages
+    named, named_ages = tree.named_leaves(updates), tree.named_leaves(ages)
+    named_returned, named_masks = map(tree.named_leaves, (returned, masks))
+    corrected = {name for name, age in named_ages.items() if tree.is_excluded(age)}
+    for old, new in zip(_adam_nodes(inner), _adam_nodes(stepped), strict=True):
+        for name, moment in tree.named_leaves(new.mu).items():
+            # A leaf is of the first of Adam's states that holds it; a node that was
+            # left out may stand for a whole subtree.
+            if tree.is_excluded(moment) or name in corrected:
+                continue
+            corrected.add(name)
+            age = jnp.where(named_returned[name], 1, named_ages[name].astype(jnp.int32))
+            # A step that collects gradients, or leaves them out, makes nothing older.
+            older = age + new.count - old.count
+            known = (age > 0) & named_masks[name] & (older <= _OLDEST)
+            factor = _correction(new.count, older - 1, decays)
+            # All others keep their bits; removals, -w, are of what is pruned.
+            scaled = (named[name] * factor).astype(named[name].dtype)
+            named[name] = jnp.where(known, scaled, named[name])
+            named_ages[name] = jnp.where(known, older, 0).astype(jnp.uint16)
+    updates, ages = (
+        jax.tree.unflatten(
+            jax.tree.structure(like, is_leaf=tree.is_leaf), leaves.values()
         )
-    return updates, stepped, restarts
+        for like, leaves in ((updates, named), (ages, named_ages))
+    )
+    return updates, stepped, ages
 
 
 def _fresh_moments(
@@ -161,56 +172,17 @@ def _fresh_moments(
     )
 
 
-def _corrected(
-    updates: optax.Updates,
-    state: RestartState,
-    returned: Masks,
-    masks: Masks,
-    before: optax.OptState,
-    inner: optax.OptState,
-) -> tuple[optax.Updates, RestartState]:
-    """The updates, of weights that came back by Adam's correction for their age.
-
-    `before` and `inner` are the optimizer's state before the step and after it.
-    """
-    named, ages = tree.named_leaves(updates), tree.named_leaves(state.ages)
-    named_returned, named_masks = map(tree.named_leaves, (returned, masks))
-    corrected = {name for name, age in ages.items() if tree.is_excluded(age)}
-    nodes = zip(_adam_nodes(before), _adam_nodes(inner), state.decays, strict=True)
-    for old, new, decays in nodes:
-        for name, moment in tree.named_leaves(new.mu).items():
-            # A leaf is of the first of Adam's states that holds it; a node that was
-            # left out may stand for a whole subtree.
-            if tree.is_excluded(moment) or name in corrected:
-                continue
-            corrected.add(name)
-            age = jnp.where(named_returned[name], 1, ages[name].astype(jnp.int32))
-            # A step that collects gradients, or leaves them out, makes nothing older.
-            older = age + new.count - old.count
-            known = (age > 0) & named_masks[name] & (older <= _OLDEST)
-            factor = _correction(new.count, older - 1, decays)
-            # All others keep their bits; removals, -w, are of what is pruned.
-            scaled = (named[name] * factor).astype(named[name].dtype)
-            named[name] = jnp.where(known, scaled, named[name])
-            ages[name] = jnp.where(known, older, 0).astype(jnp.uint16)
-
-    def like(reference: Any, leaves: dict[str, Any]) -> Any:
-        structure = jax.tree.structure(reference, is_leaf=tree.is_leaf)
-        return jax.tree.unflatten(structure, leaves.values())
-
-    return like(updates, named), state._replace(ages=like(state.ages, ages))
-
-
 def _correction(
-    count: jax.Array, steps: Int32[Array, "..."], decays: Float32[Array, "2"]
+    count: jax.Array, steps: Int32[Array, "..."], decays: tuple[float, float]
 ) -> Float32[Array, "..."]:
-    """What Adam's update of a weight of so many steps is multiplied by."""
+    """The factor for Adam's update of a weight that has taken this many steps."""
 
     def corrections(steps: jax.Array) -> list[jax.Array]:
         # 1 - b^n; 1 for a decay of 0. `expm1` would take half as long again, for digits
-        # that `decays` does not have.
+        # that the ratio does not need.
         steps = jnp.maximum(steps, 1).astype(jnp.float32)
-        return [1 - jnp.exp(steps * jnp.log(decay)) for decay in decays]
+        logs = jnp.log(jnp.asarray(decays, jnp.float32))
+        return [1 - jnp.exp(steps * log) for log in logs]
 
     (first, second), (first_of_all, second_of_all) = map(corrections, (steps, count))
     return first_of_all / first * jnp.sqrt(second / second_of_all)
@@ -218,12 +190,12 @@ def _correction(
 
 def _adam_nodes(state: optax.OptState) -> list[Any]:
     """Adam's states, in the order of the tree; AMSGrad's are such."""
-    nodes = jax.tree.leaves(_without_trackers(state), is_leaf=_is_adams)
-    return [node for node in nodes if _is_adams(node)]
 
+    def is_adams(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByAdamState | optax.ScaleByAmsgradState)
 
-def _is_adams(node: Any) -> bool:
-    return has_adams_type(node) or isinstance(node, optax.ScaleByAmsgradState)
+    nodes = jax.tree.leaves(_without_trackers(state), is_leaf=is_adams)
+    return [node for node in nodes if is_adams(node)]
 
 
 def _moments(
@@ -263,66 +235,5 @@ def _is_tracker(node: Any) -> bool:
     return hasattr(node, "importance_fields")
 
 
-def _decays(
-    optimizer: optax.GradientTransformation, params: Params, states: int
-) -> np.ndarray:
-    """b1 and b2 of each of Adam's states (states, 2), read from its steps.
-
-    A step on a gradient gives the moments values; the next, without a gradient, leaves
-    b1 and b2 of them. Zero, which corrects nothing, where that shows no average: of
-    what does not step, with a warning, and of Yogi's sum.
-    """
-    decays = np.zeros((states, 2), np.float32)
-    optimizer = optax.with_extra_args_support(optimizer)
-    try:
-        with jax.ensure_compile_time_eval(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            zeros, gradients = pairs_like(params)
-            state = optimizer.init(zeros)
-            moved = []
-            for gradient in (gradients, zeros):
-                before = [_largest(node) for node in _adam_nodes(state)]
-                for _ in range(_PROBES):
-                    _, state = optimizer.update(gradient, state, zeros, value=0.0)
-                    after = [_largest(node) for node in _adam_nodes(state)]
-                    if after != before:
-                        break
-                moved.append(np.array(after))  # (states, 2)
-            maxima = [is_linear(node.nu) for node in _adam_nodes(state)]
-    except Exception as error:  # whatever an optimizer says of leaves of two numbers
-        _warn(f"Adam's decays cannot be read from a step of two numbers ({error})")
-        return decays
-    if not moved[0].any():
-        _warn(f"Adam took no step in {_PROBES} updates")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.nan_to_num(moved[1] / moved[0])
-    # A b1 of 0 leaves nothing of the first moment.
-    averages = (ratios < 1).all(1) & (ratios[:, 1] > 0)  # (states,)
-    decays[averages] = ratios[averages]
-    decays[maxima, 1] = 0  # Adamax corrects its first moment alone
-    return decays
-
-
-def _warn_of_uncorrected(state: optax.OptState) -> None:
-    def is_uncorrected(node: Any) -> bool:
-        return type(node).__name__ in _UNCORRECTED
-
-    if any(map(is_uncorrected, jax.tree.leaves(state, is_leaf=is_uncorrected))):
-        _warn("this optimizer's bias correction is not Adam's")
-
-
-def _warn(why: str) -> None:
-    warnings.warn(
-        f"{why}, so the first steps of a weight that comes back may be several times "
-        "too large; take optax.adam or the like, or a lower learning rate",
-        stacklevel=5,  # the caller of `init`
-    )
-
-
-def _largest(node: Any) -> tuple[float, float]:
-    """The largest numbers of both moments."""
-    first, second = (
-        max((float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(part)), default=0.0)
-        for part in (node.mu, node.nu)
-    )
-    return first, second
+def _is_uncorrected(node: Any) -> bool:
+    return type(node).__name__ in _UNCORRECTED

@@ -25,7 +25,6 @@ from jaxprune import leaves, scores
 from jaxprune.arrays import placement
 from jaxprune.arrays.axes import Axes
 from jaxprune.masking.counts import Allocation
-from jaxprune.scores.adamax import name_adamax
 from jaxprune.scores.names import parse_criterion
 from jaxprune.training import schedules
 from jaxprune.training.event_table import EventTable
@@ -101,7 +100,7 @@ def straight_through(
     Raises:
       ValueError: the arguments do not agree; at `init`: no leaf is prunable, or the
         criterion's statistic is not in the optimizer; at `update`: no parameters.
-      TypeError: an argument is of another kind.
+      TypeError: an argument has the wrong type.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -133,8 +132,7 @@ def straight_through(
 
     def init(params: Params) -> StraightThroughState:
         inner = optimizer.init(params)
-        named = name_adamax(optimizer, inner, params)
-        state_masks = masking.start(params, named)
+        state_masks = masking.start(params, inner)
         parked = zeros_of(masking.read(state_masks, params), params)
         return StraightThroughState(
             placement.counter(params), state_masks, parked, inner

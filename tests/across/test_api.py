@@ -58,7 +58,6 @@ FUNCTIONS = [
     "sparsity",
     "contrib.state_shardings",
     "straight_through",
-    "sweep",
     "trace",
     "track_gradients",
     "track_importance",
