@@ -3,8 +3,9 @@
     python -m benchmarks.house
     python -m benchmarks.house --check
 
-prints a row for each part of the project; with `--check` the figures that miss their
-aims, and exit status 1 if any does. The columns are
+prints a row for each part of the project. `--check` prints only the figures that miss
+their aims, and exits with 1 if there are any: an aim in `PENDING` may be missed, and is
+reported once it is met. The columns are
 
     code      lines that are no docstring, import, comment or blank line
     words     of 1000 bound names (assigned, arguments, targets), those in `VAGUE`
@@ -145,6 +146,14 @@ AIMS = (
     Aim("most_args", most=10),
     Aim("longest_body", most=60),
 )
+PENDING = frozenset[str](
+    (
+        *("core code", "core refusals", "core most_args"),
+        *("lm code", "lm refusals", "tests code"),
+        *("experiments code", "experiments refusals", "benchmarks code"),
+    )
+)
+"""Part and figure of the aims that are not met yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +297,7 @@ def typed_dicts(modules: Iterable[Module]) -> dict[str, int]:
 
 
 def misses(figures: dict[str, Figures]) -> list[str]:
-    """Figures that miss their aim, a sentence each.
+    """Figures that miss their aim, or meet one that is pending, a sentence each.
 
     Args:
       figures: figures of each part, by its name.
@@ -296,13 +305,17 @@ def misses(figures: dict[str, Figures]) -> list[str]:
     Returns:
       Sentences that begin with the name of the part.
     """
-    texts = [
-        (name, aim.miss(part))
-        for name, part in figures.items()
-        for aim in AIMS
-        if name in aim.parts
-    ]
-    return [f"{name}: {text}" for name, text in texts if text]
+    texts = []
+    for name, part in figures.items():
+        for aim in (aim for aim in AIMS if name in aim.parts):
+            miss = aim.miss(part)
+            if f"{name} {aim.figure}" not in PENDING:
+                texts += [f"{name}: {miss}"] * bool(miss)
+            elif not miss:
+                texts.append(
+                    f"{name}: {aim.figure} meets its aim: take it out of PENDING"
+                )
+    return texts
 
 
 def figures_table(figures: dict[str, Figures]) -> str:
