@@ -83,18 +83,10 @@ PARTS = {
 
 
 class Figures(NamedTuple):
-    """The figures of a part; the module's docstring says what each counts.
+    """The figures of a part, with the units of the module's docstring.
 
-    Attributes:
-      code: number of code lines.
-      words: number for 1000 bound names.
-      refusals: percent of the code lines.
-      comments: number for 100 code lines.
-      args: 95th percentile.
-      most_args: largest number of arguments.
-      body: 95th percentile, in code lines.
-      longest_body: largest number of code lines.
-      dialect: number for 1000 docstrings and comments.
+    `args` and `body` are the 95th percentiles, `most_args` and `longest_body` the
+    largest values.
     """
 
     code: int
