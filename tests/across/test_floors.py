@@ -85,9 +85,6 @@ def _name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts)
 
 
-NAMES = [_name(path) for path in MODULES]
-
-
 def _floor(module: str) -> str:
     """The floor of a module or of a name in it: "masking", "lm.models"."""
     parts = module.split(".")
@@ -177,19 +174,14 @@ def test_what_experiments_share_imports_what_is_below_it(folder):
     assert climbs("report", "def late():\n    from experiments import recovery")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_imports_go_down(path):
-    assert violations(_name(path), path.read_text()) == []
+def test_imports_go_down():
+    assert [x for p in MODULES for x in violations(_name(p), p.read_text())] == []
 
 
-@pytest.mark.parametrize("folder", sorted({_floor(name) for name in NAMES}))
-def test_no_circle_inside_a_folder(folder):
-    own = {
-        name: path.read_text()
-        for name, path in zip(NAMES, MODULES, strict=True)
-        if _floor(name) == folder
-    }
-    assert circles(own) == []
+@pytest.mark.parametrize("floor", sorted({_floor(_name(path)) for path in MODULES}))
+def test_modules_of_a_floor_import_each_other_in_no_circle(floor):
+    names = {_name(path): path for path in MODULES if _floor(_name(path)) == floor}
+    assert circles({name: path.read_text() for name, path in names.items()}) == []
 
 
 def test_a_circle_is_found():
@@ -276,7 +268,7 @@ def test_the_map_names_modules_that_there_are():
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES}))
-def test_each_folder_says_its_idea_and_lists_its_names(folder):
+def test_a_folder_documents_its_idea_and_lists_its_names(folder):
     tree = ast.parse((folder / "__init__.py").read_text())
     assert ast.get_docstring(tree)
     assigned = {
@@ -309,23 +301,27 @@ def test_a_folder_of_the_experiments_lists_all_that_it_has(folder):
     assert modules <= set(listed) <= modules | bound
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_holds_one_idea(path):
-    lines = path.read_text().count("\n")
-    assert lines <= MOST_LINES
-    assert not DRAWERS & set(path.relative_to(ROOT).with_suffix("").parts)
+def test_a_file_holds_one_idea():
+    paths = SOURCES
+    long = [path for path in paths if path.read_text().count("\n") > MOST_LINES]
+    assert long == []
+    assert [p for p in SOURCES if DRAWERS & {*p.relative_to(ROOT).parts, p.stem}] == []
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_references_are_for_tests_benchmarks_and_their_own_folder(path):
-    own = (ROOT / PACKAGE / "torch", ROOT / PACKAGE / "lm" / "torch_models")
-    if path.parent.name == "benchmarks" or path.parent in own:
-        return
-    tops = {name.split(".")[0] for name in _imports("cli", path.read_text())}
-    assert not tops & TESTS_ONLY
+def test_torch_is_for_tests_benchmarks_and_its_adapters():
+    adapters = (ROOT / PACKAGE / "torch", ROOT / PACKAGE / "lm" / "torch_models")
+    importers = [
+        path
+        for path in SOURCES
+        if path.parent.name != "benchmarks" and path.parent not in adapters
+        for name in _imports("cli", path.read_text())
+        if name.split(".")[0] in TESTS_ONLY
+    ]
+    assert importers == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_the_package_raises_and_never_asserts(path):
-    tree = ast.parse(path.read_text())
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+def test_the_package_raises_and_never_asserts():
+    trees = {path: ast.walk(ast.parse(path.read_text())) for path in MODULES}
+    assert [
+        p for p, t in trees.items() if any(isinstance(n, ast.Assert) for n in t)
+    ] == []
