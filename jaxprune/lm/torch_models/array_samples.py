@@ -7,7 +7,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.files import safetensors_file
 from jaxprune.lm.torch_models.samples import Samples
 
@@ -31,14 +30,22 @@ def read_arrays(path: Path) -> Samples:
         of samples.
       OSError: it cannot be read.
     """
-    arrays = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
-    check(
-        _ARRAYS,
-        path=path,
-        arrays=arrays,
-        counts={name: np.shape(array)[:1] for name, array in arrays.items()},
-        nonfinite=[name for name, array in arrays.items() if _has_nonfinite(array)],
-    )
+    if path.suffix == ".npz":
+        arrays = _read_npz(path)
+    else:  # views of the file: nothing is read until a batch is made
+        infos, _ = safetensors_file.read_header(path)
+        arrays = {n: safetensors_file.view(path, info) for n, info in infos.items()}
+    counts = {name: np.shape(array)[:1] for name, array in arrays.items()}
+    # () is of a number alone
+    if len({*counts.values()}) != 1 or min(counts.values()) <= (0,):
+        raise ValueError(
+            "arrays of inputs must have as many samples each along their first axis, "
+            f"but '{path}' has {counts}; give one array for each argument of the model"
+        )
+    if nonfinite := [name for name, array in arrays.items() if _has_nonfinite(array)]:
+        raise ValueError(
+            f"inputs must be finite, but '{path}' has NaN or infinity in {nonfinite}"
+        )
     return Samples(arrays)
 
 
@@ -55,30 +62,6 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    # Views of the file: nothing is read until a batch is made.
-    infos, _ = safetensors_file.read_header(path)
-    return {name: safetensors_file.view(path, info) for name, info in infos.items()}
-
-
 def _has_nonfinite(array: np.ndarray) -> bool:
     floating = jnp.issubdtype(array.dtype, jnp.floating)  # bfloat16 too
     return bool(floating and not np.isfinite(array).all())
-
-
-_ARRAYS = (
-    Rule(
-        lambda v: v.arrays and len({*v.counts.values()}) == 1,
-        "arrays of inputs must have as many samples each along their first axis, but "
-        "'{path}' has {counts}",
-        "give one array for each argument of the model",
-    ),
-    Rule(
-        lambda v: min(v.counts.values()) > (0,),  # () is of a number alone
-        "'{path}' must hold samples, but has none",
-    ),
-    Rule(
-        lambda v: not v.nonfinite,
-        "inputs must be finite, but '{path}' has NaN or infinity in {nonfinite}",
-    ),
-)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxprune.arrays.rules import Rule, check
+from jaxprune.arrays.rules import check
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.option_rules import option_values
@@ -59,13 +59,12 @@ def run_torch_eval(asked: Evaluation, console: Console) -> dict[str, Any]:
       ValueError: something does not fit.
     """
     values = option_values(asked.loading) | option_values(asked.devices)
-    check(
-        (*LOADING_RULES, *_RULES),
-        **values,
-        through_torch=True,
-        stride=asked.stride,
-        inputs=asked.inputs,
-    )
+    check(LOADING_RULES, **values, through_torch=True)
+    if asked.stride is not None:
+        raise ValueError(
+            "a model that goes through torch takes no --stride; leave it out: windows "
+            "follow each other"
+        )
     # Files and the user's module before the model, which takes long to read.
     check_input_files(asked.inputs)
     metric = load_metric(asked.metric)
@@ -74,16 +73,20 @@ def run_torch_eval(asked: Evaluation, console: Console) -> dict[str, Any]:
     measured = read_measured(
         asked.inputs, model, context=asked.context, limit=asked.limit or None
     )
-    compared = [name for name, item in measured.items() if item.targets is None]
-    check(
-        [_COMPARED],
-        compared=compared and metric is None and asked.dense is None,
-        class_name=model.class_name,
-    )
+    compares = any(item.targets is None for item in measured.values())
+    if compares and metric is None and asked.dense is None:
+        raise ValueError(
+            f"{model.class_name} is no language model, so it is compared with the "
+            "dense one; give --dense DIRECTORY, or --metric MODULE:FUNCTION"
+        )
     measurements = TorchMeasurements(measured, asked.batch, metric, console)
     if asked.dense is not None:
         dense = open_torch_model(open_directory(asked.dense), asked.loading.dtype)
-        check([_SAME_CLASS], classes=(dense.class_name, model.class_name))
+        if dense.class_name != model.class_name:
+            raise ValueError(
+                "--dense must be the model as it was before, of the same class, but "
+                f"they are {dense.class_name} and {model.class_name}"
+            )
         measurements.measure("dense", dense.module)
         del dense  # two models need not be in memory
     measurements.measure("model", model.module)
@@ -98,22 +101,3 @@ def run_torch_eval(asked: Evaluation, console: Console) -> dict[str, Any]:
     facts = measurements.facts() | {"texts": texts}
     facts.pop("perplexity", None)
     return {"model": str(asked.model), "class": model.class_name, **facts}
-
-
-_RULES = (
-    Rule(
-        lambda v: v.stride is None,
-        "a model that goes through torch takes no --stride",
-        "leave it out: windows follow each other",
-    ),
-)
-_SAME_CLASS = Rule(
-    lambda v: v.classes[0] == v.classes[1],
-    "--dense must be the model as it was before, of the same class, but they are "
-    "{classes[0]} and {classes[1]}",
-)
-_COMPARED = Rule(
-    lambda v: not v.compared,
-    "{class_name} is no language model, so it is compared with the dense one",
-    "give --dense DIRECTORY, or --metric MODULE:FUNCTION",
-)

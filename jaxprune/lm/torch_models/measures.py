@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import torch
 
-from jaxprune.arrays.rules import Rule, check
+from jaxprune.arrays.messages import one_line
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.sane_model import check_sane
 from jaxprune.lm.measure import perplexity
@@ -29,30 +29,6 @@ from jaxprune.torch.conversion import as_result
 Metric = Callable[[Any, list[dict[str, Any]]], Any]
 """A user's own measure: a function of the module and of batches of its arguments, in
 torch tensors, to a number or {name: number}."""
-
-_METRIC = (
-    Rule(
-        lambda v: bool(re.fullmatch(r"[\w.]+:\w+", v.word)),
-        "--metric must be module:function, got {word}",
-    ),
-    Rule(
-        lambda v: callable(v.function),
-        "--metric {word} must name a function of the model and its batches, but the "
-        "module has none of that name",
-    ),
-)
-_FINITE = Rule(
-    lambda v: v.finite,
-    "the outputs of the {stage} model must be finite, but those on {name} are not",
-    "remove less, or give --dtype float32",
-)
-_NUMBERS = Rule(
-    lambda v: (
-        v.numbers
-        and all(isinstance(n, float) and math.isfinite(n) for n in v.numbers.values())
-    ),
-    "--metric must return a finite number or {{name: number}}, got {value!r}",
-)
 
 
 def load_metric(word: str | None) -> Metric | None:
@@ -71,7 +47,8 @@ def load_metric(word: str | None) -> Metric | None:
     """
     if word is None:
         return None
-    check(_METRIC[:1], word=word)
+    if not re.fullmatch(r"[\w.]+:\w+", word):
+        raise ValueError(f"--metric must be module:function, got {word}")
     module, _, name = word.partition(":")
     # An installed command does not look where it was started.
     sys.path.insert(0, str(Path.cwd()))
@@ -79,7 +56,11 @@ def load_metric(word: str | None) -> Metric | None:
         function: Any = getattr(importlib.import_module(module), name, None)
     finally:
         sys.path.remove(str(Path.cwd()))
-    check(_METRIC[1:], word=word, function=function)
+    if not callable(function):
+        raise ValueError(
+            f"--metric {word} must name a function of the model and its batches, but "
+            "the module has none of that name"
+        )
     return function
 
 
@@ -156,8 +137,11 @@ class TorchMeasurements:
         if dense is results:  # there is nothing to compare it with
             return
         likeness = output_likeness(results, dense)
-        finite = math.isfinite(likeness["error"])
-        check([_FINITE], finite=finite, stage=stage, name=name)
+        if not math.isfinite(likeness["error"]):
+            raise ValueError(
+                f"the outputs of the {stage} model must be finite, but those on {name} "
+                "are not; remove less, or give --dtype float32"
+            )
         entry = self.outputs.setdefault(name, {"role": item.role})
         entry[stage] = likeness
         self.console.note(f"{stage}: {likeness_words(likeness)} on {name}")
@@ -172,18 +156,18 @@ class TorchMeasurements:
             value = metric(module.eval(), batches)
         # One number has no name of its own.
         pairs = value if isinstance(value, Mapping) else {"metric": value}
-        numbers = {str(n): _as_number(number) for n, number in pairs.items()}
-        check([_NUMBERS], numbers=numbers, value=value)
+        try:
+            numbers = {str(n): float(number) for n, number in pairs.items()}
+        except (TypeError, ValueError):
+            numbers = {}
+        if not numbers or not all(map(math.isfinite, numbers.values())):
+            raise ValueError(
+                "--metric must return a finite number or {name: number}, got "
+                f"{one_line(repr(value))}"
+            )
         self.metrics[stage] = numbers
         shown = ", ".join(f"{n} {number:.5g}" for n, number in numbers.items())
         self.console.note(f"{stage}: {shown}")
-
-
-def _as_number(value: Any) -> Any:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return value
 
 
 def run_module(module: Any, batch: Mapping[str, np.ndarray]) -> Any:

@@ -13,7 +13,6 @@ import numpy as np
 import transformers
 
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.torch_models.opening import TorchModel, load_reader
 from jaxprune.lm.torch_models.samples import Samples, as_tensors
 
@@ -41,23 +40,25 @@ def read_folder(path: Path, model: TorchModel, most: int) -> tuple[Samples, list
     files = sorted(file for file in path.iterdir() if file.is_file())
     sound = [file for file in files if file.suffix.lower() == SOUND]
     pictures = [file for file in files if file.suffix.lower() in PICTURES]
-    check(
-        [_FOLDER],
-        path=path,
-        holds=bool(sound) != bool(pictures),
-        suffixes=listed(PICTURES),
-    )
+    if bool(sound) == bool(pictures):
+        raise ValueError(
+            f"a folder of inputs must hold either pictures ({listed(PICTURES)}) or "
+            f".wav files, but '{path}' does not; give a folder of one of them, or the "
+            "inputs as .npz"
+        )
     if sound:
-        sound = sound[:most]
-        return _sound_samples(sound, model, most), sound
-    pictures = pictures[:most]
-    return _picture_samples(pictures, model), pictures
+        return _sound_samples(sound[:most], model, most), sound[:most]
+    return _picture_samples(pictures[:most], model), pictures[:most]
 
 
 def _main_input(model: TorchModel, processed: Any) -> Samples:
     """What the model is called with: its main input, without masks of padding."""
     name = model.module.main_input_name
-    check([_MAIN], name=name, names=listed(processed), has=name in processed)
+    if name not in processed:
+        raise ValueError(
+            f"the model takes {name}, but its processor makes {listed(processed)}; "
+            f"give {_AS_ARRAYS}"
+        )
     return Samples({name: np.asarray(processed[name])})
 
 
@@ -83,8 +84,12 @@ def _sound_samples(files: Sequence[Path], model: TorchModel, most: int) -> Sampl
     waves = [read_wave(file, rate) for file in files]
     # One program serves all samples, so all have one length.
     length = min(_SECONDS * rate, *(len(values) for values in waves))
-    empty = [str(f) for f, values in zip(files, waves, strict=True) if not len(values)]
-    check([_SOUND], empty=empty)
+    if not length:
+        empty = [file.name for file, w in zip(files, waves, strict=True) if not len(w)]
+        raise ValueError(
+            f"files of sound must hold some, but {listed(empty)} are empty; take them "
+            "out of the folder"
+        )
     pieces = [
         values[start : start + length]
         for values in waves
@@ -110,10 +115,15 @@ def read_wave(path: Path, rate: int) -> np.ndarray:
     try:
         with wave.open(str(path)) as file:
             width, channels = file.getsampwidth(), file.getnchannels()
-            own_rate, frames = file.getframerate(), file.readframes(file.getnframes())
+            file_rate, frames = file.getframerate(), file.readframes(file.getnframes())
     except (wave.Error, EOFError) as error:
         raise ValueError(f"'{path}' must be a wav file of PCM ({error})") from None
-    check(_WAVE, path=path, width=width, rate=rate, own_rate=own_rate)
+    if width not in _SCALES or file_rate != rate:
+        raise ValueError(
+            f"sound must be PCM of 8, 16 or 32 bits at the {rate} values a second that "
+            f"the model takes, but '{path}' has {8 * width} bits at {file_rate}; "
+            "convert it"
+        )
     # 8 bits have no sign, and their zero is 128.
     dtype: Any = {1: np.uint8, 2: "<i2", 4: "<i4"}[width]
     values = np.frombuffer(frames, dtype).astype(np.float32)
@@ -141,7 +151,12 @@ def decoder_start(model: TorchModel, samples: Samples, steps: int) -> Samples:
 
     module, config = model.module, model.module.config
     start: Any = getattr(config, "decoder_start_token_id", None)
-    check([_DECODER], class_name=model.class_name, start=start)
+    if start is None:
+        raise ValueError(
+            f"the decoder of {model.class_name} needs a token to begin with, but "
+            "config.json has no decoder_start_token_id; give decoder_input_ids beside "
+            "its inputs, as .npz"
+        )
     texts = []
     # Not `generate`, which stops a text at its end: all must be of one length.
     write: Callable[..., Any] = module
@@ -157,39 +172,3 @@ def decoder_start(model: TorchModel, samples: Samples, steps: int) -> Samples:
                 ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
             texts.append(ids.numpy())  # (batch, steps)
     return Samples({**samples.arrays, "decoder_input_ids": np.concatenate(texts)})
-
-
-_FOLDER = Rule(
-    lambda v: v.holds,
-    "a folder of inputs must hold either pictures ({suffixes}) or .wav files, but "
-    "'{path}' does not",
-    "give a folder of one of them, or the inputs as .npz",
-)
-_MAIN = Rule(
-    lambda v: v.has,
-    "the model takes {name}, but its processor makes {names}",
-    f"give {_AS_ARRAYS}",
-)
-_WAVE = (
-    Rule(
-        lambda v: v.width in _SCALES,
-        "sound must be PCM of 8, 16 or 32 bits, but '{path}' has {width} bytes a value",
-        "convert it",
-    ),
-    Rule(
-        lambda v: v.rate == v.own_rate,
-        "the model takes {rate} values a second, but '{path}' has {own_rate}",
-        "resample it",
-    ),
-)
-_SOUND = Rule(
-    lambda v: not v.empty,
-    "files of sound must hold some, but {empty} are empty",
-    "take them out of the folder",
-)
-_DECODER = Rule(
-    lambda v: v.start is not None,
-    "the decoder of {class_name} needs a token to begin with, but config.json has no "
-    "decoder_start_token_id",
-    "give decoder_input_ids beside its inputs, as .npz",
-)

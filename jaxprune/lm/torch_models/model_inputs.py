@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.settings import CONTEXT, Calibration
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
@@ -60,11 +59,18 @@ def check_input_files(paths: Sequence[Path]) -> None:
       ValueError: they are of other kinds, or of several.
       OSError: one is not there.
     """
-    check(
-        _FILES,
-        missing=listed([str(path) for path in paths if not path.exists()]),
-        kinds=sorted({_kind(path) for path in paths}),
-    )
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise FileNotFoundError(
+            f"inputs must be files or folders, but there is no {listed(missing)}; give "
+            "paths on this machine, data sets are not downloaded"
+        )
+    kinds = {_kind(path) for path in paths}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"inputs must be of one kind, but there are {listed(sorted(kinds))}; give "
+            "texts, or .npz and .safetensors of the model's arguments, or folders of "
+            "pictures or of wav files"
+        )
     if paths and _kind(paths[0]) == "texts":
         text_files.check_text_files(paths)
 
@@ -287,17 +293,3 @@ def _kind(path: Path) -> str:
 
 
 _DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds", "labels"}
-_FILES = (
-    Rule(
-        lambda v: not v.missing,
-        "inputs must be files or folders, but there is no {missing}",
-        "give paths on this machine, data sets are not downloaded",
-        error=FileNotFoundError,
-    ),
-    Rule(
-        lambda v: len(v.kinds) <= 1,
-        "inputs must be of one kind, but there are {kinds}",
-        "give texts, or .npz and .safetensors of the model's arguments, or folders of "
-        "pictures or of wav files",
-    ),
-)

@@ -17,7 +17,6 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from jaxprune import leaves
 from jaxprune.arrays.messages import first_line, listed
-from jaxprune.arrays.rules import Rule, check, error, finds_none
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.checkpoints.finite import check_names, nonfinite_tensors
 from jaxprune.lm.jobs.exclusions import matches_any
@@ -60,13 +59,18 @@ def open_torch_model(source: CheckpointDir, dtype: str | None = None) -> TorchMo
     """
     check_names(nonfinite_tensors(source))
     module, info = load_module(source.path, class_of(source.config), dtype)
-    check(
-        _LOADED,
-        class_name=type(module).__name__,
-        path=source.path,
-        missing=sorted(map(str, info["missing_keys"])),
-        mismatched=sorted(map(str, info["mismatched_keys"])),
-    )
+    class_name = type(module).__name__
+    if missing := sorted(map(str, info["missing_keys"])):
+        raise ValueError(
+            f"'{source.path}' must hold all weights of {class_name}, but lacks "
+            f"{listed(missing)}; bring the files back from a copy, or name the class "
+            "that they are of in config.json"
+        )
+    if mismatched := sorted(map(str, info["mismatched_keys"])):
+        raise ValueError(
+            f"'{source.path}' must hold weights of the shapes that {class_name} has, "
+            f"but {listed(mismatched)} differ; repair the sizes in config.json"
+        )
     # Caches of keys and values are for generation, and only in the way here.
     module.config.use_cache = False
     # Every tensor must be known again, or it could not be written.
@@ -75,7 +79,12 @@ def open_torch_model(source: CheckpointDir, dtype: str | None = None) -> TorchMo
     # What transformers does not expect, as a pooler that the class has not, is copied.
     foreign = [name for name in unread if name not in info["unexpected_keys"]]
     changed = changed_tensors(source, stored)
-    check(_KNOWN, names=listed([*foreign, *changed]), class_name=type(module).__name__)
+    if unknown := [*foreign, *changed]:
+        raise ValueError(
+            f"each tensor must be one that {class_name} has read as it is stored, but "
+            f"it has other values for {listed(unknown)}; load the directory in "
+            "transformers, save it with save_pretrained, and give that"
+        )
     return TorchModel(source, module, tuple(unread))
 
 
@@ -101,17 +110,16 @@ def class_of(config: Any) -> Any:
       ValueError: transformers has none of that name.
     """
     name = config["architectures"][0] if config["architectures"] else ""
-    found_class = getattr(transformers, str(name), None)
+    model_class = getattr(transformers, str(name), None)
     # Code that a directory brings itself is never run.
-    is_model = inspect.isclass(found_class) and hasattr(found_class, "from_pretrained")
-    check(
-        [_CLASS],
-        name=name,
-        is_model=is_model,
-        version=transformers.__version__,
-        family=config.get("model_type"),
-    )
-    return found_class
+    if not (inspect.isclass(model_class) and hasattr(model_class, "from_pretrained")):
+        raise ValueError(
+            "config.json must name a class of transformers, but "
+            f"{transformers.__version__} has no {name!r} (model_type "
+            f"{config.get('model_type')}); install the transformers that has it; code "
+            "that a directory brings is not run"
+        )
+    return model_class
 
 
 def load_module(path: Any, module_class: Any, dtype: str | None = None) -> Any:
@@ -174,13 +182,9 @@ def load_reader(
                 path, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, ImportError, KeyError, TypeError) as failure:
-            raise error(
-                _READER,
-                inputs=inputs,
-                reader=reader,
-                path=path,
-                reason=first_line(failure),
-                instead=instead,
+            raise ValueError(
+                f"{inputs} needs the model's own {reader}, but '{path}' has none that "
+                f"transformers can load ({first_line(failure)}); give {instead}"
             ) from failure
 
 
@@ -327,37 +331,3 @@ def _embedding_names(module: Any) -> set[str]:
     # By identity: a tied head is called as the embedding is.
     shared = {id(parameter) for part in parts for parameter in part.parameters()}
     return {n for n, parameter in module.named_parameters() if id(parameter) in shared}
-
-
-_CLASS = Rule(
-    lambda v: v.is_model,
-    "config.json must name a class of transformers, but {version} has no {name!r} "
-    "(model_type {family})",
-    "install the transformers that has it; code that a directory brings is not run",
-)
-_LOADED = [
-    finds_none(
-        lambda v: v.missing,
-        "'{path}' must hold all weights of {class_name}, but lacks {names}",
-        "bring the files back from a copy, or name the class that they are of in "
-        "config.json",
-    ),
-    finds_none(
-        lambda v: v.mismatched,
-        "'{path}' must hold weights of the shapes that {class_name} has, but {names} "
-        "differ",
-        "repair the sizes in config.json",
-    ),
-]
-_READER = Rule(
-    lambda v: False,
-    "{inputs} needs the model's own {reader}, but '{path}' has none that transformers "
-    "can load ({reason})",
-    "give {instead}",
-)
-_KNOWN = Rule(
-    lambda v: not v.names,
-    "each tensor must be one that {class_name} has read as it is stored, but it has "
-    "other values for {names}",
-    "load the directory in transformers, save it with save_pretrained, and give that",
-)

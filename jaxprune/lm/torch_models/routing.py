@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.files.safetensors_file import read_json
 from jaxprune.lm.checkpoints.checkpoint_dir import CONFIG
 from jaxprune.lm.jobs.console import Console
@@ -90,11 +89,12 @@ def check_installed(config: Mapping[str, Any]) -> None:
     Raises:
       ModuleNotFoundError: a package is missing; the sentence names the extra.
     """
-    check(
-        [_INSTALLED],
-        family=config.get("model_type"),
-        missing=" and ".join(missing_packages()),
-    )
+    if missing := missing_packages():
+        raise ModuleNotFoundError(
+            f"model_type {config.get('model_type')} is no family of jaxprune's, so the "
+            f"model goes through torch, but {' and '.join(missing)} is not installed; "
+            "pip install '.[transformers]', or prune by magnitude without --calibration"
+        )
 
 
 def begin_through_torch(directory: Path, console: Console) -> None:
@@ -113,12 +113,3 @@ def begin_through_torch(directory: Path, console: Console) -> None:
         f"model_type {config.get('model_type')} is no family of jaxprune's, so the "
         f"model goes through torch, as {config['architectures'][0]} of transformers"
     )
-
-
-_INSTALLED = Rule(
-    lambda v: not v.missing,
-    "model_type {family} is no family of jaxprune's, so the model goes through torch, "
-    "but {missing} is not installed",
-    "pip install '.[transformers]', or prune by magnitude without --calibration",
-    error=ModuleNotFoundError,
-)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.measure.perplexity import Windows
 
 HELD_OUT = 10
@@ -92,7 +91,11 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
       ValueError: arguments or shapes differ.
     """
     forms = [{n: array.shape[1:] for n, array in part.arrays.items()} for part in parts]
-    check([_ALIKE], forms=forms, alike=all(form == forms[0] for form in forms))
+    if any(form != forms[0] for form in forms):
+        raise ValueError(
+            "files of inputs must have the same arguments and shapes, but they have "
+            f"{forms}; give one of them"
+        )
     return Samples(
         {
             name: np.concatenate([part.arrays[name] for part in parts])
@@ -125,7 +128,11 @@ def divide_samples(
     available = samples.count - held
     # Batches have one shape, so that one program serves all.
     count = min(sequences, available) // batch * batch
-    check([_ENOUGH], count=count, samples=samples.count, batch=batch, held=held)
+    if not count:
+        raise ValueError(
+            f"calibration needs a batch of {batch} samples beside {held} that are held "
+            f"out, but there are {samples.count}; give more, or a smaller --batch"
+        )
     # In their own order, so that a text's or a folder's is kept.
     calibration = samples.take(np.sort(order[held : held + count]))
     return calibration, samples.take(np.sort(order[:held])) if held else None
@@ -145,19 +152,6 @@ def digest_files(paths: Sequence[Path]) -> str:
     for path in paths:
         sink.update(path.read_bytes())
     return sink.hexdigest()
-
-
-_ALIKE = Rule(
-    lambda v: v.alike,
-    "files of inputs must have the same arguments and shapes, but they have {forms}",
-    "give one of them",
-)
-_ENOUGH = Rule(
-    lambda v: v.count > 0,
-    "calibration needs a batch of {batch} samples beside {held} that are held out, but "
-    "there are {samples}",
-    "give more, or a smaller --batch",
-)
 
 
 def as_tensors(batch: Mapping[str, np.ndarray]) -> dict[str, Any]:

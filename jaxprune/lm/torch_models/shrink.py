@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 import jaxprune as jp
-from jaxprune.arrays.rules import Rule, check, reworded
+from jaxprune.arrays.messages import listed
+from jaxprune.arrays.rules import reworded
 from jaxprune.lm.checkpoints import new_weights
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.jobs import provenance
@@ -156,16 +157,17 @@ def _units_to_lose(
             # A head inside of which units lie is no neuron, whatever its name.
             if group.default and group.units == count and _is_counted(group, size)
         ]
-        check(
-            _GROUPS,
-            names=names,
-            unit=size.unit,
-            entry=size.entry,
-            family=model.source.config["model_type"],
-            share=share,
-            units=count,
-            lost=round(share * (count or 0)),
-        )
+        if not names:
+            raise ValueError(
+                f"{size.entry} of model_type {model.source.config['model_type']} must "
+                f"count {size.unit} that can go, but no group of the model has {count} "
+                f"of them; {_PYTHON}"
+            )
+        if not 0 < (lost := round(share * count)) < count:
+            raise ValueError(
+                f"of {count} {size.unit} some must go and some stay, but a share of "
+                f"{share:g} takes {lost}; give another share"
+            )
         shares |= dict.fromkeys(names, share)
         entries[size.entry] = tuple(names)
     return shares, entries
@@ -200,7 +202,11 @@ def _any_sample(model: TorchModel) -> Samples:
         more = {"decoder_input_ids": tokens} if is_decoder else {}
         return Samples({name: tokens, **more})
     size = getattr(config, "image_size", None)
-    check([_EXAMPLE], class_name=model.class_name, name=name, known=size is not None)
+    if size is None:
+        raise ValueError(
+            f"{model.class_name} takes {name}, whose shape config.json does not say; "
+            "give --calibration, or --evaluate"
+        )
     # Squares, or (height, width).
     height, width = size if isinstance(size, list | tuple) else (size, size)
     shape = (1, getattr(config, "num_channels", 3), height, width)
@@ -224,15 +230,13 @@ def _share(removal: Removal, size: Size) -> float:
 def _check_sizes(removal: Removal, source: CheckpointDir) -> None:
     """Refuses units that config.json cannot count, before the weights are read."""
     units = {"neurons": removal.ffn, "heads": removal.heads}
-    check(
-        [_COUNTED],
-        family=source.config.get("model_type"),
-        uncounted=" and ".join(
-            unit
-            for unit, share in units.items()
-            if share and not _entries_of(source, unit)
-        ),
-    )
+    if uncounted := [
+        u for u, share in units.items() if share and not _entries_of(source, u)
+    ]:
+        raise ValueError(
+            f"config.json of model_type {source.config.get('model_type')} cannot say "
+            f"that there are fewer {' and '.join(uncounted)}; leave them out; {_PYTHON}"
+        )
 
 
 def _shrinking_record(
@@ -321,51 +325,16 @@ def check_loads(place: Path, small: Any, batch: Any, dtype: str | None = None) -
     module.config.use_cache = False
     # Unexpected ones are those that the class did not read before either.
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    check([_FITS], wrong=wrong, class_name=class_name)
+    if wrong:
+        raise ValueError(
+            "the smaller directory must have the shapes that config.json says, but as "
+            f"{class_name} these do not fit: {listed(wrong)}; {_PYTHON}"
+        )
     results = [measures.run_module(part, batch) for part in (module, small)]
     difference = module_difference(*results)
     # In half precision the two run in the same order, so they are equal too.
-    check(
-        [_LOADS],
-        equal=difference <= TOLERANCE,
-        class_name=class_name,
-        difference=f"{difference:.1e}",
-    )
-
-
-_COUNTED = Rule(
-    lambda v: not v.uncounted,
-    "config.json of model_type {family} cannot say that there are fewer {uncounted}",
-    f"leave them out; {_PYTHON}",
-)
-_GROUPS = (
-    Rule(
-        lambda v: v.names,
-        "{entry} of model_type {family} must count {unit} that can go, but no group of "
-        "the model has {units} of them",
-        _PYTHON,
-    ),
-    Rule(
-        lambda v: 0 < v.lost < v.units,
-        "of {units} {unit} some must go and some stay, but a share of {share:g} takes "
-        "{lost}",
-        "give another share",
-    ),
-)
-_EXAMPLE = Rule(
-    lambda v: v.known,
-    "{class_name} takes {name}, whose shape config.json does not say",
-    "give --calibration, or --evaluate",
-)
-_FITS = Rule(
-    lambda v: not v.wrong,
-    "the smaller directory must have the shapes that config.json says, but as "
-    "{class_name} these do not fit: {wrong}",
-    _PYTHON,
-)
-_LOADS = Rule(
-    lambda v: v.equal,
-    "the smaller directory must give what the smaller model gives, but loaded as "
-    "{class_name} it differs by {difference}",
-    _PYTHON,
-)
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            "the smaller directory must give what the smaller model gives, but loaded "
+            f"as {class_name} it differs by {difference:.1e}; {_PYTHON}"
+        )

@@ -14,7 +14,6 @@ import torch
 import transformers
 from jaxtyping import Int
 
-from jaxprune.arrays.rules import Rule, check, error
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.models import hf
 from jaxprune.lm.texts import text_files
@@ -57,11 +56,15 @@ class TextReader(NamedTuple):
 
     def fitted(self, length: int, usual: int) -> int:
         """A length that the model takes; one that was asked for must be such."""
-        check([_LENGTH], length=length, usual=usual, longest=self.longest)
+        longest = self.longest or length
         # A length that nobody asked for gives way.
-        length = min(length, self.longest or length)
-        check([_BODY], length=length, special=len(self.before) + len(self.after))
-        return length
+        if length > longest and length != usual:
+            raise ValueError(
+                f"sequences must be of at most {longest} tokens for this model, got "
+                f"{length}; give fewer, or leave it out"
+            )
+        self._check_body(min(length, longest))
+        return min(length, longest)
 
     def reads(self, text: text_files.AnyText) -> "TextReader":
         """How a file is read: rows are used as they are, without special tokens."""
@@ -80,13 +83,12 @@ class TextReader(NamedTuple):
         Returns:
           The inputs.
         """
+        special = len(self.before) + len(self.after)
         if whole:
-            special = len(self.before) + len(self.after)
-            check([_BODY], length=bodies.shape[1], special=special)
+            self._check_body(bodies.shape[1])
             bodies = bodies[:, : bodies.shape[1] - special]
         if self.task != "decoder":
             return Samples({"input_ids": self._framed(bodies)})
-        special = len(self.before) + len(self.after)
         read = max(1, (bodies.shape[1] - special) // 2)  # with them half of the tokens
         # The decoder is given each token of its half to predict the next one.
         begin = np.full((len(bodies), 1), self.start)  # (sequences, 1)
@@ -97,6 +99,14 @@ class TextReader(NamedTuple):
                 "decoder_input_ids": written.astype(np.int64),
             }
         )
+
+    def _check_body(self, length: int) -> None:
+        special = len(self.before) + len(self.after)
+        if length <= special + 1:
+            raise ValueError(
+                f"a sequence of {length} tokens must have two beside {special} special "
+                "ones; give a greater length"
+            )
 
     def body(self, length: int) -> int:
         """Tokens of a text in a sequence of a length."""
@@ -188,7 +198,8 @@ def text_reader(model: TorchModel, files: tuple[Path, ...]) -> TextReader:
       ValueError: the model takes no tokens, or there is no tokenizer.
     """
     module, config = model.module, model.module.config
-    check([_TAKES_TOKENS], class_name=model.class_name, name=module.main_input_name)
+    if module.main_input_name != "input_ids":
+        raise _takes_more_than_tokens(model, module.main_input_name)
     tokens: hf.Tokenizer | None = None
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
@@ -223,10 +234,16 @@ def _vocab_size(model: TorchModel) -> int:
     try:
         size: int = model.module.get_input_embeddings().num_embeddings
     except (NotImplementedError, AttributeError) as failure:
-        # CLIP has a tower for texts, whose embeddings are not those of the model.
-        names = "input_ids and more"
-        raise error(_TAKES_TOKENS, class_name=model.class_name, name=names) from failure
+        # CLIP has a tower for texts, whose embeddings are not the model's.
+        raise _takes_more_than_tokens(model, "input_ids and more") from failure
     return size
+
+
+def _takes_more_than_tokens(model: TorchModel, names: str) -> ValueError:
+    return ValueError(
+        f"texts are for models that take tokens alone, but {model.class_name} takes "
+        f"{names}; give a folder of pictures or of wav files, or its inputs as .npz"
+    )
 
 
 def _task(model: TorchModel, mask: int | None) -> str:
@@ -247,7 +264,11 @@ def _load_tokenizer(model: TorchModel) -> Any:
 def _plain_tokenizer(model: TorchModel, made: Any) -> hf.Tokenizer:
     """The tokenizer as texts are read with it here: without special tokens."""
     backend: Any = getattr(made, "backend_tokenizer", None)
-    check([_BACKEND], class_name=type(made).__name__, has=hasattr(backend, "encode"))
+    if not hasattr(backend, "encode"):
+        raise ValueError(
+            f"texts are read with the package tokenizers, but {type(made).__name__} of "
+            "transformers is not made of it; give token ids as .npy"
+        )
     # A sequence is made of pieces of a long text, which is not cut or padded.
     backend.no_truncation()
     backend.no_padding()
@@ -279,26 +300,3 @@ def _longest(module: Any) -> int | None:
         and part.padding_idx is not None
     ]
     return longest if longest is None else longest - max(offsets, default=0)
-
-
-_TAKES_TOKENS = Rule(
-    lambda v: v.name == "input_ids",
-    "texts are for models that take tokens alone, but {class_name} takes {name}",
-    "give a folder of pictures or of wav files, or its inputs as .npz",
-)
-_LENGTH = Rule(
-    lambda v: v.longest is None or v.length in (v.usual, *range(v.longest + 1)),
-    "sequences must be of at most {longest} tokens for this model, got {length}",
-    "give fewer, or leave it out",
-)
-_BODY = Rule(
-    lambda v: v.length > v.special + 1,
-    "a sequence of {length} tokens must have two beside {special} special ones",
-    "give a greater length",
-)
-_BACKEND = Rule(
-    lambda v: v.has,
-    "texts are read with the package tokenizers, but {class_name} of transformers is "
-    "not made of it",
-    "give token ids as .npy",
-)
