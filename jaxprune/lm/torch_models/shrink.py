@@ -149,7 +149,7 @@ def _units_to_lose(
     entries: dict[str, tuple[str, ...]] = {}
     # Several entries for an encoder and a decoder, each with groups of its own.
     for size in _asked_sizes(removal, model.source):
-        count = model.source.config.get(size.entry)
+        count: int = model.source.config.get(size.entry) or 0
         share = _share(removal, size)
         names = [
             group.name
