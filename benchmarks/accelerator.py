@@ -4,8 +4,7 @@
 
 Each runs in a process of its own, on the devices that JAX finds: training steps of a
 GPT with trackers and with masks that are chosen inside them, the optimizer's step
-alone, exact thresholds, pruning in place, the solvers on a matrix, a layer of a 7 B
-Llama. The JSON lines that a benchmark prints become a file in a folder named after the
+alone, and the solvers on the matrices of a layer of a 7 B Llama. The JSON lines that a benchmark prints become a file in a folder named after the
 device. A run that was stopped continues with the benchmarks whose files are missing. A
 benchmark that fails is named, and the others still run.
 """
@@ -31,17 +30,11 @@ SET = {
     "tracking_optimizer": "tracking --what optimizer",
     "gradual_step": "gradual --what step --preset char --batch-size 64",
     "gradual_optimizer": "gradual --what optimizer --size 100000000",
-    "selecting": "selecting --no-torch",
-    "pruning_in_place": "pruning_in_place",
     "solving": f"solving {OF_7B} --repeats 3",
-    "wanda_of_7b": "large --out {place} --methods wanda",
-    "sparsegpt_of_7b": "large --out {place} --methods sparsegpt",
-    "alps_of_7b": "large --out {place} --methods alps",
 }
 # The same on next to nothing, to see that they run.
 SMALL = {
     "tracking_optimizer": "tracking --what optimizer --size 100000 --repeats 2",
-    "selecting": "selecting --no-torch --size 100000 --leaves 4 --repeats 2",
     "solving": "solving --width 32 --ffn 64 --heads 32 --kv 16 --repeats 1",
 }
 

@@ -50,7 +50,6 @@ class Config:
       damping: damping of the solvers that have one.
       relative: whether each token is divided by the size of its activations.
       correction: how much of what earlier layers lost a matrix makes up for.
-      refine: passes of a refinement of each layer after it is pruned; 0 for none.
       distill: steps of distillation from the dense model into the whole pruned model,
         on the calibration sequences, 4 a step; 0 for none.
       distill_learning_rate: learning rate of its first step.
@@ -71,7 +70,6 @@ class Config:
     damping: float = 0.01
     relative: bool = False
     correction: float = 0.0
-    refine: int = 0
     distill: int = 0
     distill_learning_rate: float = 3e-5
     bits: Literal[4, 8] | None = None
@@ -165,8 +163,6 @@ def pruned(
     passes: list[jp.passes.Pass] = [jp.passes.METHODS[config.method](**settings)]
     if config.correction:
         passes.append(jp.passes.correct(config.correction))
-    if config.refine:
-        passes.append(jp.passes.refine(passes=config.refine))
     if config.bits:
         levels: Any = f"int{config.bits}"
         passes.append(jp.passes.quantize(levels, group=config.group))

@@ -34,8 +34,6 @@ PAGES = {
     "benchmarks/README.md": (
         "A trained model, beside torch",
         "What improves a solver",
-        "Large layers on two cores",
-        "Fewer neurons, heads and layers",
         "Torch modules",
         "Criteria and allocations",
         "Time and memory",

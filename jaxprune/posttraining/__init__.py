@@ -18,5 +18,4 @@ __all__ = [
     "solvers",
     "unit_remover",
     "unit_rows",
-    "unit_sizes",
 ]

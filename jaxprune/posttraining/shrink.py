@@ -26,7 +26,7 @@ from jaxprune.posttraining.pipeline.sums import Sums
 from jaxprune.posttraining.progress import ProgressLog
 from jaxprune.posttraining.solvers import layer_problem
 from jaxprune.posttraining.unit_remover import UnitRemover
-from jaxprune.structured import choice, cut, timing
+from jaxprune.structured import choice, cut
 from jaxprune.structured import shrink as parts
 from jaxprune.structured.shrink import Budget, Rules, ShrinkResult, Sizes
 from jaxprune.typing import Masks, Params, Scores
@@ -105,17 +105,15 @@ def shrink(
         chooses, and updates what is left. Their activations are kept.
       budget: share of the whole that may be left, in (0, 1), in the place of a
         sparsity; one share of units is found for all groups. A number is of the
-        parameters; else {measure: share}, with the measure "parameters", "bytes",
-        "flops", or the "milliseconds" that the jitted function takes for the batch.
-        These are measured here, of some sizes beside the whole model, so they are of
-        this device.
+        parameters; else {measure: share}, with the measure "parameters", "bytes" or
+        "flops", of the batch.
       groups: globs or names of the groups that the budget is met with, by one share;
         or {glob or name: how large a share it loses beside the others}.
       sizes: {glob, kind or name of a group: the numbers of units that it may keep}, as
         {"*/mlp/*": range(128, 8193, 128)}. The number of units that a share or the
         budget asks for becomes the nearest of these numbers; of two as near, the larger
         one. Where more is then removed than the budget requires, the groups with the
-        most numbers to choose from lose less (not for "milliseconds").
+        most numbers to choose from lose less.
       **settings: settings of the choice by batches: `damping`, `relative`,
         `correction`, `positions`, `directory` and `progress`; see `Settings`.
 
@@ -183,8 +181,7 @@ def shrink(
         cuts = cut.of_groups(units, kept)
         choice.check_whole(choice.masked_leaves(params, masks), cuts)
         return parts.of_cuts(fn, params, batch, units, kept, cuts)
-    timed = timing.needed(measure, share, units.trace, params, batch)
-    lost = parts.lost_units(units, sparsity, share, measure, groups, sizes, timed)
+    lost = parts.lost_units(units, sparsity, share, measure, groups, sizes)
     if batches is None:
         kept, rows = choice.by_scores(units, params, scores, lost), None
     else:
@@ -192,7 +189,7 @@ def shrink(
     result = parts.of_cuts(fn, params, batch, units, kept, cut.of_groups(units, kept))
     if rows is not None:
         result.report["weights"] = rows
-    return parts.timed_too(result, timed)
+    return result
 
 
 class _Solved(NamedTuple):

@@ -10,5 +10,4 @@ __all__ = [
     "resized",
     "shrink",
     "shrunk_function",
-    "timing",
 ]

@@ -1,7 +1,7 @@
-"""What a model costs, in parameters, bytes, FLOPs or time, and how a budget is met.
+"""What a model costs, in parameters, bytes or FLOPs, and how a budget is met.
 
 FLOPs are two for each multiplication of a matmul or convolution in the traced program,
-for a batch of the shape that was traced. Time is measured (`timing`).
+for a batch of the shape that was traced.
 """
 
 import math
@@ -12,7 +12,7 @@ from jaxprune.graph.axis_trace import AxisTrace
 from jaxprune.structured.cut import LeafCut
 from jaxprune.structured.resized import Resized
 
-Measure = Literal["parameters", "bytes", "flops", "milliseconds"]
+Measure = Literal["parameters", "bytes", "flops"]
 
 
 class OutOfReach(ValueError):

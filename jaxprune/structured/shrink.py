@@ -26,7 +26,6 @@ from jaxprune.structured.budget import (
 from jaxprune.structured.cut import LeafCut
 from jaxprune.structured.resized import Resized
 from jaxprune.structured.shrunk_function import ShrunkFunction, atom_masks
-from jaxprune.structured.timing import Timed
 from jaxprune.typing import Params
 
 Rules = Sequence[str] | Mapping[str, float]
@@ -125,7 +124,6 @@ def lost_units(
     measure: Measure,
     rules: Rules,
     sizes: Sizes | None = None,
-    timed: Timed | None = None,
 ) -> dict[str, int]:
     """How many units each group loses, by a sparsity or a budget; see `shrink`.
 
@@ -136,7 +134,6 @@ def lost_units(
       measure: quantity that the budget is of.
       rules: the groups that the budget is met with; see `shrink`.
       sizes: the numbers of units that groups may keep; see `shrink`.
-      timed: stopwatch of programs, for a budget of time.
 
     Returns:
       Group name to count.
@@ -147,17 +144,9 @@ def lost_units(
     check([_GROUPS_OF_BUDGET], budget=budget, groups=rules)
     allowed = choice.allowed_sizes(groups, sizes)
     if budget is not None:
-        return _within_budget(groups, budget, measure, rules, allowed, timed)
+        return _within_budget(groups, budget, measure, rules, allowed)
     shares = choice.shares_of_groups(groups, {} if sparsity is None else sparsity)
     return choice.nearest_counts(groups, choice.lost_counts(groups, shares), allowed)
-
-
-def timed_too(result: ShrinkResult, timed: Timed | None) -> ShrinkResult:
-    """The result, with the time of what was chosen where the budget was one of time."""
-    if timed is not None:
-        timed.share(result.fn.cuts, result.fn.resized)
-        result.report["milliseconds"] = timed.milliseconds
-    return result
 
 
 def of_cuts(
@@ -232,7 +221,6 @@ def _within_budget(
     measure: Measure,
     rules: Rules,
     allowed: Mapping[str, np.ndarray],
-    timed: Timed | None,
 ) -> dict[str, int]:
     """How many units each group loses, so that the model is within the budget."""
     weights = _relative_shares(groups, rules)  # share of a group / share of the most
@@ -251,25 +239,17 @@ def _within_budget(
         kept = {g.name: np.arange(g.units - counts[g.name]) for g in movable}
         cuts = cut.of_groups(groups, kept)
         resized = Resized(groups.trace, atom_masks(groups.trace, cuts))
-        if timed is not None:
-            return timed.share(cuts, resized)
         return int(getattr(costs(groups.trace, cuts, resized), measure))
 
     # Every share at which a group loses one more unit.
     shares = {k / g.units / weights[g.name] for g in movable for k in range(g.units)}
-    dense = 1.0
-    if timed is None:
-        dense = cost(0.0)
-    else:  # each is compiled and run, and those between take about as long
-        shares = {k / _TIMED * most for k in range(_TIMED)}
+    dense = cost(0.0)
     ascending = [*sorted(shares), most]
     share = share_within(cost, budget * dense, ascending)
     if share is None:
         least = cost(most)
-        if timed is not None:
-            dense, least = timed.milliseconds["before"], timed.milliseconds["after"]
         raise error(_REACH, budget=budget, dense=dense, measure=measure, least=least)
-    if allowed and timed is None:
+    if allowed:
         # What a coarse group lost beyond the share, the finest need not lose.
         fixed.update(_coarse_counts(movable, allowed, lost(share)))
         share = share_within(cost, budget * dense, ascending) or 0.0

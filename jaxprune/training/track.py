@@ -103,7 +103,7 @@ def track_importance(
     a weight drifts, the errors of many roundings cancel: on a GPT the averages were off
     by 0.5 % and 3 %, and the pruned model had the loss of float32. While a weight jumps
     by a fifth from snapshot to snapshot, the errors add up, to 1.6 % and 5 %
-    (docs/results/records/averages_rounding.toml). "int8" follows thousands of tiny
+    (tests/training/test_running_average.py). "int8" follows thousands of tiny
     steps in one direction some 5 % too fast. With `memory="pinned_host"` on one device,
     commit the parameters with `jax.device_put` and make the state by
     `jax.jit(tx.init)`, or the second step compiles again.

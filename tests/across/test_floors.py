@@ -47,7 +47,7 @@ FLOORS: dict[str, set[str]] = {
     "lm.recovery": {"flax"},
     "lm.shrinking": {"flax"},
     "lm.vocabulary": {"flax", "tokenizers"},
-    "lm.export": {"flax", "gguf", "ml_dtypes", "orbax"},
+    "lm.export": {"gguf"},
     "lm.jobs": {"flax", "tyro"},
     "lm.torch_models": {"torch", "transformers", "PIL"},
     "lm.report": {"jinja2", "matplotlib"},

@@ -2,12 +2,11 @@
 
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.posttraining.solvers import unit_ladder, units
+from jaxprune.posttraining.solvers import units
 from tests.support.small_models import draw
 from tests.support.small_models import quick_compilation as quick_compilation
 
@@ -156,30 +155,3 @@ def test_what_no_damping_helps_ends_and_says_so(lost):
     )
     assert np.isinf(found.damping)
     assert int(found.kept.sum()) == 4 - lost
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("rows", "at_once"), [(2, 1), (1, 4)])
-def test_a_ladder_has_the_units_and_the_kernel_of_each_size(rows, at_once, monkeypatch):
-    # With fewer rounds several units go at once, and a size may end inside a round.
-    monkeypatch.setattr(units, "ROUNDS", -(-UNITS // at_once))
-    x, weight, of = problem(rows, seed=7)
-    hessian = jnp.asarray(x.T @ x, jnp.float32)
-    sizes = [5, 3, 2, UNITS]
-    ladder = unit_ladder.remove_to_sizes(jnp.asarray(weight), hessian, of, sizes)
-    for i, size in enumerate(sizes):
-        alone = removed(x, weight, of, UNITS - size)
-        np.testing.assert_array_equal(ladder.kept[i], alone.kept)
-        np.testing.assert_allclose(ladder.weights[i], alone.weight, atol=1e-5)
-        error = lost_output(x, weight, alone.weight) / np.sum(np.square(x @ weight))
-        np.testing.assert_allclose(ladder.errors[i], error, rtol=1e-2, atol=1e-6)
-
-
-def test_a_ladder_of_no_sizes_has_none():
-    # A group that is solved whole and at nothing alone asks for nothing between.
-    rows = np.arange(3)[:, None]
-    ladder = jax.eval_shape(
-        lambda weight: unit_ladder.remove_to_sizes(weight, jnp.eye(3), rows, []),
-        jnp.ones((3, 1)),
-    )
-    assert ladder.weights.shape == (0, 3, 1)

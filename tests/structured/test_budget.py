@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune.structured import timing
 from tests.structured.test_shrunk_function import PARAMS, X, fn
 from tests.support.small_models import quick_compilation as quick_compilation
 
@@ -114,43 +113,6 @@ def test_masks_take_neither_sizes_nor_groups(given):
     masks = jax.tree.map(lambda x: np.ones(x.shape, bool), PARAMS)
     with pytest.raises(ValueError, match="masks say which units are left"):
         jp.shrink(fn, PARAMS, X, masks=masks, **given)
-
-
-def weights_times(self, program, leaves):
-    """A second for each weight in the place of a clock."""
-    assert len(program(leaves, self._batch)) > 0
-    return float(sum(leaf.size for leaf in leaves))
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("batch", [X, jax.ShapeDtypeStruct(X.shape, X.dtype)])
-def test_a_budget_of_time_is_met_by_what_is_measured(batch, monkeypatch):
-    monkeypatch.setattr(timing.Timed, "_seconds", weights_times)
-    scores = jp.scores.magnitude(PARAMS)
-    result = jp.shrink(fn, PARAMS, batch, scores, budget={"milliseconds": 0.6})
-    same = jp.shrink(fn, PARAMS, X, scores, budget=0.6)
-    assert result.report["kept"] == same.report["kept"]
-    before, after = (result.report[when]["parameters"] for when in ("before", "after"))
-    found = result.report["milliseconds"]
-    assert found == {"before": 1e3 * before, "after": 1e3 * after}
-
-
-@pytest.mark.full
-def test_a_budget_of_time_out_of_reach_is_refused(monkeypatch):
-    monkeypatch.setattr(timing.Timed, "_seconds", weights_times)
-    scores = jp.scores.magnitude(PARAMS)
-    told = r"0.01 of 248,000.0 milliseconds is not: .* allow has 72,000.0"
-    with pytest.raises(ValueError, match=told):
-        jp.shrink(fn, PARAMS, X, scores, budget={"milliseconds": 0.01})
-
-
-@pytest.mark.full
-def test_the_clock_sees_both_programs():
-    groups = jp.axis_groups(fn, PARAMS, X)
-    small = jp.shrink(fn, PARAMS, X, jp.scores.magnitude(PARAMS), 0.5)
-    timed = timing.Timed(groups.trace, PARAMS, X)
-    assert timed.share(small.fn.cuts, small.fn.resized) > 0
-    assert min(timed.milliseconds.values()) > 0
 
 
 @pytest.mark.parametrize("groups", [["b:0"], {"*": 1.0}])

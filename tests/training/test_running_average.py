@@ -124,7 +124,7 @@ def noise(field, snapshots=2000):
     return exact, {k: np.asarray(v, np.float64) for k, v in held.items()}
 
 
-# docs/results/records/averages_rounding.noise.csv, percent: off by, too low by.
+# Percent: off by, too low by. The docstring of `track_importance` quotes the largest.
 DOCUMENTED = [
     ("square", "bfloat16", 3.2, 0.4),
     ("square", "int8", 11.4, 1.5),

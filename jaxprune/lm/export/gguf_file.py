@@ -6,7 +6,6 @@ memory at a time. Vectors stay float32, matrices take the type that is asked for
 """
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -20,8 +19,6 @@ from jaxprune.arrays.rules import Rule, check
 from jaxprune.files import atomic
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.export.gguf_shape import (
-    FIRST_HEADS,
-    NO_NEURONS,
     Architecture,
     check_shape,
     rope_factors,
@@ -150,25 +147,6 @@ def _tensors(
             return _converted(leaf, opened.read(tensor), architecture, config)
 
         yield _Tensor(name, info.size, info.shape, stored, read)
-    yield from _zeros(config, type)
-
-
-def _zeros(config: DecoderConfig, type: GGUFType) -> Iterator[_Tensor]:
-    """An attention of the first layer, and MLPs, that add nothing where none are."""
-    width, features = config.width, FIRST_HEADS * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {}
-    if not config.sizes(0).heads:
-        shapes |= {f"0.attn_{part}": (features, width) for part in ("q", "k", "v")}
-        shapes |= {"0.attn_norm": (width,), "0.attn_output": (width, features)}
-    for layer in range(config.layers):
-        if not config.sizes(layer).mlp_width:
-            outer = (NO_NEURONS, width)
-            shapes |= {f"{layer}.ffn_{part}": outer for part in ("gate", "up")}
-            shapes |= {f"{layer}.ffn_norm": (width,), f"{layer}.ffn_down": outer[::-1]}
-    for name, shape in shapes.items():
-        zeros = functools.partial(np.zeros, shape, np.float32)
-        stored = _stored_type(type, f"layers/{name}", shape)
-        yield _Tensor(f"blk.{name}.weight", 0, shape, stored, zeros)
 
 
 def _converted(
@@ -180,8 +158,7 @@ def _converted(
         return tensor + np.float32(architecture.plus_one)
     part = leaf.split("/")[-2]
     if architecture.permuted and part in ("q", "k"):
-        sizes = config.sizes(int(leaf.split("/")[1]))
-        heads = sizes.heads if part == "q" else sizes.kv_heads
+        heads = config.heads if part == "q" else config.kv_heads
         # Pairs of (heads, 2, pairs, ...) become neighbours: (heads, pairs, 2, ...).
         halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
         return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensor.shape)

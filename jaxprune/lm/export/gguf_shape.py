@@ -42,15 +42,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma3_text": Architecture("gemma3", plus_one=1.0, activation="gelu_tanh"),
 }
 """By model_type of config.json."""
-BY_LAYER: Mapping[str, Architecture] = {
-    "llama": Architecture("deci", permuted=True, biases=True, factors=True),
-}
-"""The same where layers have sizes of their own."""
-NO_NEURONS = 32
-"""Neurons of zeros where a layer has no MLP: without any the graph drops attention."""
-FIRST_HEADS = 1
-"""Heads of zeros where the first layer has none: its number alone decides whether
-llama.cpp reads the size of heads."""
 
 
 def check_shape(model_type: str, config: DecoderConfig) -> Architecture:
@@ -68,8 +59,7 @@ def check_shape(model_type: str, config: DecoderConfig) -> Architecture:
     """
     known = ", ".join(ARCHITECTURES)
     check(_FAMILY, model_type=model_type, known=known)
-    check([_BY_LAYER], unequal=config.layer_sizes, model_type=model_type)
-    architecture = (BY_LAYER if config.layer_sizes else ARCHITECTURES)[model_type]
+    architecture = ARCHITECTURES[model_type]
     used = [rope for i in range(config.layers) if (rope := config.rope(i)) is not None]
     plain = [r.switch is None and r.scale == 1 and not r.interleaved for r in used]
     gemma = architecture.name == "gemma3"
@@ -160,16 +150,9 @@ def write_shape(writer: Any, architecture: Architecture, config: DecoderConfig) 
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.width)
     writer.add_block_count(config.layers)
-    sizes = [config.sizes(layer) for layer in range(config.layers)]
-    heads, kv_heads, neurons = map(list, zip(*sizes, strict=True))
-    if config.layer_sizes:
-        writer.add_feed_forward_length([count or NO_NEURONS for count in neurons])
-        writer.add_head_count([heads[0] or FIRST_HEADS, *heads[1:]])
-        writer.add_head_count_kv([kv_heads[0] or FIRST_HEADS, *kv_heads[1:]])
-    else:
-        writer.add_feed_forward_length(neurons[0])
-        writer.add_head_count(heads[0])
-        writer.add_head_count_kv(kv_heads[0])
+    writer.add_feed_forward_length(config.mlp_width)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
     # Said in any case: a model that lost heads has not width / heads features each.
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
@@ -200,12 +183,6 @@ _FAMILY = Rule(
     "GGUF is written of model_type {known}, got {model_type}",
     "",
     "convert it with llama.cpp's convert_hf_to_gguf.py",
-)
-_BY_LAYER = Rule(
-    lambda v: not v.unequal or v.model_type in BY_LAYER,
-    "llama.cpp's deci, the graph whose layers differ in size, is of Llama's kind, and "
-    "cannot say a {model_type}; jaxprune itself runs the directory, and its compact "
-    "file",
 )
 _RULES = (
     Rule(

@@ -5,7 +5,6 @@ __all__ = [
     "console",
     "defaults",
     "effort",
-    "estimates",
     "exclusions",
     "head_rules",
     "inputs",
@@ -38,6 +37,4 @@ __all__ = [
     "speed",
     "teacher",
     "transformation",
-    "unequal_rules",
-    "width_rules",
 ]

@@ -6,28 +6,17 @@ from collections.abc import Iterator
 
 from flax import nnx
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.jobs.shrink_settings import Removal
-from jaxprune.lm.jobs.width_rules import channels_left
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.loaded_model import LoadedModel
-from jaxprune.lm.shrinking import possible_sizes, unequal, units
+from jaxprune.lm.shrinking import possible_sizes, units
 from jaxprune.structured.budget import OutOfReach
-
-_SEARCHED = Rule(
-    lambda v: v.share < 1,
-    "--budget {budget:g} is met by fewer tokens or channels alone, so nothing is left "
-    "to search",
-    "give a smaller budget, or leave --search out",
-)
+from jaxprune.structured.shrink import lost_units
 
 
 def check_budget(removal: Removal, source: CheckpointDir, model: LoadedModel) -> None:
-    """Refuses a budget that is out of reach, or leaves nothing to search.
-
-    Milliseconds are not known yet, nor which of layers of different sizes will stay. No
-    mixture of experts takes a budget.
+    """Refuses a budget that is out of reach. No mixture of experts takes a budget.
 
     Args:
       removal: what is to go.
@@ -36,18 +25,12 @@ def check_budget(removal: Removal, source: CheckpointDir, model: LoadedModel) ->
 
     Raises:
       OutOfReach: the smallest model that the options allow costs more.
-      ValueError: fewer tokens or channels meet the budget, and it is to be searched.
     """
-    if removal.budget is None or removal.measure == "milliseconds":
+    if removal.budget is None:
         return
-    small = _with_fewer_tokens_and_channels(removal, source, model)
-    if removal.search:
-        share = remaining_budget(removal, model, small)
-        check([_SEARCHED], share=share, budget=removal.budget)
-    if model.config.layer_sizes and (removal.search or removal.layers):
-        return
-    # Which layers stay does not matter to the cost. A search leaves one at least.
-    count = 1 if removal.search else removal.layers or model.config.layers
+    small = _with_fewer_tokens(removal, model)
+    # Which layers stay does not matter to the cost.
+    count = removal.layers or model.config.layers
     kept = [i for i in range(count) if i not in removal.drop_layers]
     small = units.keep_layers(small, kept)
     share = remaining_budget(removal, model, small)
@@ -60,7 +43,10 @@ def check_budget(removal: Removal, source: CheckpointDir, model: LoadedModel) ->
     groups = units.group_axes(small)[2]
     roles = units.group_roles(groups, small.config)
     with names_whole_budget(removal, share):
-        unequal.equal_sizes(groups, narrowing, roles, small.config)
+        request = units.narrowing_request(narrowing, roles, small.config)
+        lost_units(
+            groups, None, share, removal.measure, request["groups"], request["sizes"]
+        )
 
 
 def remaining_budget(removal: Removal, dense: LoadedModel, small: LoadedModel) -> float:
@@ -107,15 +93,9 @@ def names_whole_budget(removal: Removal, share: float | None) -> Iterator[None]:
         ) from None
 
 
-def _with_fewer_tokens_and_channels(
-    removal: Removal, source: CheckpointDir, model: LoadedModel
-) -> LoadedModel:
-    config = model.config
-    if removal.vocab is not None:
-        config = dataclasses.replace(config, vocab_size=removal.vocab)
-    if removal.hidden:
-        config = hf.with_width(config, channels_left(removal, source, config))
-    if config == model.config:
+def _with_fewer_tokens(removal: Removal, model: LoadedModel) -> LoadedModel:
+    if removal.vocab is None:
         return model
+    config = dataclasses.replace(model.config, vocab_size=removal.vocab)
     _, params = nnx.split(hf.abstract(config), nnx.Param)
     return model.reshaped(config, params)

@@ -24,7 +24,7 @@ def check_heads(removal: Removal, source: CheckpointDir, config: DecoderConfig) 
     Args:
       removal: what is to go.
       source: directory of the model.
-      config: shape of the model, with the channels that stay.
+      config: shape of the model.
 
     Raises:
       ValueError: it would not; the sentence says which shares it takes.

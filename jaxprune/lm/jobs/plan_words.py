@@ -1,10 +1,9 @@
-"""`--plan`, in words: which texts, how much memory, disk and time; nothing is written.
+"""`--plan`, in words: which texts it reads; nothing is written.
 
 All checks of the job are made, texts and headers are read, no weight is.
 """
 
 from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.estimates import Needs
 from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.settings import SELF
@@ -17,7 +16,7 @@ def say_texts(
     """Says what would be calibrated, trained and evaluated on."""
     calibration, recovery = job.calibration, job.recovery
     if texts is None:
-        console.say("calibrated on nothing, evaluated on nothing")
+        console.say("calibrated on nothing, evaluated on nothing; nothing was written")
         return
     pairs = zip(texts.calibration, texts.counts, strict=True)
     parts = [f"{text.path.name} {count}" for text, count in pairs]
@@ -39,25 +38,10 @@ def say_texts(
         )
     windows = [f"{name} ({texts.roles[name]})" for name in texts.windows]
     console.say(f"evaluated on {', '.join(windows) or 'nothing'}")
+    console.say("nothing was written")
 
 
 def say_refinement(passes: int, console: Console) -> None:
     """Says that layers would be refined, which an effort may have chosen."""
     if passes:
         console.say(f"each layer refined in {passes} passes")
-
-
-def say_needs(needs: Needs, console: Console) -> None:
-    """Says what the job would need."""
-    console.say(
-        f"memory about {needs.memory_bytes / 1e9:.1f} GB, disk about "
-        f"{needs.disk_bytes / 1e9:.2f} GB, time on this device about "
-        f"{_duration(needs.seconds)}: a third to three times of it"
-    )
-    console.say("nothing was written")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""`jaxprune prune --plan`: what would be pruned, and what the job would need."""
+"""`jaxprune prune --plan`: which matrices would be pruned, and how."""
 
 import math
 import re
@@ -10,19 +10,16 @@ from jaxprune.arrays import tree
 from jaxprune.arrays.messages import columns
 from jaxprune.lm.checkpoints import prune_magnitude
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
-from jaxprune.lm.jobs import estimates, inputs, passes, progress_dir
+from jaxprune.lm.jobs import inputs, passes, progress_dir
 from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.estimates import Needs
 from jaxprune.lm.jobs.exclusions import check_globs, prunable_tensor, why_kept
 from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.model_pruning import ModelPruning
 from jaxprune.lm.jobs.opening import open_for_job
-from jaxprune.lm.jobs.plan_words import say_needs, say_refinement, say_texts
+from jaxprune.lm.jobs.plan_words import say_refinement, say_texts
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.samples import prepare_samples
 from jaxprune.typing import Pattern
-
-_HEAVIER = {"alps": 2.5}  # than SparseGPT
 
 
 class _Plan(NamedTuple):
@@ -31,13 +28,11 @@ class _Plan(NamedTuple):
     Attributes:
       source: directory of the model.
       names: names of the tensors that would be pruned.
-      needs: memory, time and disk.
       texts: what would be calibrated and evaluated on, or None.
     """
 
     source: CheckpointDir
     names: set[str]
-    needs: Needs
     texts: JobTexts | None
 
 
@@ -76,14 +71,12 @@ def plan_prune(
         console.say(f"left alone: {counts}")
     say_refinement(job.solver.refine, console)
     say_texts(job, plan.texts, console)
-    say_needs(plan.needs, console)
     return {
         "plan": rows,
         "method": job.pruning.method,
         "pattern": pattern,
         "sparsity": chosen.sparsity,
         "allocation": job.pruning.allocation,
-        **plan.needs._asdict(),
     }
 
 
@@ -95,7 +88,7 @@ def _plan_pruning(pruning: ModelPruning) -> _Plan:
         if pruning.prunable(name, leaf)
         for tensor in model.names[name].names
     }
-    return _Plan(pruning.source, names, _needs(pruning), pruning.texts)
+    return _Plan(pruning.source, names, pruning.texts)
 
 
 def _plan_streaming(job: PruneJob, pattern: Pattern) -> _Plan:
@@ -109,59 +102,12 @@ def _plan_streaming(job: PruneJob, pattern: Pattern) -> _Plan:
         for name, info in source.tensors.items()
         if why_kept(name, info, exclude) is None
     }
-    needs = estimates.streaming_needs(source)
     if not job.runs_model:
-        return _Plan(source, names, needs, None)
+        return _Plan(source, names, None)
     texts = inputs.read_texts(job, source)
     model = open_for_job(job.model, job.loading, job.devices)
     prepare_samples(job, source, texts, model.config.context)  # or refuses them
-    calibration = job.calibration
-    work = estimates.count_work(calibration, model, texts)
-    # Before and after.
-    time = estimates.seconds(2 * work.forward(work.evaluated))
-    scores = calibration.batch * job.evaluation.context * work.scores
-    needs = needs._replace(
-        seconds=needs.seconds + time,
-        memory_bytes=needs.memory_bytes + work.weights + scores,
-    )
-    return _Plan(source, names, needs, texts)
-
-
-def _needs(pruning: ModelPruning) -> Needs:
-    """What a pruning with calibration needs."""
-    job, chosen, calibration = pruning.job, pruning.chosen, pruning.job.calibration
-    work = estimates.count_work(calibration, pruning.model, pruning.texts)
-    dense, corrects = job.solver.inputs == "dense", chosen.corrects
-    training, memory = estimates.recovery_needs(job.recovery, calibration, work)
-    stages = 3 if job.recovery.recover_steps else 2
-    flops = work.forward(stages * work.evaluated)
-    flops += estimates.writing_flops(calibration, work)
-    once = work.forward(work.tokens, head=False)
-    solving = once * (2 if dense or corrects else 1)
-    hessian = 0
-    if chosen.needs_hessian:
-        # The drift is one more product, not symmetric, and takes a solution of its own.
-        solving += estimates.statistics_flops(work) * (3 if corrects else 1)
-        solving += sum(
-            count * (3.0 * rows**3 + rows**2 * columns) * (2 if corrects else 1)
-            for count, rows, columns in work.matrices.values()
-        )
-        copies = 6 if dense else 5 if corrects else 3
-        hessian = estimates.largest_hessian(work) * copies
-    solving *= _HEAVIER.get(job.pruning.method or "", 1.0)
-    solving += 3 * job.solver.refine * once  # forward and back
-    layer = work.weights // max(pruning.model.config.layers, 1)
-    # The greatest of three moments: measuring, pruning a layer, training.
-    activations = (5 if corrects else 3) * work.tokens * work.wide
-    peak = estimates.base_memory() + max(
-        work.weights + 3 * calibration.batch * job.evaluation.context * work.scores,
-        3 * layer + activations + hessian,
-        work.weights + memory,
-    )
-    source = pruning.source
-    disk = (3 if job.solver.refine else 2) * source.size
-    disk += progress_dir.recovery_bytes(job, source, work.trained)
-    return Needs(int(peak), estimates.seconds(flops + solving + training), disk)
+    return _Plan(source, names, texts)
 
 
 def _matrices(source: CheckpointDir, names: set[str]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from jaxtyping import Int
 import jaxprune as jp
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.messages import listed
-from jaxprune.lm.checkpoints.checkpoint_dir import CONFIG, CheckpointDir, open_directory
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.jobs import (
     budget_reach,
     defaults,
@@ -37,13 +37,11 @@ from jaxprune.lm.jobs.shrink_rules import check_fits, check_shrink
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.lm.jobs.teacher import open_teacher
 from jaxprune.lm.jobs.transformation import Change, Prepared
-from jaxprune.lm.jobs.width_rules import channels_left
 from jaxprune.lm.measure import speed
 from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.loaded_model import LoadedModel
-from jaxprune.lm.shrinking import channels, possible_sizes, search, units
-from jaxprune.lm.shrinking.unequal import narrow_unequally
+from jaxprune.lm.shrinking import possible_sizes, units
 from jaxprune.lm.vocabulary.new_vocabulary import NewVocabulary
 
 _PROMPT, _STEPS = 256, 32  # tokens, of what is timed
@@ -73,13 +71,11 @@ def prepare_shrink(job: ShrinkJob, console: Console) -> Prepared:
             evaluation=defaults.shorten_windows(job.evaluation, context),
         )
         model = open_for_job(job.model, job.loading, job.devices)
-        check_fits(job.removal, source, model.config, job.loading.ignore_config)
+        check_fits(job.removal, source, model.config)
         budget_reach.check_budget(job.removal, source, model)
         other_teacher = open_teacher(job, source, model)
         texts = inputs.read_texts(job, source)
-        # What is solved at several sizes takes about twice the room of the model.
-        copies = 3 if job.removal.unequal else 1
-        progress_dir.check_room(job, source, copies, texts.trained_tokens)
+        progress_dir.check_room(job, source, 1, texts.trained_tokens)
         smaller_vocabulary.check_vocabulary(job, source, texts)
     note_ignored(model, console)
     _note_narrowed(job.loading.dtype, source, console)
@@ -93,14 +89,14 @@ def prepare_shrink(job: ShrinkJob, console: Console) -> Prepared:
         other_teacher=other_teacher,
     )
     return Prepared(
-        functools.partial(plan_shrink, job, source, model, texts, console),
+        functools.partial(plan_shrink, job, model, texts, console),
         shrinking.run,
     )
 
 
 @dataclasses.dataclass(kw_only=True)
 class ModelShrinking(ModelTransformation[ShrinkJob]):
-    """A model that loses tokens, channels, layers, experts, heads and neurons.
+    """A model that loses tokens, layers, experts, heads and neurons.
 
     Attributes:
       fewer: vocabulary that it gets, and the texts by its tokens, once the dense model
@@ -153,7 +149,7 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         if self.fewer is not None:
             record["vocabulary"] = self.fewer[0].facts
         record |= {
-            "pattern": "whole tokens, channels, layers, experts, heads and neurons",
+            "pattern": "whole tokens, layers, experts, heads and neurons",
             "sparsity": self.job.removal.asked,
             "ignored_config": list(self.model.ignored),
             "method": "shrink by " + ", ".join(_ways(self.job, record)),
@@ -185,24 +181,12 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
             change.model.params,
             self.model.names,  # of all layers
             kept=change.record["layers"]["kept"],
-            settings=self._settings(change),
+            settings={} if self.fewer is None else self.fewer[0].settings,
             ignore_config=self.job.loading.ignore_config,
             provenance=change.record,
             overwrite=self.job.overwrite,
             finish=lambda _, record: ({}, provenance.page_file(page, record)),
         )
-
-    def _settings(self, change: Change[LoadedModel]) -> dict[str, Any]:
-        """The files that say the vocabulary, the width and the sizes of layers."""
-        settings = {} if self.fewer is None else dict(self.fewer[0].settings)
-        if "channels" in change.record:
-            config = settings.get(CONFIG) or self.source.config
-            settings[CONFIG] = {**config, "hidden_size": change.model.config.width}
-        if change.model.config.layer_sizes:  # config.json is to say them
-            config = settings.get(CONFIG) or self.source.config
-            by_layer = hf.block_configs(self.model.config)
-            settings[CONFIG] = {**config, hf.BLOCK_CONFIGS: by_layer}
-        return settings
 
     def _without(
         self, tokens: Int[np.ndarray, "sequences length"] | None
@@ -213,27 +197,11 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
         layers, narrowing = removal.layers, removal.narrowing
         dense = self.reference
         record: dict[str, Any] = {}
-        if removal.hidden and tokens is not None:
-            remaining = channels_left(removal, self.source, dense.config)
-            dense, record["channels"] = channels.without_channels(
-                dense, tokens, remaining, batch=batch
-            )
         possible = possible_sizes.possible_head_units(self.source.config, dense.config)
         correction = self.job.calibration.correction
         narrowing = narrowing._replace(head_units=possible, correction=correction)
-        # Tokens and channels went first. Then go layers, then experts of those that
-        # stay, then their heads and neurons.
-        if removal.search and tokens is not None:
-            share = budget_reach.remaining_budget(removal, self.model, dense)
-            narrowing = narrowing._replace(budget=share)
-            division = search.divide_budget(
-                dense, narrowing, tokens, batch=batch, work=work, note=note
-            )
-            record["search"] = division.tried
-            layers = division.layers
-            narrowing = narrowing._replace(
-                budget=division.budget, heads_per_neurons=division.heads
-            )
+        # Tokens went first. Then go layers, then experts of those that stay, then their
+        # heads and neurons.
         if layers is None or tokens is None:
             count = dense.config.layers
             kept = [i for i in range(count) if i not in removal.drop_layers]
@@ -249,31 +217,15 @@ class ModelShrinking(ModelTransformation[ShrinkJob]):
                 small, tokens, share, batch=batch
             )
         # What is gone counts: the rest of the budget is a larger share of what stays.
-        if narrowing.budget is not None and not removal.search:
+        if narrowing.budget is not None:
             share = budget_reach.remaining_budget(removal, self.model, small)
             narrowing = narrowing._replace(budget=share)
         if narrowing.narrows and narrowing.budget != 1:
-            small, record["units"] = self._narrow(small, narrowing, tokens)
-        return small, record
-
-    def _narrow(
-        self,
-        small: LoadedModel,
-        narrowing: units.Narrowing,
-        tokens: Int[np.ndarray, "sequences length"] | None,
-    ) -> tuple[LoadedModel, dict[str, Any]]:
-        """As `units.narrow`; a budget out of reach is named as it was asked for."""
-        removal = self.job.removal
-        batch, work = self.job.calibration.batch, self.job.work
-        with budget_reach.names_whole_budget(removal, narrowing.budget):
-            if removal.unequal and tokens is not None:
-                note = self.console.note
-                return narrow_unequally(
-                    small, narrowing, tokens, batch=batch, work=work, note=note
+            with budget_reach.names_whole_budget(removal, narrowing.budget):
+                small, record["units"] = units.narrow(
+                    small, narrowing, tokens, batch=batch, work=work
                 )
-            return units.narrow(
-                small, narrowing, tokens, batch=batch, work=work, resumes=True
-            )
+        return small, record
 
 
 def _note_narrowed(dtype: str | None, source: CheckpointDir, console: Console) -> None:
@@ -294,14 +246,9 @@ def _note_narrowed(dtype: str | None, source: CheckpointDir, console: Console) -
 
 def _ways(job: ShrinkJob, record: dict[str, Any]) -> list[str]:
     """What chose what goes, in a word for each."""
-    removal, width = job.removal, record.get("channels")
-    principal = width is not None and width["principal"]
+    removal = job.removal
     ways = {
         "counted and expected tokens": removal.vocab is not None,
-        "principal components": principal,
-        "activations": width is not None and not principal,
-        "a search": removal.search,
-        "sizes by layer": removal.unequal,
         "the loss without each layer": removal.layers is not None,
         "the layers named": bool(removal.drop_layers),
         "reap": bool(removal.experts),
@@ -310,28 +257,20 @@ def _ways(job: ShrinkJob, record: dict[str, Any]) -> list[str]:
     return [way for way, used in ways.items() if used]
 
 
-def _whole(mean: float) -> float:
-    """An integer where it is one, else with one digit."""
-    return int(mean) if mean == int(mean) else round(mean, 1)
-
-
 def _sizes(model: LoadedModel) -> dict[str, float]:
     """Parameters, bytes as they are stored, and the shape."""
     named = jp.tree.named_leaves(model.params)
     stored = {name: model.names[name].dtype.itemsize for name in named}
     config = model.config
-    layers = np.array([config.sizes(layer) for layer in range(config.layers)])
-    # Of layers that differ in size the mean.
-    heads, kv_heads, mlp_width = layers.mean(0).tolist()
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
         "bytes": sum(leaf.size * stored[name] for name, leaf in named.items()),
         "tokens": config.vocab_size,
         "width": config.width,
         "layers": config.layers,
-        "heads": _whole(heads),
-        "kv_heads": _whole(kv_heads),
-        "mlp_width": _whole(mlp_width),
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "mlp_width": config.mlp_width,
         "experts": config.experts,
     }
 

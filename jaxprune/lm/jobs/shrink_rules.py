@@ -5,24 +5,21 @@ parameters are read.
 """
 
 import math
-from collections.abc import Sequence
 
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.jobs import recovery_settings, settings, unequal_rules
+from jaxprune.lm.jobs import recovery_settings, settings
 from jaxprune.lm.jobs.head_rules import check_heads
 from jaxprune.lm.jobs.option_rules import at_least, not_while, option_values
 from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
-from jaxprune.lm.jobs.width_rules import check_width
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
-from jaxprune.lm.shrinking.possible_sizes import fewest_units, multiples
-from jaxprune.lm.shrinking.search import LEAST_SEQUENCES
+from jaxprune.lm.shrinking.possible_sizes import count_head_units, multiples
 from jaxprune.lm.texts import text_files
 from jaxprune.lm.vocabulary.new_vocabulary import MULTIPLE
 
-_SHARES = ("hidden", "ffn", "heads", "query_heads", "experts")
+_SHARES = ("ffn", "heads", "query_heads", "experts")
 
 
 def _share(option: str) -> Rule:
@@ -48,41 +45,6 @@ _BUDGET = (
         lambda v: v.budget is not None or v.measure == "parameters",
         "--measure {measure} says what a budget is of; give --budget too",
     ),
-    Rule(
-        lambda v: (
-            # A time is known of a whole model that was timed, not of what left it.
-            v.measure != "milliseconds"
-            or not (
-                v.layers is not None
-                or any((v.vocab, v.hidden, v.drop_layers, v.experts))
-            )
-        ),
-        "what tokens, channels, layers and experts take of a budget is counted, so "
-        "with them it is not of milliseconds; give --measure flops, bytes or "
-        "parameters",
-    ),
-)
-_SEARCH = (
-    Rule(
-        lambda v: not v.search or (v.budget is not None and v.calibration),
-        "--search divides a budget by the loss on a text; give --budget and "
-        "--calibration FILE..., or leave it out",
-    ),
-    Rule(
-        lambda v: not v.search or v.measure != "milliseconds",
-        "--search counts, and cannot divide milliseconds; give --measure flops, bytes "
-        "or parameters",
-    ),
-    Rule(
-        lambda v: not v.search or (v.layers is None and not v.drop_layers),
-        "--search finds the layers too; leave out --layers and --drop-layers",
-    ),
-    Rule(
-        # One sequence judges, three are calibrated on.
-        lambda v: not v.search or v.sequences >= LEAST_SEQUENCES,
-        f"--search needs at least {LEAST_SEQUENCES} sequences, since a quarter of them "
-        "judges, got --sequences {sequences}",
-    ),
 )
 _REMOVAL = (
     Rule(
@@ -90,9 +52,9 @@ _REMOVAL = (
         "--layers and --drop-layers exclude each other; give one",
     ),
     Rule(
-        lambda v: bool({*v.asked} - {"unequal"}),
+        lambda v: bool(v.asked),
         "something must be removed; give --ffn, --heads, --query-heads, --experts, "
-        "--layers, --drop-layers, --budget, --hidden or --vocab",
+        "--layers, --drop-layers, --budget or --vocab",
     ),
     Rule(
         lambda v: v.layers is None or v.calibration,
@@ -103,15 +65,6 @@ _REMOVAL = (
         lambda v: not v.experts or v.calibration,
         "--experts needs --calibration FILE..., on which the router shows what it "
         "gives each expert",
-    ),
-    Rule(
-        lambda v: not v.hidden or v.calibration,
-        "--hidden needs --calibration FILE..., by which the channels are chosen",
-    ),
-    Rule(
-        lambda v: not v.hidden or not v.recover_hidden,
-        "--recover-hidden compares the last hidden states of both models channel by "
-        "channel, and --hidden removes some of one; leave one out",
     ),
     Rule(
         lambda v: 0 <= v.correction <= 1,
@@ -131,9 +84,9 @@ _REMOVAL = (
     at_least("layers", 1),
     at_least("multiple", 1),
     Rule(
-        lambda v: v.multiple <= 1 or v.ffn or v.hidden or v.budget,
-        "--multiple is a rule for the neurons and channels that stay, so some must go; "
-        "give --ffn, --hidden or --budget too, or leave it out",
+        lambda v: v.multiple <= 1 or v.ffn or v.budget,
+        "--multiple is a rule for the neurons that stay, so some must go; give --ffn "
+        "or --budget too, or leave it out",
     ),
 )
 _VOCABULARY = (
@@ -165,15 +118,7 @@ _VOCABULARY = (
 )
 RULES = (
     *map(_share, _SHARES),
-    *(
-        *_BUDGET,
-        *_SEARCH,
-        *unequal_rules.RULES,
-        *_REMOVAL,
-        *_VOCABULARY,
-        *settings.RULES,
-        *recovery_settings.RULES,
-    ),
+    *(*_BUDGET, *_REMOVAL, *_VOCABULARY, *settings.RULES, *recovery_settings.RULES),
 )
 """What the options keep among themselves."""
 
@@ -276,7 +221,6 @@ def check_fits(
     removal: Removal,
     source: CheckpointDir,
     config: DecoderConfig,
-    ignore_config: Sequence[str] = (),
 ) -> None:
     """Refuses what this model cannot lose, before its parameters are read.
 
@@ -284,7 +228,6 @@ def check_fits(
       removal: what is to go.
       source: directory of the model, whose family may forbid it.
       config: shape of the model.
-      ignore_config: attributes of config.json that are not looked at.
 
     Raises:
       ValueError: it cannot go; the sentence says what can.
@@ -301,28 +244,21 @@ def check_fits(
     )
     _check_family(removal, source)
     name = "query heads" if config.kv_heads == 1 else "key heads"
-    _check_units("hidden", removal.hidden, config.width, "channels")
-    # Of layers that differ already, what fits the narrowest MLP fits all.
-    widths = (config.sizes(layer).mlp_width for layer in range(config.layers))
-    narrowest = min(filter(None, widths), default=0)
-    _check_units("ffn", removal.ffn, narrowest, "neurons")
-    # As of the narrowest MLP.
-    heads, queries = fewest_units(config)
+    _check_units("ffn", removal.ffn, config.mlp_width, "neurons")
+    heads = count_head_units(config)
     _check_units("heads", removal.heads, heads, name)
     if removal.experts:
         _check_experts(removal.experts, config)
     name = "query heads of each key head"
+    queries = config.heads // config.kv_heads
     _check_units("query-heads", removal.query_heads, queries, name)
-    narrow = check_width(removal, source, config, ignore_config)
-    unequal_rules.check_unequal(removal, source, config)
-    if not removal.unequal:  # transformers would not read the directory in any case
-        check_heads(removal, source, narrow)
+    check_heads(removal, source, config)
     if removal.multiple > 1 and "neurons" in hf.shrinkable(source.config):
         check(
             _MULTIPLE,
             **option_values(removal),
-            width=narrowest,
-            remaining=neurons_left(removal, narrowest),
+            width=config.mlp_width,
+            remaining=neurons_left(removal, config.mlp_width),
         )
 
 

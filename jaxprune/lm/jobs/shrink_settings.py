@@ -9,7 +9,6 @@ from jaxprune.lm.jobs.option_types import (
     MaybeCount,
     MaybeNumber,
     Number,
-    Switch,
 )
 from jaxprune.lm.jobs.recovery_settings import Recovery
 from jaxprune.lm.jobs.settings import (
@@ -32,14 +31,9 @@ class Removal:
       vocab: how many tokens to leave, a multiple of 64: those that --calibration has
         most and that the model expects along it, and what any text needs. The texts
         then are split by the new tokenizer.
-      hidden: the share of the channels of the residual stream to remove, the same in
-        all layers: its principal components of least variance on --calibration where
-        norms stand before matrices alone, else the channels by which least of what the
-        matrices are given enters. The matrices that read the stream are then fitted to
-        what stays.
       ffn: the share of the neurons of each MLP to remove.
-      multiple: the neurons and channels that are left are the nearest multiple of this;
-        64 or 128 suits the kernels of GPUs and TPUs.
+      multiple: the neurons that are left are the nearest multiple of this; 64 or 128
+        suits the kernels of GPUs and TPUs.
       heads: the share of the heads to remove: of key heads, each with all query heads
         that share it; where all share one key head, of query heads. transformers takes
         Llama and Gemma only with query heads that divide the width.
@@ -51,18 +45,11 @@ class Removal:
       drop_layers: the numbers of the layers to remove, in place of --layers.
       budget: in place of --ffn and --heads, the share that may be left of the
         parameters, or of what --measure says; neurons and heads then lose one share.
-      measure: what the budget is of. FLOPs and the milliseconds, which are measured
-        here, are those of reading a prompt, without the head.
-      search: divide what goes over neurons, heads and whole layers by the loss on the
-        last quarter of the calibration's sequences; that takes several times as long.
-      unequal: let layers keep different numbers of neurons and heads, as many
-        parameters together; that takes several times as long. transformers does not
-        read the directory; this package does, and `export --gguf` makes a file for
-        llama.cpp of a Llama.
+      measure: what the budget is of. FLOPs are counted of reading a prompt, without
+        the head.
     """
 
     vocab: MaybeCount = None
-    hidden: Number = 0.0
     ffn: Number = 0.0
     multiple: Count = 1
     heads: Number = 0.0
@@ -72,21 +59,18 @@ class Removal:
     drop_layers: Counts = ()
     budget: MaybeNumber = None
     measure: Measure = "parameters"
-    search: Switch = False
-    unequal: Switch = False
 
     @property
     def asked(self) -> dict[str, Any]:
         """What is to go; JSON-able."""
         shares = ("ffn", "heads", "query_heads", "experts", "layers", "drop_layers")
-        names = ("vocab", "hidden", *shares, "budget")
+        names = ("vocab", *shares, "budget")
         asked = {name: value for name in names if (value := getattr(self, name))}
         if asked and self.multiple > 1:
             asked["multiple"] = self.multiple
         if self.budget:
             asked["measure"] = self.measure
-        switches = ("search", "unequal")
-        return asked | {name: True for name in switches if getattr(self, name)}
+        return asked
 
     @property
     def narrowing(self) -> Narrowing:

@@ -2,9 +2,8 @@
 
 JAX's own rule makes the kernel's gradient as (g^T x)^T. XLA fuses what made g (gelu's
 derivative, say) into the transposing copy of g: a third of the training step of a small
-GPT, or more. In bfloat16 its fast kernels do not take such a product, and the gradient
-is slower than in float32 (`benchmarks.recovery_step`). Here it is x^T g, and the
-barrier keeps what made x from being fused into its copy.
+GPT, or more. In bfloat16 its fast kernels do not take such a product at all. Here it is
+x^T g, and the barrier keeps what made x from being fused into its copy.
 The price: forward-mode differentiation (`jax.jvp`) is not defined through it.
 """
 

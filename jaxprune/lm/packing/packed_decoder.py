@@ -62,7 +62,7 @@ class PackedDecoder(nnx.Module):
     def init_cache(self, batch: int, size: int | None = None) -> Cache:
         """An empty cache for at most, and by default, `context` tokens."""
         config = self.config
-        heads = [config.sizes(layer).kv_heads for layer in range(config.layers)]
+        heads = [config.kv_heads] * config.layers
         return empty_cache(config, batch, size, heads, config.head_dim)
 
     def _run(self, **batch: Any) -> Any:

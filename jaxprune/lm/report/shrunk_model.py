@@ -147,7 +147,6 @@ def _kept(record: Mapping[str, Any]) -> dict[str, Figure]:
     layers: dict[str, dict[int, Sequence[int]]] = {}
     whole: dict[str, dict[int, int]] = {}
     stayed = record["layers"]["kept"]
-    # One that stayed may have no such units, as after --unequal.
     nothing: dict[int, Sequence[int]] = {layer: () for layer in stayed}
     for name, kept in units["kept"].items():
         match = re.match(r"layers/(\d+)/", name)

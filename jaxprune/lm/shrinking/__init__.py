@@ -1,13 +1,8 @@
-"""Which channels, layers, experts, heads, neurons a language model can do without."""
+"""Which layers, experts, heads and neurons a language model can do without."""
 
 __all__ = [
-    "channel_fit",
-    "channels",
     "expert_scores",
     "layer_search",
     "possible_sizes",
-    "search",
-    "size_choice",
-    "unequal",
     "units",
 ]

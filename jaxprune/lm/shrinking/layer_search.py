@@ -3,8 +3,7 @@
 Layers that are scored one by one mislead where several go, since each may be needed
 once another is gone. So the layer goes whose absence changes the predictions least,
 then the next of those that remain. The change is KL(whole model || pruned model) at
-every token. The loss on the text chose worse layers of Gemma 3 270M on the same tokens
-(docs/results/records/smaller_gemma_layers.toml).
+every token. The loss on the text chose worse layers of Gemma 3 270M on the same tokens.
 
 Reference:
   Zhong et al., "BlockPruner: Fine-grained Pruning for Large Language Models", 2024,

@@ -11,24 +11,6 @@ def count_head_units(config: DecoderConfig) -> int:
     return config.heads if config.kv_heads == 1 else config.kv_heads
 
 
-def fewest_units(config: DecoderConfig) -> tuple[int, int]:
-    """The least number of units of heads of a layer, and of query heads of a key head.
-
-    Layers with one head lose none and do not count.
-
-    Args:
-      config: shape of the model.
-
-    Returns:
-      The two numbers.
-    """
-    layers = [config.sizes(layer) for layer in range(config.layers)]
-    heads = [n if kv == 1 else kv for n, kv, _ in layers if n > 1]
-    queries = [n // kv for n, kv, _ in layers if n > kv]
-    default = count_head_units(config), config.heads // config.kv_heads
-    return min(heads, default=default[0]), min(queries, default=default[1])
-
-
 def multiples(multiple: int, width: int) -> range:
     """The numbers of neurons that may stay of so many."""
     return range(multiple, width + 1, multiple)

@@ -4,7 +4,6 @@ What takes long is noted in a directory of progress, where a run that was stoppe
 it.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from jaxprune.files import atomic
 from jaxprune.files.safetensors_file import read_json
 from jaxprune.graph.axis_dims import root
 from jaxprune.lm.models import hf
-from jaxprune.lm.models.decoder.config import DecoderConfig, LayerSizes
+from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf.smaller_tensors import name_before
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.shrinking import layer_search
@@ -32,8 +31,8 @@ from jaxprune.structured.budget import Measure
 
 _DOWN, _OUT = "mlp/down/kernel", "attention/out/kernel"
 _SEARCHED = "layers.json"
-_CHOSEN, _SOLVED = "units.json", "units"
-_PROMPT = 256  # tokens, whose FLOPs or time a budget may be of
+_SOLVED = "units"
+_PROMPT = 256  # tokens, whose FLOPs a budget may be of
 
 
 class Narrowing(NamedTuple):
@@ -46,8 +45,6 @@ class Narrowing(NamedTuple):
       multiple: number that the neurons of a layer are a multiple of afterwards.
       budget: share of the model that may stay, or None.
       measure: what the budget is of.
-      heads_per_neurons: share of the heads that goes, beside a share 1 of the neurons,
-        to meet a budget.
       head_units: numbers of units of heads that a checkpoint can have.
       correction: share of what the layers before lost that each layer makes up for,
         where a calibration chooses; see `jp.shrink`.
@@ -59,7 +56,6 @@ class Narrowing(NamedTuple):
     multiple: int = 1
     budget: float | None = None
     measure: Measure = "parameters"
-    heads_per_neurons: float = 1.0
     head_units: tuple[int, ...] = ()
     correction: float = 0.0
 
@@ -78,31 +74,6 @@ def keep_layers(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
         for name in jp.tree.names(small.params)
     }
     return small._replace(names=names)
-
-
-def without_parts(
-    model: LoadedModel, absent: Collection[tuple[int, str]]
-) -> LoadedModel:
-    """The model without some attentions and MLPs, whose layers then have sizes.
-
-    Args:
-      model: model with its parameters, in memory or in their files.
-      absent: pairs of a layer and what it loses, "heads" or "ffn".
-
-    Returns:
-      The model with `config.layer_sizes`, and without the leaves of what is absent.
-    """
-    config, layers = model.config, []
-    for layer in range(config.layers):
-        heads, kv_heads, neurons = config.sizes(layer)
-        attends, feeds = ((layer, part) not in absent for part in ("heads", "ffn"))
-        layers.append(LayerSizes(heads * attends, kv_heads * attends, neurons * feeds))
-    config = dataclasses.replace(config, layer_sizes=tuple(layers))
-    graphdef, state = nnx.split(hf.abstract(config), nnx.Param)
-    named = jp.tree.named_leaves(model.params)
-    leaves = [named[name] for name in jp.tree.names(state)]
-    params = jax.tree.unflatten(jax.tree.structure(state), leaves)
-    return model._replace(graphdef=graphdef, params=params, config=config)
 
 
 def search_layers(
@@ -210,7 +181,6 @@ def narrow(
     *,
     batch: int,
     work: Path,
-    resumes: bool = False,
 ) -> tuple[LoadedModel, dict[str, Any]]:
     """The model with fewer heads and neurons, and the report of what became fewer.
 
@@ -219,8 +189,8 @@ def narrow(
       narrowing: number of heads and neurons to remove.
       tokens: tokens of the calibration; None goes by the weights alone.
       batch: number of sequences that the model sees at once, at most.
-      work: directory of the progress.
-      resumes: whether each layer is kept there, so that a killed call goes on.
+      work: directory of the progress, where each layer is kept, so that a killed call
+        goes on.
 
     Returns:
       The smaller model; the report, as of `jp.shrink`, with "roles" of its groups.
@@ -228,19 +198,6 @@ def narrow(
     fn, example, groups = group_axes(model)
     roles = group_roles(groups, model.config)
     request = narrowing_request(narrowing, roles, model.config)
-    timed = None
-    if narrowing.measure == "milliseconds":
-        # Times differ from run to run: one that goes on takes what was chosen by the
-        # first, and the solved layers are of those numbers.
-        place = work / _CHOSEN
-        if not place.is_file():
-            # Which units go does not matter to the time.
-            scores = jp.scores.magnitude(model.params)
-            chosen = jp.shrink(fn, model.params, example, scores, **request).report
-            del scores
-            atomic.replace_json(place, _shares_and_times(chosen))
-        timed = read_json(place)
-        request = {"sparsity": timed["shares"]}
     if tokens is None:
         scores = jp.scores.magnitude(model.params)
         result = jp.shrink(fn, model.params, example, scores, **request)
@@ -249,19 +206,11 @@ def narrow(
         # Tokens count by their direction alone: best on real models.
         request |= {"batches": batches, "relative": True}
         request["correction"] = narrowing.correction
-        request["directory"] = work / _SOLVED if resumes else None
+        request["directory"] = work / _SOLVED
         result = jp.shrink(fn, model.params, batches[0], **request)
     report = result.report
-    if timed is not None:
-        report["milliseconds"] = timed["milliseconds"]
     small = with_smaller(model, result.params)
     return small, report_with_roles(report, groups, roles)
-
-
-def _shares_and_times(report: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = report["groups"].items()
-    shares = {name: 1 - size["after"] / size["before"] for name, size in sizes}
-    return {"shares": shares, "milliseconds": report["milliseconds"]}
 
 
 def report_with_roles(
@@ -329,17 +278,9 @@ def narrowing_request(
             "heads": narrowing.heads,
             "query heads": narrowing.query_heads,
         }
-        sparsity = {name: shares[role] for name, role in roles.items()}
-        for name, role in roles.items():
-            # Among layers with several key heads one with a single key head has units
-            # of query heads.
-            single = config.sizes(int(name.split("/")[1])).kv_heads == 1
-            if role == "heads" and single and config.kv_heads > 1:
-                sparsity[name] = narrowing.heads or narrowing.query_heads
-        request = {"sparsity": sparsity}
+        request = {"sparsity": {name: shares[role] for name, role in roles.items()}}
     else:
-        weights = {"ffn": 1.0, "heads": narrowing.heads_per_neurons}
-        groups = {n: weights[role] for n, role in roles.items() if weights.get(role)}
+        groups = {n: 1.0 for n, role in roles.items() if role in ("ffn", "heads")}
         budget, measure = narrowing.budget, narrowing.measure
         request = {"budget": {measure: budget}, "groups": groups}
         # A share of the heads is checked by the command; a budget chooses it here.
@@ -364,16 +305,13 @@ def group_roles(groups: jp.AxisGroups, config: DecoderConfig) -> dict[str, str]:
     dims = {leaf.name: leaf.parts[0] for leaf in groups.trace.leaves}
     roles = {}
     for layer in range(config.layers):
-        heads, kv_heads, neurons = config.sizes(layer)
-        if neurons and not config.experts:
+        if not config.experts:
             roles[names[root(dims[f"layers/{layer}/{_DOWN}"][0])]] = "ffn"
-        if not heads:
-            continue
         # Key heads x query heads of each x features; those of one are left out.
         inputs = root(dims[f"layers/{layer}/{_OUT}"][0])
         parts = inputs.parts or [inputs]
-        if heads > 1:
+        if config.heads > 1:
             roles[names[root(parts[0])]] = "heads"
-        if 1 < kv_heads < heads:
+        if 1 < config.kv_heads < config.heads:
             roles[names[root(parts[1])]] = "query heads"
     return roles

@@ -7,6 +7,5 @@ __all__ = [
     "layer_problem",
     "quantization",
     "sparsegpt",
-    "unit_ladder",
     "units",
 ]

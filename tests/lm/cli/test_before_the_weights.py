@@ -329,13 +329,7 @@ def shrinking(tmp_path):
     ("options", "message"),
     [
         (("0.1",), "^jaxprune shrink: a budget must be within reach, but 0.1 of"),
-        (("0.1", "--hidden", "0.5"), "0.1 is of the whole model; once all else is"),
         (("0.1", "--layers", "1"), "0.1 is of the whole model; once all else is gone"),
-        (("0.1", "--search"), "0.1 is of the whole model; once all else is gone, a"),
-        (
-            ("0.9", "--hidden", "0.5", "--search"),
-            "0.9 is met by fewer tokens or channels alone, so nothing is left to",
-        ),
     ],
 )
 def test_a_budget_that_the_shapes_forbid_is_refused(
@@ -347,9 +341,7 @@ def test_a_budget_that_the_shapes_forbid_is_refused(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "removed", [(), ("--layers", "1"), ("--drop-layers", "0"), ("--hidden", "0.5")]
-)
+@pytest.mark.parametrize("removed", [(), ("--layers", "1"), ("--drop-layers", "0")])
 def test_the_smallest_model_of_a_refusal_can_be_had(shrinking, capsys, removed):
     words, whole = shrinking
     words = [*words, *removed, "--any-perplexity", "--budget"]

@@ -1,7 +1,6 @@
 """`--plan` says what would be done and writes nothing; what a directory decides."""
 
 import json
-import math
 
 import pytest
 
@@ -14,8 +13,6 @@ pytest.importorskip("tokenizers")
 
 from jaxprune.files import atomic
 from jaxprune.lm import cli
-from jaxprune.lm.jobs import estimates
-from jaxprune.lm.measure import machine
 from jaxprune.lm.models.loaded_model import LoadedModel
 
 __all__ = ["place"]
@@ -35,7 +32,6 @@ def nothing_read_or_written(monkeypatch, place):
 
     monkeypatch.setattr(LoadedModel, "read", read)
     monkeypatch.setattr(atomic, "locked", read)
-    monkeypatch.setattr(estimates, "rate", lambda: 1e9)
     yield
     assert sorted(place.rglob("*")) == before
 
@@ -48,7 +44,6 @@ def test_the_plan_of_a_pruning_is_what_would_be_pruned(
     words += ["--method", method, "--exclude", "*.k_proj.*"]
     if method != "magnitude":
         words += ["--calibration", place / "a.txt"]
-    before = machine.peak_memory()
     code, found, _ = run(capsys, *words)
     assert code == 0
     wanted = {
@@ -61,9 +56,6 @@ def test_the_plan_of_a_pruning_is_what_would_be_pruned(
         for row in found["plan"]
     } == wanted
     assert (found["method"], found["sparsity"]) == (method, 0.5)
-    assert found["disk_bytes"] > 0
-    assert found["seconds"] > 0
-    assert found["memory_bytes"] >= before
 
 
 def test_the_plan_for_people_names_texts_and_what_is_left_alone(
@@ -147,34 +139,11 @@ def test_the_plan_of_a_shrinking_is_the_smaller_shape(
     assert "90.0% of the parameters would be left" in capsys.readouterr().out
 
 
-def test_the_plan_of_a_budget_has_what_is_known_and_speaks_of_nothing_else(
-    place, capsys, nothing_read_or_written
-):
-    words = ["shrink", place / "model", place / "out", "--budget", "0.7", "--plan"]
-    words += ["--calibration", place / "a.txt", *SMALL[:-2]]
-    # Fewer channels are asked for, whatever a search divides the rest over.
-    code, found, _ = run(capsys, *words, "--search", "--hidden", "0.25")
-    assert (code, found["plan"]) == (0, {"channels": [32, 24]})
-    assert cli.main([*map(str, words), "--unequal"]) == 0
-    assert "ones shown" not in capsys.readouterr().out
-
-
-@pytest.mark.full
-def test_the_memory_of_a_plan_is_near_what_a_run_takes(place, tmp_path, capsys):
-    words = ["prune", place / "model", tmp_path / "out", *HALF, *SMALL]
-    words += ["--calibration", place / "a.txt"]
-    planned = run(capsys, *words, "--plan")[1]["memory_bytes"]
-    code, found, _ = run(capsys, *words)
-    assert code == 0
-    assert planned / 2 < found["peak_memory_bytes"] < planned * 2
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_family_has_a_plan_of_what_inspect_calls_prunable(
-    place, tmp_path, capsys, monkeypatch, name
+    place, tmp_path, capsys, name
 ):
-    monkeypatch.setattr(estimates, "rate", lambda: 1e9)
     layers = None if name in ("llama", "gemma3") else 1
     tiny_hf.random_folder(name, tmp_path, layers=layers)
     tiny_cli.tokenizer(tmp_path)
@@ -216,29 +185,6 @@ def test_a_short_context_shortens_windows_that_nobody_asked_for(place, capsys):
     words = ["eval", place / "model", "--text", place / "a.txt", "--limit", "1"]
     code, found, _ = run(capsys, *words)
     assert (code, found["texts"]["a.txt"]["context"]) == (0, 64)
-
-
-def test_a_plan_counts_checkpoints_and_predictions_of_a_recovery(
-    place, tmp_path, capsys
-):
-    words = ["prune", place / "model", tmp_path / "out", *HALF, "--plan"]
-    words += ["--calibration", place / "a.txt", *SMALL]
-    plain, taught, kept, matrices = (
-        run(capsys, *words, *more)[1]["disk_bytes"]
-        for more in (
-            [],
-            ["--recover-steps", "5", "--recover-top", "0"],
-            ["--recover-steps", "5"],
-            ["--recover-steps", "5", "--recover-train", "matrices"],
-        )
-    )
-    size = sum(value.size for value in tiny_cli.tensors().values())
-    assert taught - plain == 2 * 12 * size
-    # 5 steps of 4 sequences of 16 tokens, of each 64 likeliest and all others.
-    assert kept - taught == 5 * 4 * 16 * (64 * 8 + 4)
-    # Then neither embedding, head nor norms are trained.
-    size -= sum(map(math.prod, tiny_cli.MATRICES.values()))
-    assert kept - matrices == 2 * 12 * size
 
 
 def test_a_text_that_is_evaluated_and_trained_on_is_told(place, tmp_path, capsys):

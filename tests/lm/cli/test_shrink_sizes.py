@@ -14,9 +14,7 @@ pytest.importorskip("tokenizers")
 
 from safetensors.numpy import save_file
 
-from jaxprune.lm.jobs import recovery
 from jaxprune.lm.models import hf
-from jaxprune.posttraining import solvers
 
 
 @pytest.fixture(scope="module")
@@ -87,34 +85,6 @@ def test_heads_that_do_not_fit_as_they_are_may_stay(odd, capsys):
     assert 32 % config["num_attention_heads"] == 0 or config["num_attention_heads"] == 6
 
 
-@pytest.mark.full
-def test_another_multiple_does_not_go_on_with_a_search(place, capsys, monkeypatch):
-    out, rows = place / "searched", place / "rows.npy"
-    words = ("--budget", 0.6, "--search", "--calibration", rows, "--length", 16)
-    words = (
-        place / "llama",
-        out,
-        *words,
-        "--sequences",
-        4,
-        "--batch",
-        2,
-        "--any-perplexity",
-    )
-
-    def dies(*_, **__):
-        raise OSError("full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hf, "write_smaller", dies)
-        assert shrink(capsys, *words, "--multiple", 4)[0] == 1
-    code, _, err = shrink(capsys, *words, "--multiple", 16)
-    assert code == 1
-    assert "another" in err
-    assert shrink(capsys, *words, "--multiple", 4)[0] == 0
-    assert config_of(out)["intermediate_size"] % 4 == 0
-
-
 def test_a_budget_is_of_the_whole_model_where_layers_go_too(place, capsys):
     words = ("--drop-layers", 1, "--budget")
     code, record, _ = shrink(capsys, place / "llama", place / "half", *words, 0.5)
@@ -124,42 +94,6 @@ def test_a_budget_is_of_the_whole_model_where_layers_go_too(place, capsys):
     code, record, _ = shrink(capsys, place / "llama", place / "most", *words, 0.95)
     assert code == 0
     assert "units" not in record
-    words = (place / "llama", place / "none", *words, 0.5, "--measure", "milliseconds")
-    code, _, err = shrink(capsys, *words)
-    assert code == 1
-    assert "give --measure flops" in err
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("solved", [False, True])
-def test_a_timed_budget_goes_on_with_what_was_chosen(
-    solved, place, capsys, monkeypatch
-):
-    out = f"timed-{solved}"
-    words = (place / "llama", place / out, "--budget", 0.7, "--length", 16)
-    words += ("--measure", "milliseconds", "--recover-steps", 2, "--any-perplexity")
-    words += ("--recover-text", place / "rows.npy")
-    words += ("--calibration", place / "rows.npy", "--sequences", 6) * solved
-    remove, calls = solvers.units.remove_from_all, []
-
-    def killed(*arguments, **options):
-        calls.append(1)
-        if solved and len(calls) == 1:  # a layer is done before
-            return remove(*arguments, **options)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        if solved:
-            patched.setattr(solvers.units, "remove_from_all", killed)
-        else:
-            patched.setattr(recovery, "recover", killed)
-        assert shrink(capsys, *words)[0] == 130
-    chosen = json.loads((place / f".{out}.work" / "units.json").read_text())
-    code, record, err = shrink(capsys, *words)
-    assert code == 0, err
-    sizes = record["units"]["groups"].items()
-    assert {n: 1 - own["after"] / own["before"] for n, own in sizes} == chosen["shares"]
-    assert record["units"]["milliseconds"] == chosen["milliseconds"]
 
 
 @pytest.mark.full

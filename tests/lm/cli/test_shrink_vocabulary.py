@@ -280,10 +280,6 @@ def test_every_family_gives_the_same_logits_at_the_tokens_that_stay(name, tmp_pa
             ("--vocab", "128", "--calibration", "a.txt", "--length", "32"),
             r"\d+ tokens must stay: added tokens, bytes",
         ),
-        (
-            ("--vocab", "320", "--budget", "0.5", "--measure", "milliseconds"),
-            "what tokens, channels, layers and experts take of a budget is counted",
-        ),
     ],
 )
 def test_bad_words_are_refused_and_nothing_is_written(words, sentence, place, capsys):

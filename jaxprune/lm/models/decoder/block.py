@@ -28,16 +28,15 @@ class Block(nnx.Module):
             return Norm(config, config.width) if present else None
 
         # Norms before attention and MLP, and behind them before they are added.
-        heads, _, neurons = config.sizes(layer)
         shared = config.block == "parallel_shared"
         self.parallel = shared or config.block == "parallel"
-        self.norm_attention = norm(pre and (heads > 0 or (shared and neurons > 0)))
-        # Both map (batch, time, width) to itself; a layer may lack either.
-        self.attention = Attention(config, layer, rngs=rngs) if heads else None
-        self.norm_mlp = norm(pre and not shared and neurons > 0)
-        self.mlp = _mlp(config, neurons, rngs)
-        self.norm_attended = norm(post and heads > 0)
-        self.norm_added = norm(post and neurons > 0)
+        self.norm_attention = norm(pre)
+        # Both map (batch, time, width) to itself.
+        self.attention = Attention(config, layer, rngs=rngs)
+        self.norm_mlp = norm(pre and not shared)
+        self.mlp = (Experts if config.experts else MLP)(config, rngs=rngs)
+        self.norm_attended = norm(post)
+        self.norm_added = norm(post)
         self.residual_scale = config.residual_scale
 
     def __call__(
@@ -50,8 +49,6 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "batch time width"], KVCache | None]:
         """Returns the residual stream after the block, and its keys and values.
 
-        Without attention these are what came in.
-
         Args:
           x: the residual stream.
           cos_sin: see `Attention`, as the three below.
@@ -61,22 +58,11 @@ class Block(nnx.Module):
         """
         before = x
         normalised = apply_norm(self.norm_attention, x)  # (batch, time, width)
-        if self.attention is not None:
-            y, kv_cache = self.attention(
-                normalised, cos_sin, mask, kv_cache, cache_length
-            )
-            x = x + scaled(apply_norm(self.norm_attended, y), self.residual_scale)
-        if self.mlp is None:
-            return x, kv_cache
+        y, kv_cache = self.attention(normalised, cos_sin, mask, kv_cache, cache_length)
+        x = x + scaled(apply_norm(self.norm_attended, y), self.residual_scale)
         if self.parallel:  # the MLP does not see what attention adds
             if self.norm_mlp is not None:
                 normalised = self.norm_mlp(before)
             return x + scaled(self.mlp(normalised), self.residual_scale), kv_cache
         y = self.mlp(apply_norm(self.norm_mlp, x))
         return x + scaled(apply_norm(self.norm_added, y), self.residual_scale), kv_cache
-
-
-def _mlp(config: DecoderConfig, neurons: int, rngs: nnx.Rngs) -> Experts | MLP | None:
-    if config.experts:
-        return Experts(config, rngs=rngs)
-    return MLP(config, rngs=rngs, neurons=neurons) if neurons else None

@@ -9,7 +9,7 @@ config.json.
 import dataclasses
 import functools
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
@@ -48,20 +48,6 @@ def check_choice(config: Any, name: str, choices: Collection[str | None]) -> Non
             f"{', '.join(map(str, choices))}, "
             f"got {getattr(config, name)!r}"
         )
-
-
-class LayerSizes(NamedTuple):
-    """The sizes of one layer.
-
-    Attributes:
-      heads: query heads; 0 where the layer has no attention.
-      kv_heads: key and value heads; 0 with them.
-      mlp_width: features inside the MLP; 0 where the layer has none.
-    """
-
-    heads: int
-    kv_heads: int
-    mlp_width: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,8 +103,6 @@ class DecoderConfig:
       position_offset: rows of the learned positions that come before the first's.
       windows: number of tokens that a token of each layer sees, itself included, None
         for all; () for all everywhere.
-      layer_sizes: sizes of each layer, which then take the place of heads, kv_heads and
-        mlp_width; () for those everywhere.
       tie_weights: whether the output head is the token embedding.
       embedding_scale: factor on the embedding.
       embedding_scale_rounded: whether that factor is rounded to `dtype` itself.
@@ -171,8 +155,6 @@ class DecoderConfig:
     rope_of: tuple[int | None, ...] = ()
     position_offset: int = 0
     windows: tuple[int | None, ...] = ()
-    # Layers of different sizes.
-    layer_sizes: tuple[LayerSizes, ...] = ()
     # Embedding and head.
     tie_weights: bool = False
     embedding_scale: float = 1.0
@@ -197,8 +179,6 @@ class DecoderConfig:
             schemes=len(schemes),
             rope_of_entries=len(self.rope_of),
             windows_entries=len(self.windows),
-            layer_sizes_entries=len(self.layer_sizes),
-            uneven=next((s for s in self.layer_sizes if not _fits(s)), None),
             shortest_window=min((w for w in self.windows if w is not None), default=1),
             unknown_rope=next(
                 (i for i in self.rope_of if i is not None and i not in schemes), None
@@ -229,23 +209,9 @@ class DecoderConfig:
         index = self.rope_of[layer] if self.rope_of else 0
         return None if index is None else self.ropes[index]
 
-    def sizes(self, layer: int) -> LayerSizes:
-        """The sizes of a layer."""
-        if self.layer_sizes:
-            return self.layer_sizes[layer]
-        return LayerSizes(self.heads, self.kv_heads, self.mlp_width)
-
     def window(self, layer: int) -> int | None:
         """How many tokens a token sees in a layer; None for all."""
         return self.windows[layer] if self.windows else None
-
-
-def _fits(sizes: LayerSizes) -> bool:
-    """Whether key heads serve as many query heads each, or there are neither."""
-    heads, kv_heads, mlp_width = sizes
-    if min(sizes) < 0 or not kv_heads:
-        return max(heads, kv_heads) == 0 <= mlp_width
-    return heads >= kv_heads and heads % kv_heads == 0
 
 
 def _has_entries(name: str, values: Any) -> bool:
@@ -282,18 +248,7 @@ _RULES = (
             f"DecoderConfig needs {name} to have one entry for each of the {{layers}} "
             f"layers, got {{{name}_entries}}",
         )
-        for name in ("rope_of", "windows", "layer_sizes")
-    ),
-    Rule(
-        lambda v: v.uneven is None,
-        "DecoderConfig needs the heads of a layer to be divisible by its kv_heads, or "
-        "both to be 0, and no negative size, got {uneven}",
-    ),
-    Rule(
-        lambda v: not (v.layer_sizes and v.experts),
-        "DecoderConfig has layers of different sizes without experts only, got "
-        "experts={experts}",
-        "leave layer_sizes out",
+        for name in ("rope_of", "windows")
     ),
     Rule(
         lambda v: v.shortest_window >= 1,

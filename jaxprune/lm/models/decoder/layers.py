@@ -141,7 +141,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs):
         """Makes the matrices; `rngs` is read, not kept."""
-        self.heads, self.kv_heads, _ = config.sizes(layer)
+        self.heads, self.kv_heads = config.heads, config.kv_heads
         q_width, kv_width = (
             heads * config.head_dim for heads in (self.heads, self.kv_heads)
         )

@@ -163,7 +163,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def on_one_device(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
     """The sharding of a leaf that nothing splits: the default device."""
-    return jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
+    return jnp.zeros(()).sharding
 
 
 def split_over(mesh: jax.sharding.Mesh, axes: Sequence[str] | None = None) -> Shardings:

@@ -1,8 +1,7 @@
-"""A model with fewer tokens, channels, layers, experts, heads, neurons: a directory.
+"""A model with fewer tokens, layers, experts, heads, neurons: a directory.
 
 What parameters became smaller decides what config.json says (`smaller_config`): all
-layers must have the same sizes, since that is what a configuration can hold, unless it
-says the sizes of each in `block_configs`.
+layers must have the same sizes, since that is what a configuration can hold.
 """
 
 import dataclasses
@@ -24,12 +23,11 @@ from jaxprune.arrays.rules import Rule
 from jaxprune.lm.checkpoints import new_weights
 from jaxprune.lm.checkpoints.checkpoint_dir import CONFIG, open_directory
 from jaxprune.lm.checkpoints.directory_writer import Finish
-from jaxprune.lm.models.decoder.config import DecoderConfig, LayerSizes
+from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf import families
-from jaxprune.lm.models.hf.block_configs import NAME, layer_sizes_of
 from jaxprune.lm.models.hf.loading import abstract
 from jaxprune.lm.models.hf.parameters import leaf_shapes
-from jaxprune.lm.models.hf.smaller_config import smaller_config, with_width
+from jaxprune.lm.models.hf.smaller_config import smaller_config
 from jaxprune.lm.models.hf.smaller_tensors import name_before, new_tensors
 from jaxprune.lm.models.hf.tensor_names import Source
 
@@ -116,7 +114,6 @@ def keep_layers(
         layers=len(kept),
         rope_of=tuple(config.rope_of[i] for i in kept) if config.rope_of else (),
         windows=tuple(config.windows[i] for i in kept) if config.windows else (),
-        layer_sizes=tuple(map(config.sizes, kept)) if config.layer_sizes else (),
     )
     named = tree.named_leaves(params)
     model = abstract(small)
@@ -217,11 +214,11 @@ def keep_tokens(
 
 
 def changed_axes(before: DecoderConfig, after: DecoderConfig) -> dict[str, int]:
-    """The axis that becomes smaller of each leaf that has one: of tokens, of channels.
+    """The axis that becomes smaller of each leaf that has one.
 
     Args:
       before: shape of a decoder.
-      after: shape of the same decoder with fewer tokens, or of a smaller width.
+      after: shape of the same decoder with fewer tokens.
 
     Returns:
       Leaf name to axis.
@@ -242,8 +239,7 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
       params: parameters that it has now.
 
     Returns:
-      The shape with other `vocab_size`, `experts`, `heads`, `kv_heads` and `mlp_width`;
-      one with `layer_sizes` keeps the latter three, and has other sizes there.
+      The shape with other `vocab_size`, `experts`, `heads`, `kv_heads` and `mlp_width`.
 
     Raises:
       ValueError: layers have different sizes, or no such decoder has the shapes of the
@@ -263,18 +259,12 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
       True
     """
     shapes_now = {name: leaf.shape for name, leaf in tree.named_leaves(params).items()}
-    sizes = [
-        layer_sizes_of(config, shapes_now, layer) for layer in range(config.layers)
-    ]
-    new: dict[str, Any] = {"vocab_size": shapes_now[EMBEDDING][0]}
-    if config.layer_sizes:
-        new["layer_sizes"] = tuple(LayerSizes(**size) for size in sizes)
-    else:
-        different = next((i for i, size in enumerate(sizes) if size != sizes[0]), 0)
-        rules.check(
-            _SIZES, layer=different, first=sizes[0], size=sizes[different], **sizes[0]
-        )
-        new |= sizes[0]
+    sizes = [_layer_sizes(config, shapes_now, layer) for layer in range(config.layers)]
+    different = next((i for i, size in enumerate(sizes) if size != sizes[0]), 0)
+    rules.check(
+        _SIZES, layer=different, first=sizes[0], size=sizes[different], **sizes[0]
+    )
+    new: dict[str, Any] = {"vocab_size": shapes_now[EMBEDDING][0], **sizes[0]}
     small = dataclasses.replace(config, **new)
     expected = leaf_shapes(abstract(small))
     wrong = [name for name in expected if expected[name] != shapes_now.get(name)]
@@ -300,14 +290,12 @@ def write_smaller(
     Args:
       source: directory that the model was loaded from.
       directory: path of the new one.
-      params: smaller parameters, of `jp.shrink`, `keep_tokens`, `keep_channels`,
-        `keep_layers`, `keep_experts` or all of them.
+      params: smaller parameters, of `jp.shrink`, `keep_tokens`, `keep_layers`,
+        `keep_experts` or all of them.
       names: tensor that each leaf came from, as `load` returned it.
       kept: numbers of the layers that stayed, all if left out.
       settings: name of a JSON file to its content, None where it is left out; of
-        config.json the one that the sizes are put into, of each layer where it has
-        `block_configs`, and whose hidden_size says how many channels `keep_channels`
-        left. Others are copied.
+        config.json the one that the sizes are put into. Others are copied.
       ignore_config: attributes of config.json that `load` was told not to look at.
       provenance: facts of how it was made, JSON-able, for jaxprune.json.
       overwrite: whether an earlier result may be replaced.
@@ -324,16 +312,9 @@ def write_smaller(
     opened, settings = open_directory(source), dict(settings or {})
     checkpoint_config = settings.pop(CONFIG, None) or opened.config
     config_before = families.decoder_config(opened.config, ignore_config=ignore_config)
-    if NAME in checkpoint_config and not config_before.layer_sizes:
-        by_layer = tuple(map(config_before.sizes, range(config_before.layers)))
-        config_before = dataclasses.replace(config_before, layer_sizes=by_layer)
     kept = list(range(config_before.layers)) if kept is None else list(kept)
     # The shape by the layers alone; the parameters say the rest.
     fewer_layers, _ = keep_layers(config_before, _state(abstract(config_before)), kept)
-    # Said by name: cut by `jp.shrink`, a stream would need the divisor of before.
-    named = {k: v for k, v in opened.config.items() if k == "hidden_size"}
-    width = checkpoint_config.get("hidden_size", config_before.width)
-    fewer_layers = with_width(fewer_layers, width)
     matches = [re.match(r"layers/(\d+)/", name) for name in tree.names(params)]
     layers = {int(match[1]) for match in matches if match}
     rules.check(
@@ -345,7 +326,7 @@ def write_smaller(
     )
     config_now = resized(fewer_layers, params)
     config = smaller_config(
-        {**checkpoint_config, **named}, config_now, kept, ignore_config=ignore_config
+        checkpoint_config, config_now, kept, ignore_config=ignore_config
     )
     return new_weights.write_new_weights(
         opened,
@@ -357,6 +338,23 @@ def write_smaller(
         overwrite=overwrite,
         finish=finish,
     )
+
+
+def _layer_sizes(
+    config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]], layer: int
+) -> dict[str, int]:
+    """Heads, key heads, neurons and experts of a layer by the shapes of its leaves."""
+    attention = f"layers/{layer}/attention"
+    heads = shapes[f"{attention}/out/kernel"][0] // config.head_dim
+    if config.fused:
+        qkv = shapes[f"{attention}/qkv/kernel"][1] // config.head_dim
+        kv_heads = (qkv - heads) // 2
+    else:
+        kv_heads = shapes[f"{attention}/k/kernel"][1] // config.head_dim
+    # [experts,] in, out.
+    *experts, mlp_width, _ = shapes[f"layers/{layer}/mlp/down/kernel"]
+    sizes = {"heads": heads, "kv_heads": kv_heads, "mlp_width": mlp_width}
+    return {**sizes, "experts": experts[0]} if experts else sizes
 
 
 def _state(model: Any) -> Any:

@@ -5,13 +5,11 @@ and so is one that transformers does not take.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf import families
-from jaxprune.lm.models.hf.block_configs import NAME, block_configs
 
 
 def smaller_config(
@@ -49,15 +47,12 @@ def smaller_config(
     kept = range(shape_before.layers) if kept is None else kept
     new = dict(config)
     resized = families.find_family(config).resized
-    # Every family that can lose them has tokens and channels under one name.
-    common = {"vocab_size": "vocab_size", "width": "hidden_size"}
-    for field, name in {**resized, **common}.items():
+    # Every family that can lose tokens has their number under one name.
+    for field, name in {**resized, "vocab_size": "vocab_size"}.items():
         size = getattr(shape, field)
         if size != getattr(shape_before, field) or field == "head_dim":
             new |= {twin: size for twin in families.TWINS.get(name, ()) if twin in new}
             new[name] = size
-    if shape.layer_sizes:
-        new[NAME] = block_configs(shape)
     if len(kept) != shape_before.layers:
         new |= _layerwise(config, shape, kept)
     try:
@@ -69,10 +64,9 @@ def smaller_config(
         fields = [f.name for f in dataclasses.fields(read_back)]
         wrong = [f for f in fields if getattr(read_back, f) != getattr(shape, f)]
         raise ValueError(_cannot_say(config, f"it would change {', '.join(wrong)}"))
-    fit = heads_that_fit(config, with_width(shape_before, shape.width))
+    fit = heads_that_fit(config, shape_before)
     # What the model was before, it may stay.
-    unchanged = (shape.width, shape.heads) == (shape_before.width, shape_before.heads)
-    if shape.heads not in fit and not unchanged:
+    if shape.heads not in (*fit, shape_before.heads):
         fewer = " or ".join(str(n) for n in fit if n < shape_before.heads)
         raise ValueError(
             f"transformers takes a {config['model_type']} model only where "
@@ -80,31 +74,6 @@ def smaller_config(
             f"{fewer or 'all of them'}"
         )
     return new
-
-
-def with_width(config: DecoderConfig, width: int) -> DecoderConfig:
-    """The shape of a decoder with a residual stream of another width.
-
-    Args:
-      config: shape of the decoder.
-      width: number of channels.
-
-    Returns:
-      The shape; an embedding that is scaled by the square root of the width, as
-      Gemma's, is scaled by that of the new one.
-
-    Example:
-      >>> config = DecoderConfig(
-      ...     vocab_size=65, context=32, layers=1, width=16, heads=2, kv_heads=2,
-      ...     head_dim=8, mlp_width=32, embedding_scale=4.0,
-      ... )
-      >>> with_width(config, 9).embedding_scale
-      3.0
-    """
-    scale = config.embedding_scale
-    if scale == math.sqrt(config.width):
-        scale = math.sqrt(width)
-    return dataclasses.replace(config, width=width, embedding_scale=scale)
 
 
 def heads_that_fit(config: Mapping[str, Any], shape: DecoderConfig) -> list[int]:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from jaxprune.arrays.rules import refusal
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf import rope_config
-from jaxprune.lm.models.hf.block_configs import read_layer_sizes
 from jaxprune.lm.models.hf.config_reader import IGNORED, MISSING, ONLY, Attributes
 
 Fields = dict[str, Any]
@@ -161,8 +160,6 @@ class Family:
         """
         attributes = Attributes(config)
         fields = self.fields(attributes)
-        if self.shape is DecoderConfig:
-            fields["layer_sizes"] = read_layer_sizes(attributes, fields)
         attributes.rest(ignored=IGNORED, only={**ONLY, **self.only})
         if attributes.problems:
             raise refusal(
