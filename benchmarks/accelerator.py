@@ -4,9 +4,10 @@
 
 Each runs in a process of its own, on the devices that JAX finds: training steps of a
 GPT with trackers and with masks that are chosen inside them, the optimizer's step
-alone, and the solvers on the matrices of a layer of a 7 B Llama. The JSON lines that a benchmark prints become a file in a folder named after the
-device. A run that was stopped continues with the benchmarks whose files are missing. A
-benchmark that fails is named, and the others still run.
+alone, and the solvers on the matrices of a layer of a 7 B Llama. The JSON lines that a
+benchmark prints become a file in a folder named after the device. A run that was
+stopped continues with the benchmarks whose files are missing. A benchmark that fails is
+named, and the others still run.
 """
 
 import dataclasses

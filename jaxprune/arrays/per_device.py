@@ -76,10 +76,6 @@ class PerDevice:
         """What the first `count` devices have, (count, ...), whole on every device."""
         return _first(tree, count=count, sharding=self.whole)
 
-    def item(self, tree: Any, number: int) -> Any:
-        """What a device has of stacked arrays, on this process's first device alone."""
-        return self.local(_item(tree, np.int32(number), where=self.whole))
-
     def local(self, tree: Any) -> Any:
         """Arrays that are whole on every device, on this process's first alone."""
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
@@ -153,12 +149,6 @@ def put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 def _first(tree: Any, *, count: int, sharding: jax.sharding.Sharding) -> Any:
     part = jax.tree.map(lambda stack: stack[:count], tree)
     return jax.lax.with_sharding_constraint(part, sharding)
-
-
-@functools.partial(jax.jit, static_argnames="where")
-def _item(tree: Any, number: jax.Array, *, where: jax.sharding.Sharding) -> Any:
-    part = jax.tree.map(lambda stack: stack[number], tree)
-    return jax.lax.with_sharding_constraint(part, where)
 
 
 def _only(stack: jax.Array) -> jax.Array:

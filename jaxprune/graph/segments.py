@@ -18,7 +18,7 @@ import numpy as np
 from jaxprune.graph import program as program_
 from jaxprune.graph.linear_ops import LinearOp, Trace
 from jaxprune.graph.operands import Input
-from jaxprune.graph.program import Fixed, Program, Subgraph
+from jaxprune.graph.program import Program, Subgraph
 
 _TABLE = 2**24  # bytes: larger tables are computed again for each batch
 
@@ -41,16 +41,12 @@ class Segment:
     later: frozenset[int]
 
 
-def cut_at_inputs(
-    trace: Trace, linear_ops: Sequence[LinearOp], *, outputs: bool = False
-) -> list[Segment]:
+def cut_at_inputs(trace: Trace, linear_ops: Sequence[LinearOp]) -> list[Segment]:
     """The segments of a program, in order; each computes what none before it has.
 
     Args:
       trace: the program.
       linear_ops: the linear ops whose inputs end a segment.
-      outputs: whether what the program's results need is handed on as well; else the
-        input of the last linear op ends all.
 
     Returns:
       A segment for each input that ends one, in the order of the program.
@@ -71,11 +67,6 @@ def cut_at_inputs(
         inputs = program_.subgraph(flat, steps, source).inputs
         uses.append({n for n in inputs if n in flat.varying})
         known |= _computed(flat, steps) & flat.varying
-    if outputs:
-        results = _results(flat)
-        steps = program_.steps_to(flat, results, known.__contains__)
-        inputs = program_.subgraph(flat, steps, sorted(results)).inputs
-        uses.append({n for n in inputs if n in flat.varying})
 
     # Second pass, now that all uses are known: what each segment hands on.
     segments = []
@@ -87,36 +78,6 @@ def cut_at_inputs(
         part = program_.subgraph(flat, positions[k], sorted(values))
         segments.append(Segment(ops[0].source, tuple(ops), part, later))
     return segments
-
-
-def block_subgraph(
-    trace: Trace, segments: Sequence[Segment], numbers: range
-) -> Subgraph:
-    """All that is done with the weights of some segments, as one program.
-
-    It begins with what the first segment hands on, its input included, and ends with
-    what the segment after the last computes for later ones; behind the last segment of
-    all, with the program's results. The segments must be cut with `outputs=True`.
-
-    Args:
-      trace: the program.
-      segments: all of it, in order.
-      numbers: range of segments, a layer's say.
-
-    Returns:
-      The steps, from those activations, leaves, slices of leaves and tables.
-    """
-    flat = trace.program
-    before = _handed_on(flat, segments[: numbers.start + 1])
-    if numbers.stop < len(segments):
-        results = _handed_on(flat, segments[: numbers.stop + 1])
-        results |= {*segments[numbers.stop].source.values}
-    else:
-        results = _results(flat)
-    results = results - before
-    known = _inputs_of_every_segment(trace) | before
-    positions = program_.steps_to(flat, results, known.__contains__)
-    return program_.subgraph(flat, positions, sorted(results))
 
 
 def layer_ranges(segments: Sequence[Segment]) -> list[range]:
@@ -167,18 +128,6 @@ def _inputs_of_every_segment(trace: Trace) -> set[int]:
     flat = trace.program
     numbers = {*flat.leaves, *flat.batch, *flat.closed_over, *_tables(flat)}
     return numbers | {n for n, v in trace.views.items() if v.sliced and not v.cast}
-
-
-def _handed_on(flat: Program, segments: Sequence[Segment]) -> set[int]:
-    """The activations that there are behind some segments, and that are needed yet."""
-    steps = [step for segment in segments for step in segment.subgraph.steps]
-    made = {*flat.batch, *(n for step in steps for n in step.outputs)}
-    return made & segments[-1].later
-
-
-def _results(flat: Program) -> set[int]:
-    """The program's results that depend on the batch."""
-    return {n for n in flat.outputs if not isinstance(n, Fixed)} & flat.varying
 
 
 def _computed(flat: Program, positions: set[int]) -> set[int]:

@@ -10,8 +10,6 @@ __all__ = [
     "progress",
     "prune_trained",
     "pruner",
-    "refined_values",
-    "refiner",
     "relative_error",
     "shrink",
     "solve_weight",

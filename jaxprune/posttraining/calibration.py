@@ -13,7 +13,6 @@ from jaxprune import leaves
 from jaxprune.arrays.per_device import PerDevice, in_groups
 from jaxprune.posttraining.pipeline import preparation
 from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
-from jaxprune.posttraining.pipeline.segment_job import SegmentJob
 from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
 from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
 from jaxprune.posttraining.pipeline.sums import Sums
@@ -74,7 +73,9 @@ def calibrate(
             )
         program = programs[signature]
         pipeline = SequentialPipeline(program, list(group), positions, sums)
-        SegmentJob(pipeline).run("calibrating", progress=False)
+        for number in range(len(program.segments)):
+            pipeline.observe(range(number, number + 1))
+            program.release(number)
     if not programs:
         raise ValueError("calibrate needs at least one batch, got none")
     return sums.finish_all()

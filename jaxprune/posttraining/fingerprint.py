@@ -49,8 +49,8 @@ def of_arrays(tree: Any) -> str:
 
 
 def of_program(program: SegmentedProgram) -> str:
-    """SHA-256 of what segments and blocks compute, the same in every process."""
-    parts = [*(segment.subgraph for segment in program.segments), *program.blocks]
+    """SHA-256 of what segments compute, the same in every process."""
+    parts = [segment.subgraph for segment in program.segments]
     keys = "\n".join(repr(part.key) for part in parts)
     # A function among a primitive's parameters is written with its address.
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", keys).encode())

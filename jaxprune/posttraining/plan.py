@@ -65,7 +65,6 @@ class Plan(NamedTuple):
             "allocation": repr(self.rule),
             "removed": self.removed,
             "correction": self.chain.correction,
-            "refine": self.chain.refinement and repr(self.chain.refinement),
             "quantization": levels and repr(levels),
             "other_passes": [repr(step) for step in self.chain.others],
         }

@@ -18,7 +18,7 @@ from jaxprune.arrays import tree
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.per_device import PerDevice
 from jaxprune.arrays.rules import Rule, check
-from jaxprune.posttraining import fingerprint, refined_values
+from jaxprune.posttraining import fingerprint
 from jaxprune.posttraining import plan as plans
 from jaxprune.posttraining.calibration import calibrate
 from jaxprune.posttraining.fingerprint import Fingerprint
@@ -30,7 +30,7 @@ from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
 from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
 from jaxprune.posttraining.pipeline.sums import Sums
 from jaxprune.posttraining.progress import ProgressLog
-from jaxprune.posttraining.pruner import Pruner
+from jaxprune.posttraining.pruner import prune_segments
 from jaxprune.typing import Params, PrunableLike
 
 
@@ -49,9 +49,7 @@ class PruneResult(NamedTuple):
         of its matrices were pruned by magnitude, because their input was zero in all
         samples or fewer than 16 samples reached an expert. With a correction the error
         is that against the dense model's output, so it includes what earlier weights
-        lost. With a refinement, "refined" has a row for each block: its weights, the
-        leaves that were trained, and the loss on held-out batches before training,
-        after each pass, of the values that were kept, and after these were quantized.
+        lost.
     """
 
     params: Params
@@ -87,7 +85,7 @@ def prune_trained(
         iterator's batches are freed once they are used.
       method: "magnitude", "wanda", "ria", "sparsegpt", "alps"; or a pass of
         `jp.passes` such as `jp.passes.sparsegpt(0.5, pattern="2:4")`; or several with
-        `jp.passes.chain`, which also corrects, refines and quantizes.
+        `jp.passes.chain`, which also corrects and quantizes.
       prunable: function of a leaf's name and the leaf to whether it may be pruned.
       positions: function of a batch to booleans of the samples' shape, (batch, time)
         say: which positions count. None counts all, BOS too.
@@ -136,14 +134,9 @@ def prune_trained(
     chain = as_chain(method, settings)
     devices = None if mesh is None else PerDevice.of(mesh)
     batches = preparation.check_batches(batches, "prune_trained", devices)
-    if chain.refinement is not None:
-        chain.refinement.split(len(batches))
     if devices is not None:
         check(_MESH, explicit=listed(_on_explicit_axes(params)))
-    outputs = "outputs" in chain.observes
-    program = preparation.prepare(
-        fn, params, batches[0], prunable, outputs=outputs, devices=devices
-    )
+    program = preparation.prepare(fn, params, batches[0], prunable, devices=devices)
     prints = _checked_leaves(program, donate=donate)
     plan = plans.make_plan(
         program,
@@ -160,32 +153,21 @@ def prune_trained(
         devices=devices,
     )
     pipeline = SequentialPipeline(program, batches, positions, sums)
-    if chain.refinement is not None:
-        refined_values.check_refinable(chain.refinement, program, pipeline.counted)
     facts = plan.facts() | _calibration_facts(pipeline) | {"calibration": calibration}
     log = None
     if directory is not None:
         job = fingerprint.of_job(program, pipeline.counted, prints)
         log = ProgressLog(Path(directory), {**facts, **job})
-    pruner = Pruner(plan, pipeline, log, donate=donate)
-    pruner.run("pruning", progress=progress)
-    pruned = jax.tree.unflatten(jax.tree.structure(params), program.leaves.all)
-    return PruneResult(pruned, {**facts, **_results(program, pruner, started)})
-
-
-def _results(
-    program: SegmentedProgram, pruner: Pruner, started: float
-) -> dict[str, Any]:
-    """What the report says of a job that has ended."""
-    rows = pruner.rows
-    return {
+    rows = prune_segments(plan, pipeline, log, donate=donate, progress=progress)
+    results = {
         "programs": program.programs,
         "achieved": sum(r["zeros"] for r in rows) / sum(r["size"] for r in rows),
         "seconds": time.perf_counter() - started,
         "unseen": dict(program.trace.unseen),
         "weights": rows,
-        "refined": pruner.refined,
     }
+    pruned = jax.tree.unflatten(jax.tree.structure(params), program.leaves.all)
+    return PruneResult(pruned, facts | results)
 
 
 def _checked_leaves(

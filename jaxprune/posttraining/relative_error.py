@@ -1,7 +1,6 @@
-"""How far outputs are from those of the dense model: of a weight, and of a block."""
+"""How far a weight's outputs are from those of the dense model."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,9 +11,6 @@ from jaxtyping import Array, Bool, Float
 from jaxprune.arrays import grouped_rows, placement
 from jaxprune.graph.operands import Input
 
-# This share of the usual token's squared norm is added to each token's squared norm,
-# since a token of zeros has no relative error.
-_FLOOR = 1e-3
 # Samples that a weight's error is measured on.
 _SAMPLES = 256
 
@@ -86,44 +82,3 @@ def _outputs(
     of_rows = grouped_rows.of_rows(source.shape[1], value[1])[::step][:_SAMPLES]
     sizes = jnp.bincount(of_rows, length=source.shape[0])
     return grouped_rows.dot(x[0], weight, sizes)
-
-
-def block_error(
-    results: Sequence[jax.Array],
-    targets: Sequence[jax.Array],
-    counted: jax.Array | None,
-) -> Float[Array, ""]:
-    """|y - target|^2 / (|target|^2 + floor), the mean over tokens, then over arrays.
-
-    The floor is 1e-3 of the squared norm that tokens usually have.
-
-    Args:
-      results: outputs of the pruned block, arrays (tokens..., features).
-      targets: outputs of the dense block, arrays of the same shapes.
-      counted: tokens that count, booleans, in the arrays that begin with its shape.
-
-    Returns:
-      Float32 scalar.
-    """
-    pairs = zip(results, targets, strict=True)
-    errors = [_token_error(result, target, counted) for result, target in pairs]
-    return jnp.mean(jnp.stack(errors))
-
-
-def _token_error(
-    result: jax.Array, target: jax.Array, counted: jax.Array | None
-) -> Float[Array, ""]:
-    y, t = (jnp.atleast_1d(x).astype(np.float32) for x in (result, target))
-    share: Any = np.float32(1)
-    if counted is not None and y.shape[: counted.ndim] == counted.shape:
-        # Selected, not multiplied: what does not count may be NaN.
-        # (tokens..., 1)
-        mask = counted.reshape(counted.shape + (1,) * (y.ndim - counted.ndim))
-        y, t = jnp.where(mask, y, 0), jnp.where(mask, t, 0)
-        share = jnp.mean(counted, dtype=np.float32)
-    apart, size = (jnp.sum(jnp.square(x), axis=-1) for x in (y - t, t))  # (tokens...)
-    # By the fourth root of the square, which a few massive tokens do not move much; of
-    # the tokens that count, the others being zeros here.
-    usual = (jnp.mean(jnp.sqrt(jnp.sqrt(size))) / share) ** 4
-    floor = _FLOOR * usual + np.finfo(np.float32).tiny
-    return jnp.mean(apart / (size + floor)) / share

@@ -25,7 +25,7 @@ from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipelin
 from jaxprune.posttraining.pipeline.sums import Sums
 from jaxprune.posttraining.progress import ProgressLog
 from jaxprune.posttraining.solvers import layer_problem
-from jaxprune.posttraining.unit_remover import UnitRemover
+from jaxprune.posttraining.unit_remover import Removal, remove_units
 from jaxprune.structured import choice, cut
 from jaxprune.structured import shrink as parts
 from jaxprune.structured.shrink import Budget, Rules, ShrinkResult, Sizes
@@ -238,12 +238,11 @@ def _solved(
         facts |= {"correction": float(correction), "calibration": calibration}
         job = fingerprint.of_job(program, pipeline.counted, {})
         log = ProgressLog(Path(directory), {**facts, **job})
-    remover = UnitRemover(
-        consumers, lost, pipeline, log, damping=damping, correction=correct
-    )
-    remover.run("shrinking", progress=settings.get("progress", True))
+    removal = Removal(consumers, lost, damping, correct)
+    shown = settings.get("progress", True)
+    kept, rows = remove_units(removal, pipeline, log, progress=shown)
     params = jax.tree.unflatten(jax.tree.structure(params), leaves.all)
-    return _Solved(params, remover.kept, remover.rows)
+    return _Solved(params, kept, rows)
 
 
 RULES = [

@@ -17,16 +17,13 @@ from jaxtyping import Array, Bool, Float
 
 from jaxprune.arrays import placement
 from jaxprune.arrays.per_device import PerDevice, in_groups
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.linear_ops import LinearOp
-from jaxprune.masking import patterns
 from jaxprune.posttraining import old_zeros
 from jaxprune.posttraining.old_zeros import Pruned
-from jaxprune.posttraining.passes.base import Matrix, Pass
+from jaxprune.posttraining.passes.base import Matrix
 from jaxprune.posttraining.passes.chaining import Chain
 from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
 from jaxprune.posttraining.plan import Plan
-from jaxprune.posttraining.solvers.layer_problem import Solution
 from jaxprune.typing import Pattern
 
 # An expert that was given fewer tokens is pruned by magnitude: so few say too little of
@@ -227,59 +224,6 @@ def _correcting(devices: PerDevice, chain: Chain) -> Any:
     return devices.compiled(correct, (True, False, False))
 
 
-def settle_weight(
-    plan: Plan,
-    op: LinearOp,
-    weight: Float[Array, "batch in out"],
-    statistics: InputStatistics | None,
-) -> Float[Array, "batch in out"]:
-    """A refined weight on its levels; its zeros stay zeros.
-
-    Args:
-      plan: what is done to which weight.
-      op: the linear op.
-      weight: the weight, on one device.
-      statistics: statistics that it was pruned by, there too; None for nearest levels.
-
-    Returns:
-      The weight, in its dtype.
-
-    Raises:
-      ValueError: a Hessian could not be factorised.
-    """
-    step, damping = plan.chain.quantizing, plan.chain.pruning.damping
-    program = functools.partial(_settled, step=step, damping=damping)
-    hessian = None if statistics is None else statistics.hessian
-    settled = [
-        placement.automatic(program, weight, hessian, np.int32(i))
-        for i in range(len(plan.kept[op.name]))
-    ]
-    used = [float(amount) for _, amount in settled]
-    check(FACTORISED, name=op.name, damping=used, also="")
-    new = [matrix for matrix, _ in settled]
-    return new[0] if len(new) == 1 else jnp.concatenate(new)
-
-
-@functools.partial(jax.jit, static_argnames=("step", "damping"))
-def _settled(
-    weight: Float[Array, "batch in out"],
-    hessians: Float[Array, "batch in in"] | None,
-    i: jax.Array,
-    *,
-    step: Pass,
-    damping: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Matrix i of a weight on its levels (1, in, out), and the damping used."""
-    wide = weight[i].astype(np.float32)  # (in, out)
-    hessian = None if hessians is None else hessians[i]
-    zero = jnp.zeros((), np.float32)
-    square = jnp.zeros(len(wide), np.float32)  # which levels do not depend on
-    kept, pattern = jnp.zeros((), np.uint32), patterns.Unstructured()
-    matrix = Matrix(wide, square, hessian, kept, pattern, step.quantization)
-    solution = step.settle(matrix, Solution(wide, wide != 0, zero), damping)
-    return solution.weight.astype(weight.dtype)[None], solution.damping
-
-
 def _is_corrected(chain: Chain, statistics: InputStatistics) -> bool:
     """Whether a matrix makes up for those before it."""
     return statistics.drift is not None and "drift" in chain.observes
@@ -294,7 +238,8 @@ def _row(
 ) -> dict[str, Any]:
     """A weight's row of the report, of each matrix' zeros and damping."""
     damping = [float(used) for _, used in matrices]
-    check(FACTORISED, name=op.name, damping=damping, also=", or use the method wanda")
+    for used in damping:
+        check_factorised(op.name, used, also=", or use the method wanda")
     row = {
         "name": op.name,
         "shape": list(op.shape),
@@ -309,15 +254,14 @@ def _row(
     return row
 
 
-FACTORISED = [
-    Rule(
-        lambda v: np.isfinite(v.damping).all(),
-        "the Hessian of '{name}' must be positive definite, but could not be "
-        "factorised with any damping",
-        "give more or other calibration batches, run the model in float32{also}",
-    )
-]
-"""That a solver found some damping; infinite where none helped."""
+def check_factorised(name: str, damping: float, *, also: str = "") -> None:
+    """Refuses a damping that is infinite, as it is where none helped."""
+    if not np.isfinite(damping):
+        raise ValueError(
+            f"the Hessian of '{name}' must be positive definite, but could not be "
+            "factorised with any damping; give more or other calibration batches, run "
+            f"the model in float32{also}"
+        )
 
 
 def _unreached(chain: Chain, statistics: InputStatistics) -> list[int]:

@@ -23,21 +23,18 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxprune.arrays import placement
-from jaxprune.arrays.rules import Rule, check
+from jaxprune.arrays.console_progress import Progress
 from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.posttraining import relative_error
 from jaxprune.posttraining.passes.correction import Correct
 from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
-from jaxprune.posttraining.pipeline.segment_job import Observed, SegmentJob
 from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
+from jaxprune.posttraining.pipeline.through_segments import through_segments
 from jaxprune.posttraining.pipeline.weight_store import WeightStore
 from jaxprune.posttraining.progress import ProgressLog
-from jaxprune.posttraining.solve_weight import FACTORISED
+from jaxprune.posttraining.solve_weight import check_factorised
 from jaxprune.posttraining.solvers import units
 from jaxprune.posttraining.unit_rows import Consumer
-
-UNCORRECTED = Correct(0.0)
-"""Nothing that the groups before lost is made up for."""
 
 
 class _Inputs(NamedTuple):
@@ -56,174 +53,170 @@ class _Inputs(NamedTuple):
     dense: Any
 
 
-class UnitRemover(SegmentJob):
-    """The weights of the groups' consumers on the way to their smaller values.
+class Removal(NamedTuple):
+    """How units are removed.
 
     Attributes:
-      kept: group name to the units that are kept, of groups that were handled.
-      rows: a row of the report for each updated weight.
+      consumers: group name to the matrices that its units go out by.
+      lost: group name to the number of units that it loses.
+      damping: share of the Hessian's mean diagonal that is added to its diagonal.
+      correction: what a matrix makes up for of what the groups before lost.
     """
 
-    def __init__(
-        self,
-        consumers: Mapping[str, Sequence[Consumer]],
-        lost: Mapping[str, int],
-        pipeline: SequentialPipeline,
-        log: ProgressLog | None,
-        *,
-        damping: float,
-        correction: Correct = UNCORRECTED,
-    ) -> None:
-        """Begins before the first segment, and reads what the log holds already.
+    consumers: Mapping[str, Sequence[Consumer]]
+    lost: Mapping[str, int]
+    damping: float
+    correction: Correct = Correct(0.0)
 
-        Args:
-          consumers: group name to the matrices that its units go out by.
-          lost: group name to the number of units that it loses.
-          pipeline: all batches, whose sums have Hessians and what the correction
-            observes, before a program that is cut at the inputs of all uses of the
-            consumers.
-          log: log of what is done, or None.
-          damping: share of the Hessian's mean diagonal that is added to its diagonal.
-          correction: what a matrix makes up for of what the groups before lost.
-        """
-        super().__init__(pipeline)
-        self._consumers, self._lost = consumers, lost
-        self._damping, self._correction, self._log = damping, correction, log
-        self._together = _joined_by_groups(consumers)
-        program = pipeline.program
-        self._store = WeightStore(program, log)
-        self.kept: dict[str, np.ndarray] = {}
-        self.rows: list[dict[str, Any]] = []
-        self._restored = {
-            n: log.read(_entry(n)) if log else None for n in self._together
-        }
-        # A run that was killed between the weights of a group begins it anew.
-        self.done = {
-            name
-            for name, names in self._together.items()
-            if all(self._restored[n] for n in names)
-        }
-        self._observed: dict[str, _Inputs] = {}
 
-    def is_done(self, numbers: range) -> bool:
-        """Whether the log holds all weights of some segments."""
-        segments = [self.pipeline.program.segments[number] for number in numbers]
-        ops = [op for segment in segments for op in segment.linear_ops]
-        return {*self.done}.issuperset(op.name for op in ops)
+def remove_units(
+    removal: Removal,
+    pipeline: SequentialPipeline,
+    log: ProgressLog | None,
+    *,
+    progress: bool,
+) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+    """Removes the units of all groups, or takes what the log holds of them.
 
-    def statistics(self, numbers: range) -> dict[str, InputStatistics]:
-        """Those of the consumers at some inputs."""
-        return self.pipeline.finished_statistics(numbers, self.done)
+    Args:
+      removal: which groups lose how many units, and how.
+      pipeline: all batches, whose sums have Hessians and what the correction observes,
+        before a program that is cut at the inputs of all uses of the consumers.
+      log: log of what is done, or None.
+      progress: whether to show how far it is.
 
-    def at_segment(self, number: int, inputs: Observed) -> None:
-        """Removes the units all of whose consumers are behind the batches now."""
-        program = self.pipeline.program
-        for op in program.finished_in(program.segments[number]):
-            statistics = inputs.statistics.get(op.name)
-            self._observed[op.name] = _Inputs(
-                op, statistics, inputs.values[number], inputs.dense
-            )
-            names = self._together[op.name]
-            if names <= self._observed.keys():
+    Returns:
+      Group name to the units that are kept, and a row of the report for each updated
+      weight.
+    """
+    together = _joined_by_groups(removal.consumers)
+    program, count = pipeline.program, len(pipeline.program.segments)
+    store = WeightStore(program, log)
+    kept: dict[str, np.ndarray] = {}
+    rows: list[dict[str, Any]] = []
+    restored: dict[str, Any] = {
+        n: log.read(_entry(n)) if log else None for n in together
+    }
+    # A run that was killed between the weights of a group begins it anew.
+    done = {n for n, names in together.items() if all(restored[m] for m in names)}
+    observed: dict[str, _Inputs] = {}
+    with Progress(count, "shrinking", unit="segment", shown=progress) as shown:
+        for number, inputs in through_segments(pipeline, shown, done):
+            for op in program.finished_in(program.segments[number]):
+                statistics, value = (
+                    inputs.statistics.get(op.name),
+                    inputs.values[number],
+                )
+                observed[op.name] = _Inputs(op, statistics, value, inputs.dense)
+                names = together[op.name]
+                if not names <= observed.keys():
+                    continue  # until all consumers are behind the batches
                 # In the order of the program.
-                self._replace([n for n in self._observed if n in names])
+                joint = {n: observed.pop(n) for n in [*observed] if n in names}
+                old = {name: restored.pop(name) for name in joint}
+                solved = (
+                    old if names <= done else _solve(removal, pipeline, store, joint)
+                )
+                for name, (arrays, row) in solved.items():
+                    if log and solved is not old:
+                        log.write(_entry(name), jax.device_get(arrays), row)
+                    for group in row["groups"]:
+                        kept[group] = np.array(arrays[f"kept of {group}"])
+                    view = joint[name].op.view
+                    pipeline.keep(view)  # for the dense model, if it runs
+                    store.replace(view, arrays["weight"])
+                    store.note_logged(view, _entry(name), "weight")
+                    rows.append(row)
+            store.release(number)
+    return kept, rows
 
-    def release(self, number: int) -> None:
-        """Frees lazy leaves; with a log, those that were updated too."""
-        self._store.release(number)
 
-    def _replace(self, names: Sequence[str]) -> None:
-        """Puts new values in the place of weights, from the log or solved for."""
-        observed = {name: self._observed.pop(name) for name in names}
-        restored: dict[str, Any] = {name: self._restored.pop(name) for name in names}
-        solved = restored if {*names} <= {*self.done} else self._solve(observed)
-        for name, (arrays, row) in solved.items():
-            if self._log and solved is not restored:
-                self._log.write(_entry(name), jax.device_get(arrays), row)
-            for group in row["groups"]:
-                self.kept[group] = np.array(arrays[f"kept of {group}"])
-            view = observed[name].op.view
-            self.pipeline.keep(view)  # for the dense model, if it runs
-            self._store.replace(view, arrays["weight"])
-            self._store.note_logged(view, _entry(name), "weight")
-            self.rows.append(row)
-
-    def _solve(
-        self, observed: Mapping[str, _Inputs]
-    ) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-        """By weight its values without units and what groups keep, and a row."""
-        # (1, in, out) each
-        before = {n: self._store.read(inputs.op.view) for n, inputs in observed.items()}
-        for name, weight in before.items():
-            check(_FINITE, name=name, is_finite=bool(np.isfinite(weight).all()))
-        moments = {n: inputs.statistics for n, inputs in observed.items()}
-        # Inside an Explicit mesh even a slice must be taken on its Auto twin.
-        after, kept, damping = placement.automatic(self._without_units, before, moments)
-        solved = {}
-        for name, (op, _, value, dense) in observed.items():
-            check(FACTORISED, name=name, damping=damping[name], also="")
-            positions = self.pipeline.first_positions
-            error = relative_error.weight_error(
-                op.source, value, before[name], after[name], dense, positions
+def _solve(
+    removal: Removal,
+    pipeline: SequentialPipeline,
+    store: WeightStore,
+    observed: Mapping[str, _Inputs],
+) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """By weight its values without units and what groups keep, and a row."""
+    # (1, in, out) each
+    before = {n: store.read(inputs.op.view) for n, inputs in observed.items()}
+    for name, weight in before.items():
+        if not np.isfinite(weight).all():
+            raise ValueError(
+                f"the weights to update must be finite, but '{name}' holds NaN or "
+                "infinity; look for a damaged checkpoint"
             )
-            groups = self._groups_of(name)
-            arrays: dict[str, Any] = {f"kept of {g}": kept[g] for g in groups}
-            arrays["weight"] = after[name]
-            row = {
-                "name": name,
-                "groups": {group: self._lost[group] for group in groups},
-                "shape": list(op.shape),
-                "damping": damping[name],
-                "error": error,
-            }
-            solved[name] = arrays, row
-        return solved
+    moments = {n: inputs.statistics for n, inputs in observed.items()}
 
-    def _groups_of(self, name: str) -> list[str]:
-        """The groups that a weight reads; heads, and the query heads of each, say."""
-        return [
+    def without_units(before: Any, moments: Any) -> Any:
+        return _without_units(removal, before, moments)
+
+    # Inside an Explicit mesh even a slice must be taken on its Auto twin.
+    after, kept, damping = placement.automatic(without_units, before, moments)
+    solved = {}
+    for name, (op, _, value, dense) in observed.items():
+        check_factorised(name, damping[name])
+        error = relative_error.weight_error(
+            op.source, value, before[name], after[name], dense, pipeline.first_positions
+        )
+        # The groups that the weight reads; heads, and the query heads of each, say.
+        groups = [
             group
-            for group, readers in self._consumers.items()
+            for group, readers in removal.consumers.items()
             if any(reader.op.name == name for reader in readers)
         ]
+        arrays: dict[str, Any] = {f"kept of {g}": kept[g] for g in groups}
+        arrays["weight"] = after[name]
+        row = {
+            "name": name,
+            "groups": {group: removal.lost[group] for group in groups},
+            "shape": list(op.shape),
+            "damping": damping[name],
+            "error": error,
+        }
+        solved[name] = arrays, row
+    return solved
 
-    def _without_units(
-        self, before: Mapping[str, jax.Array], moments: Mapping[str, InputStatistics]
-    ) -> tuple[dict[str, jax.Array], dict[str, np.ndarray], dict[str, float]]:
-        """Weights (1, in, out) after the units of all groups went, one by one."""
-        after = {n: self._target(weight, moments[n]) for n, weight in before.items()}
-        hessians = _relative_hessians(moments, before)
-        damping = dict.fromkeys(before, 0.0)
-        kept: dict[str, np.ndarray] = {}
-        for group, readers in self._consumers.items():
-            names = [reader.op.name for reader in readers]
-            if names[0] not in before:
-                continue
-            problems = [
-                units.Reader(after[name], hessians[name], reader.rows)
-                for name, reader in zip(names, readers, strict=True)
-            ]
-            removals = units.remove_from_all(
-                problems, self._lost[group], damping=self._damping
-            )
-            kept[group] = np.flatnonzero(removals[0].kept)
-            for name, reader, removal in zip(names, readers, removals, strict=True):
-                damping[name] = max(damping[name], float(removal.damping))
-                after[name] = removal.weight
-                # For the next group, what is gone is as if it never saw anything.
-                gone = np.delete(reader.rows, kept[group], 0).reshape(-1)
-                hessian = hessians[name].at[gone].set(0).at[:, gone].set(0)
-                hessians[name] = hessian
-        return {n: weight[None] for n, weight in after.items()}, kept, damping
 
-    def _target(
-        self, weight: Float[Array, "1 in out"], moments: InputStatistics
-    ) -> Float[Array, "in out"]:
-        """The matrix whose outputs are kept: the weight, or one that makes up."""
-        if moments.hessian is None or moments.drift is None:
-            return weight[0]
-        hessian, drift = moments.hessian[0], moments.drift[0]
-        return self._correction.target(weight[0], hessian, drift, self._damping)
+def _without_units(
+    removal: Removal,
+    before: Mapping[str, jax.Array],
+    moments: Mapping[str, InputStatistics],
+) -> tuple[dict[str, jax.Array], dict[str, np.ndarray], dict[str, float]]:
+    """Weights (1, in, out) after the units of all groups went, one by one."""
+    after = {n: _target(removal, weight, moments[n]) for n, weight in before.items()}
+    hessians = _relative_hessians(moments, before)
+    damping = dict.fromkeys(before, 0.0)
+    kept: dict[str, np.ndarray] = {}
+    for group, readers in removal.consumers.items():
+        names = [reader.op.name for reader in readers]
+        if names[0] not in before:
+            continue
+        problems = [
+            units.Reader(after[name], hessians[name], reader.rows)
+            for name, reader in zip(names, readers, strict=True)
+        ]
+        removals = units.remove_from_all(
+            problems, removal.lost[group], damping=removal.damping
+        )
+        kept[group] = np.flatnonzero(removals[0].kept)
+        for name, reader, removed in zip(names, readers, removals, strict=True):
+            damping[name] = max(damping[name], float(removed.damping))
+            after[name] = removed.weight
+            # For the next group, what is gone is as if it never saw anything.
+            gone = np.delete(reader.rows, kept[group], 0).reshape(-1)
+            hessians[name] = hessians[name].at[gone].set(0).at[:, gone].set(0)
+    return {n: weight[None] for n, weight in after.items()}, kept, damping
+
+
+def _target(
+    removal: Removal, weight: Float[Array, "1 in out"], moments: InputStatistics
+) -> Float[Array, "in out"]:
+    """The matrix whose outputs are kept: the weight, or one that makes up."""
+    if moments.hessian is None or moments.drift is None:
+        return weight[0]
+    hessian, drift = moments.hessian[0], moments.drift[0]
+    return removal.correction.target(weight[0], hessian, drift, removal.damping)
 
 
 def _relative_hessians(
@@ -266,12 +259,3 @@ def _joined_by_groups(
 def _entry(name: str) -> str:
     """The name of a weight's entry in the log, which names files."""
     return "weight_" + hashlib.sha256(name.encode()).hexdigest()[:16]
-
-
-_FINITE = [
-    Rule(
-        lambda v: v.is_finite,
-        "the weights to update must be finite, but '{name}' holds NaN or infinity",
-        "look for a damaged checkpoint",
-    )
-]

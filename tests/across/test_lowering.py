@@ -205,14 +205,12 @@ INPUTS = [correlated(i, 32, 16) for i in range(8)]
 
 
 @pytest.mark.full
-def test_what_prune_trained_compiles_and_refines_by(programs):
-    refine = jp.passes.refine(passes=1, learning_rate=1e-3)
+def test_prune_trained_is_compiled_for_each_platform(programs):
     options = {"sparsity": 0.5, "progress": False}
     params = jax.tree.map(jnp.asarray, WEIGHTS)
-    method = jp.passes.chain(jp.passes.wanda(), refine)
+    method = jp.passes.wanda()
     jp.prune_trained(attention, params, INPUTS[:2], method=method, **options)
     assert sum("Subgraph.run" in name for name in programs.names) >= 2
-    assert any("refine" in name or "step" in name for name in programs.names)
 
 
 @pytest.mark.full

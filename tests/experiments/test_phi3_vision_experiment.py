@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from benchmarks import shrunk_vision
 from experiments import phi3_vision
 from experiments.datasets import picture_questions
 from experiments.harness import training
@@ -84,45 +83,6 @@ def test_a_finished_run_says_so_and_changes_nothing(run, capsys):
     phi3_vision.main(run)
     assert "finished" in capsys.readouterr().out
     assert (run.out / "results.json").read_bytes() == before
-
-
-@pytest.mark.full
-def test_its_heads_and_neurons_can_be_removed(run, tmp_path, capsys):
-    config = shrunk_vision.Config(
-        run=run.out,
-        out=tmp_path / "shrunk",
-        data_dir=run.data_dir,
-        seeds=(0,),
-        parts=("all",),
-        methods=("shrink_trained",),
-        shares=(0.5,),
-        calibrated=32,
-        timed=2,
-        repeats=1,
-    )
-    shrunk_vision.main(config)
-    (cell,) = (config.out / "all-0.5-shrink_trained-seed-0.json",)
-    result = json.loads(cell.read_text())
-    seed = json.loads((run.out / "results.json").read_text())["seeds"][0]
-    assert result["dense"] == seed["dense"]["accuracy"]
-    # Half of 2 x 4 heads and of 96 and 64 neurons, by the shapes of the smoke preset.
-    decoder = 4 * 48 * 24 + 3 * 48 * 48
-    tower = 4 * 32 * 16 + 3 * 16 + 2 * 32 * 32 + 32
-    assert result["dense_parameters"] - result["parameters"] == decoder + tower
-    assert 0 <= result["before"] <= 1
-    before = cell.stat()
-    shrunk_vision.main(config)
-    assert cell.stat() == before
-    assert capsys.readouterr().out.count("| all | 50% | `shrink_trained` |") == 2
-
-
-def test_what_is_no_run_of_pictures_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="run that first"):
-        shrunk_vision.main(shrunk_vision.Config(run=tmp_path, out=tmp_path / "out"))
-    config = shrunk_vision.Config(run=tmp_path, out=tmp_path / "out", calibrated=40)
-    with pytest.raises(ValueError, match=r"multiple of 32, .* got 40"):
-        shrunk_vision.main(config)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from jaxprune.posttraining.pipeline import sums
 from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
 from jaxprune.posttraining.progress import ProgressLog
 from tests.across.test_sharding_hlo import ARRAY, COLLECTIVE, size
-from tests.support.chained import chained
 from tests.support.small_models import correlated, draw
 from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
@@ -261,27 +260,6 @@ def test_batches_that_devices_cannot_take_one_each_are_refused(tmp_path):
             directory=tmp_path,
         )  # fmt: skip
     assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("positions", "quantize"),
-    [(None, jp.passes.quantize("int4", group=16)), (lambda x: x[..., 0] < 1, None)],
-)
-def test_refined_blocks_are_those_of_one_device(positions, quantize):
-    chain = chained(
-        "wanda",
-        quantize=quantize,
-        correct=jp.passes.correct(0.5),
-        refine=jp.passes.refine(passes=2, learning_rate=1e-2, held_out=0.3),
-    )
-    expected = prune(PARAMS, chain, positions=positions)
-    mesh = mesh_of("2x4")
-    found = prune(placed(mesh), chain, positions=positions, mesh=mesh)
-    assert same_bits(found.params, expected.params)
-    losses = [row["losses"] for row in expected.report["refined"]]
-    assert any(min(row) < row[0] for row in losses)
-    assert [row["losses"] for row in found.report["refined"]] == losses
 
 
 def test_parameters_of_explicit_axes_are_refused():

@@ -68,11 +68,10 @@ def test_a_lower_sparsity_brings_nothing_back(sparse, method, pattern):
 
 
 @pytest.mark.full
-def test_zeros_are_counted_after_a_refinement_on_levels():
+def test_zeros_of_levels_are_counted():
     params = {"up": draw(0, 16, 32), "down": draw(1, 32, 8)}
     passes = P.chain(
         P.wanda(0.05),
-        P.refine(passes=1, learning_rate=1e-3),
         P.quantize("int4", group=16),
     )
     result = jp.prune_trained(run, params, BATCHES, passes, progress=False)

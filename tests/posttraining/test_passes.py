@@ -16,7 +16,7 @@ from tests.support.trajectories import same_bits
 PARAMS = kernels([8, 8, 8])
 BATCHES = [correlated(i, 40, 8) for i in range(3)]
 alps, correct, wanda = jp.passes.alps, jp.passes.correct, jp.passes.wanda
-chain, quantize, refine = jp.passes.chain, jp.passes.quantize, jp.passes.refine
+chain, quantize = jp.passes.chain, jp.passes.quantize
 
 
 def prune(method, **options):
@@ -57,8 +57,7 @@ def test_chains_in_a_chain_are_their_passes():
         ([wanda(), alps()], "chooses which weights are kept, got Wanda, ALPS"),
         ([wanda(), quantize(), quantize()], "each kind of pass once.* one Quantize"),
         ([wanda(), correct(), correct(0.1)], "each kind of pass once.* one Correct"),
-        ([wanda(), quantize(), refine()], "prunes, then refines, then quantizes"),
-        ([refine(), wanda()], "prunes, then refines, .* got Refine, Wanda"),
+        ([quantize(), wanda()], "prunes, then quantizes, got Quantize, Wanda; put"),
         ([wanda(inputs="dense"), correct()], 'correct goes by .* but inputs="dense"'),
     ],
 )
@@ -72,8 +71,8 @@ def test_what_composes():
     for passes in (
         [correct(), wanda()],
         [wanda(inputs="dense"), correct(0.0)],
-        [wanda(), refine(), quantize()],
-        [alps(), correct(), refine(), quantize()],
+        [wanda(), quantize()],
+        [alps(), correct(), quantize()],
     ):
         assert chain(*passes).passes == tuple(passes)
 
@@ -84,9 +83,9 @@ def test_what_is_no_pass_and_what_is_no_setting_are_type_errors():
     with pytest.raises(TypeError, match=r"Wanda has no setting 'damping', only "):
         prune("wanda", sparsity=0.5, damping=0.1)
     with pytest.raises(
-        TypeError, match=r"no setting 'refine', only .* jp\.passes\.chain"
+        TypeError, match=r"no setting 'quantize', only .* jp\.passes\.chain"
     ):
-        prune("wanda", sparsity=0.5, refine=8)
+        prune("wanda", sparsity=0.5, quantize=8)
 
 
 def test_a_chain_observes_what_its_passes_do():
@@ -94,7 +93,7 @@ def test_a_chain_observes_what_its_passes_do():
     assert chain(wanda()).observes == {"squares"}
     assert chain(wanda(), correct(0.0)).observes == {"squares"}
     assert chain(wanda(), correct()).observes == {"squares", "hessian", "drift"}
-    assert chain(alps(), refine()).observes == {"hessian", "outputs"}
+    assert chain(alps(), quantize()).observes == {"hessian"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -248,35 +248,3 @@ def test_levels_that_no_file_holds_are_refused(numbers, told):
 def test_levels_of_another_name_are_refused(levels):
     with pytest.raises(ValueError, match="levels must be one of int4, int8, got"):
         jp.passes.quantize(levels)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("method", ["wanda", "alps"])
-def test_refined_weights_end_on_levels(method, tmp_path):
-    fn, params, batches = tiny()
-    refine = jp.passes.refine(passes=2, learning_rate=1e-2)
-    prune = functools.partial(
-        jp.prune_trained, fn, params, batches, sparsity=0.5, progress=False
-    )
-    both = chained(method, refine=refine, quantize=INT4)
-    once = prune(both, directory=tmp_path)
-    plain = prune(chained(method, refine=refine))
-    # Before the second block, nothing but the levels differs.
-    nearest = np.asarray(Quantization(4, 16).nearest(plain.params["up"]))
-    if method == "wanda":
-        np.testing.assert_array_equal(once.params["up"], nearest)
-    else:  # by the Hessian: nearer to what was refined, for these inputs
-        x = np.concatenate(batches)
-        lost = [
-            np.linalg.norm(x @ (plain.params["up"] - levels))
-            for levels in (np.asarray(once.params["up"]), nearest)
-        ]
-        assert lost[0] < lost[1]
-    for leaf in once.params.values():
-        assert lie_on_levels(leaf, Quantization(4, 16))
-        assert (np.asarray(leaf) == 0).sum() >= leaf.size // 2
-    assert all(row["quantized"] > 0 for row in once.report["refined"])
-    assert same_bits(prune(both, directory=tmp_path).params, once.params)
-    for path in tmp_path.glob("block_00001*"):  # killed while it was refined
-        path.unlink()
-    assert same_bits(prune(both, directory=tmp_path).params, once.params)

@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 from tests.support import resumed
-from tests.support.chained import chained
 from tests.support.small_models import correlated, draw
 from tests.support.small_models import quick_compilation as quick_compilation
 
@@ -210,37 +209,6 @@ def test_a_job_on_a_mesh_is_resumed_from_its_directory(tmp_path, monkeypatch):
         stays(params, pruned)
         np.testing.assert_array_equal(pruned["up"], alone("wanda").params["up"])
         assert {*found} == {layout == "both"}
-
-
-ONE_KIND = np.split(correlated(0, 64, 16) / 3, 4)
-REFINED = chained("wanda", refine=jp.passes.refine(passes=2, learning_rate=1e-2))
-
-
-@functools.cache
-def refined_alone():
-    """What one device gives."""
-    return prune(whole, PARAMS, ONE_KIND, REFINED)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("kind", "layout"),
-    [("auto", "fsdp"), ("auto", "tensor parallel"), ("explicit", "both")],
-)
-def test_refined_leaves_are_those_of_one_device_and_stay_sharded(kind, layout):
-    mesh = mesh_of(kind)
-    params = place(mesh, PARAMS, LAYOUTS[layout])
-    batches = [place(mesh, x, P("data", None)) for x in ONE_KIND]
-    fn = EXPLICIT[layout] if kind == "explicit" else whole
-    expected = refined_alone()
-    assert any(row["after"] < row["before"] for row in expected.report["refined"])
-    with in_mesh(kind, mesh):
-        pruned, report = prune(fn, params, batches, REFINED)
-    stays(params, pruned)
-    for name, leaf in expected.params.items():
-        np.testing.assert_allclose(pruned[name], leaf, atol=1e-4)
-    for own, other in zip(report["refined"], expected.report["refined"], strict=True):
-        np.testing.assert_allclose(own["losses"], other["losses"], rtol=1e-3)
 
 
 @pytest.mark.full

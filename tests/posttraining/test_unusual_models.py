@@ -111,9 +111,3 @@ def test_a_complex_input_is_not_seen_rather_than_halved():
     found = jp.trace(lambda p, x: jnp.abs(x @ p["A"]), {"A": draw(2, 8, 8)}, x)
     assert not found.linear_ops
     assert "A" in found.unseen
-
-
-@pytest.mark.parametrize("how", [{"passes": 2.0}, {"patience": 1.5}, {"passes": "3"}])
-def test_a_refinement_counts_in_integers(how):
-    with pytest.raises(TypeError, match="refine needs an integer"):
-        jp.passes.refine(**how)

@@ -47,7 +47,6 @@ def _method(job: PruneJob, console: Console) -> MethodName:
     runs_model = (
         job.calibration.calibration
         or job.runs_model
-        or job.solver.refine
         or job.quantization.quantize
         or job.recovery.recover_steps
     )

@@ -13,8 +13,8 @@ from jaxprune.lm.jobs.settings import SELF
 from jaxprune.posttraining.passes.efforts import LEVELS, Level
 
 LARGEST = 10**9
-"""Most parameters of a model that an effort trains; a larger one is refined, layer by
-layer. A training holds 16 bytes of each weight of the matrices."""
+"""Most parameters of a model that an effort trains: a training holds 16 bytes of each
+weight of the matrices."""
 
 
 def _undecided(group: type[Any], option: str) -> Rule:
@@ -31,13 +31,7 @@ def _undecided(group: type[Any], option: str) -> Rule:
 
 _DECIDED = (
     _undecided(Pruning, "method"),
-    *(
-        _undecided(Solver, option)
-        for option in (
-            *("relative", "correction", "inputs"),
-            *("refine", "refine_learning_rate"),
-        )
-    ),
+    *(_undecided(Solver, option) for option in ("relative", "correction", "inputs")),
 )
 
 
@@ -71,8 +65,7 @@ def choose_by_effort(job: PruneJob, *, writes: bool) -> PruneJob:
         calibration=calibration,
     )
     recovery = _recovery(chosen, level) if writes else job.recovery
-    refine = 0 if recovery.recover_steps else level.refine
-    solver = dataclasses.replace(job.solver, correction=level.correction, refine=refine)
+    solver = dataclasses.replace(job.solver, correction=level.correction)
     return dataclasses.replace(chosen, solver=solver, recovery=recovery)
 
 

@@ -54,8 +54,7 @@ def begin_pruning(
         names = model.names
         prunable = prunable_leaf(lambda leaf: names[leaf].names, job.pruning.exclude)
         _check_pattern(chosen.pattern, model, prunable)
-        copies = 3 if job.solver.refine else 2
-        progress_dir.check_room(job, source, copies, texts.trained_tokens)
+        progress_dir.check_room(job, source, 2, texts.trained_tokens)
     note_ignored(model, console)
     return ModelPruning(
         job=job,
@@ -116,10 +115,8 @@ class ModelPruning(ModelTransformation[PruneJob]):
         params, report = passes.prune_states(
             self.chosen, model, embedded, self.prunable, job.work, mesh
         )
-        # A refinement moves norms and biases too, which are not pruned.
         leaves = {row["name"] for row in report["weights"]}
-        moved = leaves.union(*(row["leaves"] for row in report["refined"]))
-        pruned = as_stored(model._replace(params=params).read(), moved)
+        pruned = as_stored(model._replace(params=params).read(), leaves)
         calibration = inputs.describe_calibration(job.calibration, self.texts)
         record = describe_pruning(
             job,
@@ -129,7 +126,7 @@ class ModelPruning(ModelTransformation[PruneJob]):
             lambda leaf: model.names[leaf].name,
         )
         record["dtype"] = model.config.dtype
-        return Change(pruned, moved, leaves, record)
+        return Change(pruned, leaves, leaves, record)
 
     def before(self, change: Change[LoadedModel]) -> LoadedModel:
         """The dense model; what has not moved is shared with the pruned one."""

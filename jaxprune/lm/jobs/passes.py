@@ -1,4 +1,4 @@
-"""What a job asks of the library: one place for methods, `prune_trained`, refinement.
+"""What a job asks of the library: one place for methods and `prune_trained`.
 
 The words of the command become values here, and nowhere else.
 """
@@ -21,7 +21,6 @@ from jaxprune.masking import counts, patterns
 from jaxprune.posttraining.passes import METHODS, Chain, correct, quantize
 from jaxprune.posttraining.passes.base import Inputs
 from jaxprune.posttraining.passes.quantization import Quantize
-from jaxprune.posttraining.passes.refinement import Refine
 from jaxprune.typing import Pattern, Prunable
 
 CORRECTION = 0.5
@@ -36,7 +35,6 @@ class Pass(NamedTuple):
       pattern: which weights are pruned together.
       sparsity: share to remove.
       allocation: how the sparsity is shared out.
-      refine: how each layer is refined, or None.
       quantizer: pass that puts the weights that stay on levels, or None.
     """
 
@@ -44,7 +42,6 @@ class Pass(NamedTuple):
     pattern: Pattern
     sparsity: Any
     allocation: allocations.Rule
-    refine: Refine | None
     quantizer: Quantize | None
 
     @property
@@ -60,7 +57,7 @@ class Pass(NamedTuple):
     @property
     def chain(self) -> Chain:
         """All passes in a row, as `jp.prune_trained` takes them."""
-        steps = (self.method, self.refine, self.quantizer)
+        steps = (self.method, self.quantizer)
         return jp.passes.chain(*(step for step in steps if step is not None))
 
     def facts(self) -> dict[str, Any]:
@@ -68,7 +65,6 @@ class Pass(NamedTuple):
         return {
             "settings": describe(self.method),
             "pattern": pattern_word(self.pattern),
-            "refine": self.refine and describe(self.refine),
             "quantization": self.quantizer and describe(self.quantizer.quantization),
         }
 
@@ -163,14 +159,11 @@ def choose_pass(job: PruneJob) -> Pass:
     )
     pattern = choose_pattern(pruning)
     sparsity, rule = counts.agreed(pruning.sparsity, pattern, pruning.allocation)
-    refine = None
-    if solver.refine > 0:  # below, a rule of the job says so
-        refine = Refine(passes=solver.refine, learning_rate=solver.refine_learning_rate)
     quantizer = None
     if bits is not None:
         levels: Any = f"int{bits}"
         quantizer = quantize(levels, group=job.quantization.group)
-    return Pass(method, pattern, sparsity, rule, refine, quantizer)
+    return Pass(method, pattern, sparsity, rule, quantizer)
 
 
 def describe(value: Any) -> str:

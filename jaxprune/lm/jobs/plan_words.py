@@ -39,9 +39,3 @@ def say_texts(
     windows = [f"{name} ({texts.roles[name]})" for name in texts.windows]
     console.say(f"evaluated on {', '.join(windows) or 'nothing'}")
     console.say("nothing was written")
-
-
-def say_refinement(passes: int, console: Console) -> None:
-    """Says that layers would be refined, which an effort may have chosen."""
-    if passes:
-        console.say(f"each layer refined in {passes} passes")

@@ -16,7 +16,7 @@ from jaxprune.lm.jobs.exclusions import check_globs, prunable_tensor, why_kept
 from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.model_pruning import ModelPruning
 from jaxprune.lm.jobs.opening import open_for_job
-from jaxprune.lm.jobs.plan_words import say_refinement, say_texts
+from jaxprune.lm.jobs.plan_words import say_texts
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.samples import prepare_samples
 from jaxprune.typing import Pattern
@@ -69,7 +69,6 @@ def plan_prune(
     if reasons := _reasons(plan, job.pruning.exclude):
         counts = ", ".join(f"{count} ({why})" for why, count in reasons.items())
         console.say(f"left alone: {counts}")
-    say_refinement(job.solver.refine, console)
     say_texts(job, plan.texts, console)
     return {
         "plan": rows,

@@ -15,8 +15,6 @@ from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.transformation import Change
 from jaxprune.lm.models.loaded_model import LoadedModel
 
-_NAMED = ("weights", "leaves")  # columns of a refined block
-
 
 def pruning_facts(job: PruneJob, chosen: passes.Pass) -> dict[str, Any]:
     """What decides the pruned weights beside the model and its inputs; JSON-able."""
@@ -50,7 +48,7 @@ def describe_pruning(
     Returns:
       A JSON-able record.
     """
-    quantization, solver = job.quantization, job.solver
+    quantization = job.quantization
     words = chosen.facts()
     rounding = {"bits": quantization.bits, "group": quantization.group}
     return {
@@ -67,15 +65,6 @@ def describe_pruning(
             {**row, "name": tensor_name(row["name"]), "leaf": row["name"]}
             for row in report["weights"]
         ],
-        "refine": solver.refine
-        and {
-            "passes": solver.refine,
-            "learning_rate": solver.refine_learning_rate,
-            "blocks": [
-                {**row, **{key: [*map(tensor_name, row[key])] for key in _NAMED}}
-                for row in report["refined"]
-            ],
-        },
     }
 
 
@@ -143,7 +132,7 @@ def write_replaced(
             source,
             job.out,
             replaced,
-            # A refinement moves norms, biases and embeddings too.
+            # A recovery moves norms, biases and embeddings too.
             uncounted=replaced.keys() - pruned,
             provenance=record,
             overwrite=job.overwrite,

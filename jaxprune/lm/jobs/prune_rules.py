@@ -17,7 +17,6 @@ from jaxprune.lm.jobs.prune_settings import (
     PruneEvaluation,
     PruneJob,
     Quantization,
-    Solver,
 )
 from jaxprune.lm.models.loaded_model import device_mesh
 from jaxprune.lm.texts import text_files
@@ -100,13 +99,6 @@ _NUMBERS = (
         "--prompt-steps needs a model that is loaded",
         "give --prompt, --evaluate FILE... or --calibration FILE..., or leave it out",
     ),
-    at_least("refine", 0),
-    Rule(  # one batch at least measures, and one is trained on
-        lambda v: not v.refine or v.sequences // v.batch >= 2,
-        "--refine needs --sequences of at least twice --batch {batch}, got "
-        "{sequences}; a tenth of them measures",
-    ),
-    idle_without(Solver, "refine_learning_rate", "refine", "--refine N"),
     idle_without(
         Quantization, "group", "quantize", "--quantize int4, whose scales it is for"
     ),
@@ -181,7 +173,6 @@ _STREAMED = tuple(
     for option, words, clashes in (
         ("allocation", "--allocation {allocation}", lambda v: v.allocation != "layer"),
         ("quantize", "--quantize", None),
-        ("refine", "--refine", None),
         ("recover_steps", "--recover-steps", None),
     )
 )

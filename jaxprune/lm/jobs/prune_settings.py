@@ -12,7 +12,6 @@ from jaxprune.lm.jobs.option_types import (
     MaybeNumber,
     MaybeText,
     Names,
-    Number,
     choice_of,
 )
 from jaxprune.lm.jobs.recovery_settings import Recovery
@@ -41,9 +40,8 @@ class Pruning:
       effort: in place of --method and its options, the best that is known for its time:
         quick is sparsegpt; good is alps, in two to three times as long; best lets the
         model write a part of the calibration and trains what is left for 256 steps, and
-        takes longest. Where that cannot be, it refines each layer: with --quantize,
-        without a text, beyond a billion parameters, through torch, in several
-        processes.
+        takes longest. It trains nothing with --quantize, without a text, beyond a
+        billion parameters, through torch, and in several processes.
       method: magnitude looks at the weights alone; wanda and ria at the inputs' sizes
         too; sparsegpt and alps also update the weights that stay, alps better and more
         slowly. magnitude without --calibration goes through any safetensors directory
@@ -82,11 +80,6 @@ class Solver:
       correction: how much of what the layers before it lost each matrix makes up for,
         in [0, 1], by sparsegpt and alps; 0.5 if left out, without --inputs dense. The
         papers have 0.
-      refine: passes over the calibration sequences, after each layer is pruned, that
-        bring its output back to that of the dense layer by gradient steps on its kept
-        weights, norms and biases; zeros stay zeros. A tenth of the sequences, which
-        are not trained on, says which pass is kept. 0 does nothing.
-      refine_learning_rate: the learning rate of the first step; it falls to zero.
     """
 
     damping: MaybeNumber = None
@@ -94,8 +87,6 @@ class Solver:
     # Not a switch: left out is yes for methods that have it, and fits the others.
     relative: Annotated[YesNo | None, choice_of(YesNo), UNSET] = None
     correction: MaybeNumber = None
-    refine: Count = 0
-    refine_learning_rate: Number = 1e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -145,7 +145,6 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
         "allocation": record.get("allocation"),
         "rounded": _levels(record.get("rounding")),
         "calibrated on": page.calibration(record),
-        "refined": _passes(record.get("refine")),
         "achieved": f"{record['achieved']:.4%}",
         "zero": f"{sizes['zeros']:,} of {sizes['size']:,} weights that may be pruned",
         "of the model": f"{sizes['zeros'] / max(sizes['parameters'], 1):.2%} of "
@@ -163,10 +162,6 @@ def _levels(rounding: Mapping[str, Any] | None) -> str:
     if not rounding:
         return ""
     return f"to int{rounding['bits']}, a scale for {rounding['group']} inputs"
-
-
-def _passes(refine: Mapping[str, Any] | None) -> str:
-    return f"{refine['passes']} passes" if refine else ""
 
 
 def _zeros(record: Mapping[str, Any]) -> dict[str, Figure]:

@@ -21,7 +21,6 @@ from jaxprune.lm.jobs import passes, provenance
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.effort import choose_by_effort
 from jaxprune.lm.jobs.exclusions import check_globs
-from jaxprune.lm.jobs.plan_words import say_refinement
 from jaxprune.lm.jobs.provenance import Page
 from jaxprune.lm.jobs.prune_record import (
     describe_pruning,
@@ -188,7 +187,6 @@ class TorchPruning(TorchTransformation[PruneJob]):
             f"\n{total:,} weights in {len(rows)} tensors would be pruned by {method}; "
             f"about {disk:,} bytes of disk"
         )
-        say_refinement(self.job.solver.refine, self.console)
         return {
             "plan": rows,
             "method": method,

@@ -68,7 +68,6 @@ def prunes_through_torch(job: PruneJob) -> bool:
         job.calibration.calibration
         or job.runs_model
         or job.evaluation.metric
-        or job.solver.refine
         or job.quantization.quantize
         or job.recovery.recover_steps
     )

@@ -1,10 +1,9 @@
 """Passes after training, that chain: `jp.prune_trained(fn, params, batches, passes)`.
 
 `magnitude`, `wanda`, `ria`, `sparsegpt` and `alps` choose which weights are kept.
-`correct` makes up for what earlier segments lost, `refine` trains what is left of each
-layer, and `quantize` puts it on the levels of int4 or int8. `chain` makes one pass of
-several, `effort` the best known one for the time it takes. A pass of your own extends
-`Prune`.
+`correct` makes up for what earlier segments lost, and `quantize` puts what is left on
+the levels of int4 or int8. `chain` makes one pass of several, `effort` the best known
+one for the time it takes. A pass of your own extends `Prune`.
 """
 
 from jaxprune.posttraining.passes.base import Matrix as Matrix
@@ -23,7 +22,6 @@ from jaxprune.posttraining.passes.pruning import Prune as Prune
 from jaxprune.posttraining.passes.pruning import SparseGPT as sparsegpt
 from jaxprune.posttraining.passes.pruning import Wanda as wanda
 from jaxprune.posttraining.passes.quantization import Quantize as quantize
-from jaxprune.posttraining.passes.refinement import Refine as refine
 
 __all__ = [
     "METHODS",
@@ -39,7 +37,6 @@ __all__ = [
     "effort",
     "magnitude",
     "quantize",
-    "refine",
     "ria",
     "sparsegpt",
     "wanda",

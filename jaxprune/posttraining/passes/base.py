@@ -19,12 +19,11 @@ from jaxprune.posttraining.solvers.layer_problem import Solution
 from jaxprune.posttraining.solvers.quantization import Quantization
 from jaxprune.typing import Pattern
 
-Observation: TypeAlias = Literal["squares", "hessian", "drift", "outputs"]
+Observation: TypeAlias = Literal["squares", "hessian", "drift"]
 """What the driver can observe for a pass.
 
 "squares" is the mean square of each input feature, "hessian" X^T X / samples of the
-input X, "drift" X^T (D - X) / samples with D the same input in the dense model, and
-"outputs" what the dense model computes at the end of each block.
+input X, and "drift" X^T (D - X) / samples with D the same input in the dense model.
 """
 
 Inputs: TypeAlias = Literal["left", "dense"]

@@ -17,7 +17,6 @@ from jaxprune.posttraining.passes.base import Matrix, Observation, Pass
 from jaxprune.posttraining.passes.correction import Correct
 from jaxprune.posttraining.passes.pruning import METHODS, Magnitude, Prune
 from jaxprune.posttraining.passes.quantization import Quantize
-from jaxprune.posttraining.passes.refinement import Refine
 from jaxprune.posttraining.solvers.layer_problem import Solution
 from jaxprune.posttraining.solvers.quantization import Quantization
 
@@ -60,11 +59,6 @@ class Chain(Pass):
         return next(step for step in self.passes if isinstance(step, Prune))
 
     @property
-    def refinement(self) -> Refine | None:
-        """The pass that trains blocks, or None."""
-        return next((step for step in self.passes if isinstance(step, Refine)), None)
-
-    @property
     def correction(self) -> float:
         """Share of earlier errors that is made up for; 0 without a correction."""
         shares = (step.share for step in self.passes if isinstance(step, Correct))
@@ -92,12 +86,8 @@ class Chain(Pass):
 
     @property
     def solver(self) -> "Chain":
-        """The passes of a segment's weights alone, as programs are compiled for them.
-
-        Without sparsities, and without what waits for a block to be refined.
-        """
-        later = (Refine, Quantize) if self.refinement else (Refine,)
-        steps = [step for step in self.passes if not isinstance(step, later)]
+        """The chain without sparsities, as programs are compiled for it."""
+        steps = self.passes
         return Chain(
             tuple(step.bare if isinstance(step, Prune) else step for step in steps)
         )
@@ -158,7 +148,7 @@ def chain(*passes: Pass) -> Chain:
 
     Args:
       *passes: one that chooses which weights are kept, such as `sparsegpt`, then any of
-        `correct`, `refine` and `quantize`, in this order; or chains of them.
+        `correct` and `quantize`; or chains of them.
 
     Returns:
       The chain, itself a pass.
@@ -213,8 +203,8 @@ def as_chain(method: Pass | str, settings: Mapping[str, Any]) -> Chain:
 
 
 # A correction may stand on either side of the pass whose target it changes.
-_ORDER = (Prune, Refine, Quantize)
-_KINDS = (Prune, Correct, Refine, Quantize)
+_ORDER = (Prune, Quantize)
+_KINDS = (Prune, Correct, Quantize)
 
 
 def _kind(step: Pass) -> type[Pass]:
@@ -237,8 +227,8 @@ RULES = [
     ),
     Rule(
         lambda v: v.ordered,
-        "a chain prunes, then refines, then quantizes, got {names}",
-        "refine moves weights off their levels, so quantize goes last",
+        "a chain prunes, then quantizes, got {names}",
+        "put quantize last",
     ),
     excludes(
         "correct",
@@ -254,7 +244,7 @@ _PASSES = [
     Rule(
         lambda v: not v.wrong,
         "a chain takes passes, got {wrong}",
-        "write jp.passes.refine(passes=8), and the like",
+        'write jp.passes.quantize("int4"), and the like',
         error=TypeError,
     )
 ]

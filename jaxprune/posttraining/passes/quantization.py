@@ -1,8 +1,7 @@
 """A pass that puts the kept weights on a few levels: what int4 and int8 can hold.
 
 With a pass that has the Hessian, later inputs make up for the quantization of earlier
-ones, as in GPTQ; otherwise each weight becomes its nearest level. With a refinement it
-comes after that, by the Hessians that the layer was pruned by.
+ones, as in GPTQ; otherwise each weight becomes its nearest level.
 """
 
 import dataclasses

@@ -3,9 +3,9 @@
 __all__ = [
     "input_statistics",
     "preparation",
-    "segment_job",
     "segmented_program",
     "sequential_pipeline",
     "sums",
+    "through_segments",
     "weight_store",
 ]

@@ -68,7 +68,6 @@ def prepare(
     batch: Any,
     prunable: PrunableLike,
     *,
-    outputs: bool = False,
     devices: PerDevice | None = None,
 ) -> SegmentedProgram:
     """A function, cut at the inputs of the weights that may be pruned.
@@ -78,7 +77,6 @@ def prepare(
       params: the parameters.
       batch: one batch, of the shape of all.
       prunable: which leaves may be pruned.
-      outputs: whether the function's results are computed as well.
       devices: devices that take a batch each, or None.
 
     Returns:
@@ -90,7 +88,7 @@ def prepare(
     traced = trace(fn, params, batch)
     ops = prunable_ops(traced, params, prunable)
     leaves = Leaves(jax.tree.leaves(params))
-    return SegmentedProgram(traced, leaves, ops, outputs=outputs, devices=devices)
+    return SegmentedProgram(traced, leaves, ops, devices=devices)
 
 
 def prunable_ops(

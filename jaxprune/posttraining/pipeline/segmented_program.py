@@ -35,7 +35,6 @@ class SegmentedProgram:
       ops: the linear ops whose inputs end segments.
       segments: in order.
       layers: the positions of each layer's segments.
-      blocks: what is done with each layer's weights, as `segments.block_subgraph`.
       devices: those that take a batch each; None where a batch lies as it was given.
     """
 
@@ -45,7 +44,6 @@ class SegmentedProgram:
         leaves: Leaves,
         ops: Sequence[LinearOp],
         *,
-        outputs: bool = False,
         devices: PerDevice | None = None,
     ) -> None:
         """Cuts the program at the inputs of some linear ops.
@@ -54,19 +52,12 @@ class SegmentedProgram:
           trace: what was traced.
           leaves: the parameters' leaves.
           ops: the linear ops whose inputs end segments.
-          outputs: whether the program's results are computed as well, by `blocks`.
           devices: devices that take a batch each, or None.
         """
         self.trace, self.leaves, self.ops = trace, leaves, list(ops)
         self.devices = devices
-        self.segments = segments.cut_at_inputs(trace, ops, outputs=outputs)
+        self.segments = segments.cut_at_inputs(trace, ops)
         self.layers = segments.layer_ranges(self.segments)
-        self.blocks: list[Subgraph] = []
-        if outputs:
-            self.blocks = [
-                segments.block_subgraph(trace, self.segments, layer)
-                for layer in self.layers
-            ]
         uses = collections.Counter(op.name for op in ops)
         self._tied = {name for name, number in uses.items() if number > 1}
         # By segment: an op of a later step may read an earlier input.
@@ -83,9 +74,6 @@ class SegmentedProgram:
             for i in {op.view.leaf for op in segment.linear_ops}
             | self._read_by(segment.subgraph)
         }
-        for block in self.blocks[-1:]:  # its end is behind the last segment
-            last = dict.fromkeys(self._read_by(block), len(self.segments) - 1)
-            self._last_use |= last
 
     @property
     def used(self) -> dict[str, int]:
@@ -145,9 +133,7 @@ class SegmentedProgram:
         # A segment's weights come together here, and are let go after it.
         return constants if self.devices is None else self.devices.everywhere(constants)
 
-    def read_late(
-        self, view: WeightView, after: int, *, segments: bool
-    ) -> dict[int, WeightView]:
+    def read_late(self, view: WeightView, after: int) -> dict[int, WeightView]:
         """Values that overlap a changed weight and that the dense model still reads.
 
         A linear op may run several segments after its input was computed: of parallel
@@ -156,16 +142,11 @@ class SegmentedProgram:
         Args:
           view: the part of a leaf that is about to change.
           after: the number of the segment that the dense model has reached.
-          segments: whether the dense model runs through segments as well as blocks.
 
         Returns:
-          Number of such a value to its view. The readers are the segments behind
-          `after`, and the blocks that begin at `after` or later.
+          Number of such a value, which a segment behind `after` reads, to its view.
         """
-        begun = zip(self.blocks, self.layers, strict=False)
-        parts = [block for block, numbers in begun if numbers.start >= after]
-        if segments:
-            parts += [segment.subgraph for segment in self.segments[after + 1 :]]
+        parts = [segment.subgraph for segment in self.segments[after + 1 :]]
         views = {n: self.trace.views.get(n) for part in parts for n in part.inputs}
         return {n: v for n, v in views.items() if v and not v.is_apart(view)}
 

@@ -1,8 +1,8 @@
 """All batches, side by side, through the segments of a program.
 
 `SequentialPipeline` takes all batches to the next input and adds up its statistics.
-Before it goes on, a `SegmentJob` may change the weights that the input meets. So each
-weight is seen with the input that it will really have, each activation is computed
+Before it goes on, `through_segments` lets the weights that the input meets change. So
+each weight is seen with the input that it will really have, each activation is computed
 once, and memory holds one segment's statistics and the activations that later segments
 need.
 """
@@ -186,4 +186,4 @@ class SequentialPipeline:
                 self.before[number] = jnp.array(value)
 
     def _late(self, view: WeightView) -> dict[int, WeightView]:
-        return self.program.read_late(view, self._ahead, segments=bool(self.dense))
+        return self.program.read_late(view, self._ahead) if self.dense else {}

@@ -59,21 +59,18 @@ class WeightStore:
         """A weight as it is by now, (batch, in, out)."""
         return placement.automatic(view.read, self._program.leaves[view.leaf])
 
-    def replace(self, view: WeightView, weight: Any, *, gives_up: bool = True) -> None:
+    def replace(self, view: WeightView, weight: Any) -> None:
         """Puts a new weight in its place in the leaf.
 
         Args:
           view: the part of the leaf.
           weight: the new weight, (batch, in, out) or of the view's shape.
-          gives_up: whether the old leaf may be given up. It may not where it is a
-            vector, which may be the caller's zeros for several biases.
         """
         i = view.leaf
         leaf = self._program.leaves[i]
-        donate = self._donate and gives_up
-        spare = donate or i in self._owned
+        spare = self._donate or i in self._owned
         self._program.leaves[i] = _replaced(view, leaf, weight, donate=spare)
-        if donate and isinstance(leaf, jax.Array) and not leaf.is_deleted():
+        if self._donate and isinstance(leaf, jax.Array) and not leaf.is_deleted():
             leaf.delete()
         self._owned.add(i)
 

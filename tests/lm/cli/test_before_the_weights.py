@@ -231,7 +231,6 @@ def test_a_disk_that_is_mounted_is_no_place_for_a_result(place, capsys, monkeypa
         (["--recover-learning-rate", "0.1"], "rate needs --recover-steps N"),
         (["--recover-by", "retraining"], "--recover-by needs --recover-steps N"),
         (["--recover-top", "8"], "--recover-top needs --recover-steps N"),
-        (["--refine-learning-rate", "0.1"], "--refine-learning-rate needs --refine N"),
         (
             ["--method", "magnitude", "--calibration-temperature", "2"],
             "temperature needs --calibration self",

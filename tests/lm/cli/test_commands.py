@@ -73,19 +73,6 @@ RECOVERED = ("--recover-steps", "2", "--recover-text", "a.txt")
             ),
             "enough for each calibration text and self",
         ),
-        (refused(*CALIBRATED, *HALF, "--refine", "-1"), "must not be negative"),
-        (
-            refused(*CALIBRATED, *HALF, "--refine", "2", "--batch", "8"),
-            "at least twice",
-        ),
-        (
-            refused(*CALIBRATED, *HALF, "--refine", "2", "--refine-learning-rate", "2"),
-            "learning rate .* got learning_rate=2",
-        ),
-        (
-            refused(*HALF, "--method", "magnitude", "--refine", "2"),
-            "without --calibration does no --refine",
-        ),
         (
             refused(*CALIBRATED, *HALF, "--method", "wanda", "--damping", "0.1"),
             "not for wanda",

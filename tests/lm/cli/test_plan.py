@@ -79,12 +79,12 @@ def test_the_plan_for_people_names_texts_and_what_is_left_alone(
         (
             (),
             "distilled in 256 steps (matrices, batch 1) on a.txt, self\n",
-            "refined",
+            "retrained",
         ),
-        (("--recover-batch", "3"), "256 steps (matrices, batch 3)", "refined"),
+        (("--recover-batch", "3"), "256 steps (matrices, batch 3)", "retrained"),
         (("--recover-by", "retraining"), "batch 1) on a.txt\n", "distilled"),
-        (("--quantize", "int8"), "each layer refined in 4 passes\n", "distilled"),
-        (("--recover-steps", "0"), "each layer refined in 4 passes\n", "distilled"),
+        (("--quantize", "int8"), "pruned by alps", "distilled"),
+        (("--recover-steps", "0"), "pruned by alps", "distilled"),
     ],
 )
 def test_the_plan_says_what_an_effort_does_afterwards(

@@ -38,19 +38,6 @@ def test_each_matrix_lies_on_levels_along_its_inputs(rounded):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("more", [(), ("--mesh", "data=2")], ids=["one", "mesh"])
-def test_refined_matrices_lie_on_levels_too(place, tmp_path, more):
-    words = ["prune", str(place / "model"), str(tmp_path / "refined"), *SMALL, *more]
-    words += ["--sparsity", "0.5", "--quantize", "int4", "--group", str(GROUP)]
-    words += ["--refine", "1", "--batch", "2"]
-    assert cli.main([*words, "--calibration", str(place / "rows.npy")]) == 0
-    after = tiny_cli.weights(tmp_path / "refined")
-    for name, shape in tiny_cli.MATRICES.items():
-        assert levels.find_scales(after[name], levels.Grid(4, GROUP)) is not None, name
-        assert (after[name] == 0).sum() >= np.prod(shape) // 2
-
-
-@pytest.mark.full
 def test_the_record_and_the_page_say_so(rounded):
     record = rewrite.read_provenance(rounded)
     assert record["method"] == "sparsegpt"

@@ -60,16 +60,15 @@ def test_more_effort_does_more(level, model):
             "best": ("alps", 0.5, 256),
         }[level]
     )
-    assert job.solver.refine == 0
     texts = (TEXT, SELF) if level == "best" else (TEXT,)
     assert job.calibration.calibration == texts
     assert job.recovery.recover_text == (texts if level == "best" else ())
 
 
-def test_a_model_that_cannot_write_is_refined_on_what_it_is_given():
+def test_a_model_that_cannot_write_is_not_trained():
     job = choose_by_effort(job_of("best"), writes=False)
     assert job.calibration.calibration == (TEXT,)
-    assert (job.solver.refine, job.recovery) == (4, Recovery())
+    assert job.recovery == Recovery()
 
 
 @pytest.mark.parametrize(
@@ -81,15 +80,15 @@ def test_a_model_that_cannot_write_is_refined_on_what_it_is_given():
     ],
     ids=["no_text", "quantized", "processes"],
 )
-def test_what_takes_no_training_is_refined(groups, model):
+def test_what_takes_no_training_has_none(groups, model):
     job = choose_by_effort(job_of("best", model, **groups), writes=True)
-    assert (job.solver.refine, job.recovery) == (4, Recovery())
+    assert job.recovery == Recovery()
 
 
-def test_a_model_too_large_to_be_trained_is_refined(model, monkeypatch):
+def test_a_large_model_is_not_trained(model, monkeypatch):
     monkeypatch.setattr(effort, "LARGEST", 10)
     job = choose_by_effort(job_of("best", model), writes=True)
-    assert (job.solver.refine, job.recovery) == (4, Recovery())
+    assert job.recovery == Recovery()
 
 
 def test_options_of_a_recovery_take_the_place_of_the_level_s(model):
@@ -97,13 +96,13 @@ def test_options_of_a_recovery_take_the_place_of_the_level_s(model):
     job = choose_by_effort(job_of("best", model, recovery=asked), writes=True)
     texts = (TEXT, SELF)
     both = Recovery(recover_steps=7, recover_train="lora", recover_text=texts)
-    assert (job.solver.refine, job.recovery) == (0, both)
+    assert job.recovery == both
 
 
-def test_no_steps_are_a_refinement_where_that_is_asked_for(model):
+def test_no_steps_are_none_where_that_is_asked_for(model):
     asked = Recovery(recover_steps=0)
     job = choose_by_effort(job_of("best", model, recovery=asked), writes=True)
-    assert (job.solver.refine, job.recovery) == (4, asked)
+    assert job.recovery == asked
     assert job.calibration.calibration == (TEXT, SELF)
 
 
@@ -111,7 +110,7 @@ def test_texts_to_train_on_bring_the_steps_without_a_calibration(model):
     groups = {"calibration": Calibration(), "recovery": Recovery(recover_text=(TEXT,))}
     job = choose_by_effort(job_of("best", model, **groups), writes=True)
     recovery = job.recovery
-    assert (job.solver.refine, recovery.recover_steps) == (0, 256)
+    assert recovery.recover_steps == 256
     assert (recovery.recover_text, recovery.trained) == ((TEXT,), "matrices")
     assert job.calibration.calibration == (SELF,)
 
@@ -129,7 +128,7 @@ def test_a_retraining_learns_the_texts_alone(model, steps, expected):
 def test_other_levels_add_nothing_to_a_recovery(level, model):
     asked = Recovery(recover_steps=7)
     job = choose_by_effort(job_of(level, model, recovery=asked), writes=True)
-    assert (job.solver.refine, job.recovery) == (0, asked)
+    assert job.recovery == asked
 
 
 def test_nothing_is_chosen_without_the_word():
@@ -143,8 +142,6 @@ def test_nothing_is_chosen_without_the_word():
         ({"pruning": Pruning(effort="good", method="wanda")}, "--method"),
         ({"solver": Solver(relative="no")}, "--relative"),
         ({"solver": Solver(correction=0.0)}, "--correction"),
-        ({"solver": Solver(refine=2)}, "--refine"),
-        ({"solver": Solver(refine_learning_rate=1e-3)}, "--refine-learning-rate"),
         ({"solver": Solver(inputs="dense")}, "--inputs"),
     ],
 )

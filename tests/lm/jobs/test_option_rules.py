@@ -9,7 +9,7 @@ pytest.importorskip("tyro")
 
 from jaxprune.arrays.rules import check, error
 from jaxprune.lm.jobs import option_rules, prune_rules, shrink_rules
-from jaxprune.lm.jobs.prune_settings import PruneJob, Solver
+from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.settings import Calibration
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.masking import patterns
@@ -50,11 +50,11 @@ def test_an_option_is_found_by_its_name_in_whatever_group_it_is():
 
 
 def test_an_option_without_what_it_is_for_must_be_at_its_default():
-    rule = option_rules.idle_without(Solver, "refine_learning_rate", "refine", "more")
-    for refine, rate in ((0, 1e-4), (1, 1e-4), (1, 1.0)):
-        check([rule], refine=refine, refine_learning_rate=rate)
-    with pytest.raises(ValueError, match="--refine-learning-rate needs more"):
-        check([rule], refine=0, refine_learning_rate=1.0)
+    rule = option_rules.idle_without(Quantization, "group", "quantize", "more")
+    for quantize, group in ((None, 128), ("int4", 128), ("int4", 64)):
+        check([rule], quantize=quantize, group=group)
+    with pytest.raises(ValueError, match="--group needs more"):
+        check([rule], quantize=None, group=64)
 
 
 @pytest.mark.parametrize("job", [PruneJob, ShrinkJob])

@@ -1,4 +1,4 @@
-"""`--refine` and `--calibration self`: what moves, what is kept, what is told."""
+"""`--calibration self` and recoveries: what moves, what is kept, what is told."""
 
 import time
 
@@ -23,7 +23,6 @@ __all__ = ["place"]
 
 SMALL = ["--length", "16", "--sequences", "8", "--limit", "4", "--prompt-steps", "0"]
 WANDA = ["--method", "wanda", "--sparsity", "0.5"]
-REFINED = [*WANDA, "--refine", "3", "--refine-learning-rate", "1e-2"]
 
 
 def prune(capsys, place, out, *options):
@@ -72,53 +71,29 @@ def test_texts_are_learned_beside_own_text_that_is_followed(capsys, place, monke
 
 
 @pytest.fixture(scope="module")
-def refined(place):
-    """Refined on what the model writes itself, no text being given."""
-    words = ["prune", str(place / "model"), str(place / "refined"), *SMALL, *REFINED]
+def by_itself(place):
+    """Pruned on what the model writes itself, no text being given."""
+    out = place / "by_itself"
+    words = ["prune", str(place / "model"), str(out), *SMALL, *WANDA]
     assert cli.main([*words, "--calibration", "self"]) == 0
-    return place / "refined", rewrite.read_provenance(place / "refined", verify=True)
+    return out, rewrite.read_provenance(out, verify=True)
 
 
 @pytest.mark.full
-def test_zeros_are_as_many_as_asked_for_and_norms_move_with_the_weights(place, refined):
-    before, after = tiny_cli.weights(place / "model"), tiny_cli.weights(refined[0])
-    for name, value in before.items():
-        if name in tiny_cli.MATRICES:
-            assert (after[name] == 0).sum() == value.size // 2
-            kept = after[name] != 0
-            assert (after[name][kept] != value[kept]).any()
-        elif "embed" in name or "head" in name:
-            np.testing.assert_array_equal(after[name], value)
-    norm = "model.layers.0.post_attention_layernorm.weight"
-    assert (before[norm] != after[norm]).any()
-
-
-@pytest.mark.full
-def test_the_record_and_the_page_say_what_the_refinement_did(refined):
-    folder, record = refined
-    blocks = record["refine"]["blocks"]
-    assert set().union(*(row["weights"] for row in blocks)) == set(tiny_cli.MATRICES)
-    assert all(row["after"] == min(row["losses"]) for row in blocks)
-    assert any(row["after"] < row["before"] for row in blocks)
-    assert record["refine"]["passes"] == 3
-    assert "Refinement" in (folder / "report.html").read_text()
-
-
-@pytest.mark.full
-def test_the_record_says_that_the_model_wrote_its_calibration(refined):
-    used = refined[1]["calibration"]
+def test_the_record_says_that_the_model_wrote_its_calibration(by_itself):
+    used = by_itself[1]["calibration"]
     assert (used["self"], used["sequences"], used["files"]) == (8, 8, [])
-    assert not refined[1]["perplexity"]
+    assert not by_itself[1]["perplexity"]
 
 
 @pytest.mark.full
-def test_without_a_text_the_model_writes_its_own(place, refined, capsys):
-    code, record, err = prune(capsys, place, "default", *REFINED)
+def test_without_a_text_the_model_writes_its_own(place, by_itself, capsys):
+    code, record, err = prune(capsys, place, "default", *WANDA)
     assert code == 0
     assert "what the model writes itself" in err
     assert record["calibration"]["self"] == 8
     tiny = tiny_cli.weights(place / "default")
-    for name, value in tiny_cli.weights(refined[0]).items():
+    for name, value in tiny_cli.weights(by_itself[0]).items():
         np.testing.assert_array_equal(tiny[name], value)
 
 
@@ -149,10 +124,10 @@ def test_what_it_writes_is_one_part_of_a_mixture(place, capsys, monkeypatch):
 @pytest.mark.full
 @pytest.mark.parametrize("after", ["written", "pruned"])
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    place, refined, capsys, monkeypatch, after
+    place, by_itself, capsys, monkeypatch, after
 ):
     out = f"killed-{after}"
-    words = [*REFINED, "--calibration", "self"]
+    words = [*WANDA, "--calibration", "self"]
     owner, name = command.passes, "prune_states"
     if after == "pruned":
         owner, name = command, "describe_pruning"
@@ -170,7 +145,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     monkeypatch.setattr("jaxprune.lm.texts.self_calibration.generate", never)
     assert prune(capsys, place, out, *words)[0] == 0
     found = tiny_cli.weights(place / out)
-    for name, value in tiny_cli.weights(refined[0]).items():
+    for name, value in tiny_cli.weights(by_itself[0]).items():
         np.testing.assert_array_equal(found[name], value)
 
 
@@ -282,7 +257,7 @@ def test_the_effort_best_trains_on_its_own_text_too(place, capsys):
     texts = ["--sparsity", "0.5", "--calibration", rows]
     code, record, _ = prune(capsys, place, "best", "--effort", "best", *texts)
     assert code == 0
-    assert (record["method"], record["refine"]) == ("alps", 0)
+    assert record["method"] == "alps"
     assert record["calibration"]["self"] == 4
     assert record["distillation"]["texts"] == ["rows.npy", "self"]
     words = ["--method", "alps", "--correction", "0.5", *texts, "self"]
@@ -292,13 +267,3 @@ def test_the_effort_best_trains_on_its_own_text_too(place, capsys):
     same = tiny_cli.weights(place / "in_words")
     for name, value in tiny_cli.weights(place / "best").items():
         np.testing.assert_array_equal(value, same[name])
-
-
-@pytest.mark.full
-def test_the_effort_best_of_few_bits_is_refined(place, capsys):
-    texts = ["--sparsity", "0.5", "--calibration", place / "rows.npy"]
-    words = ["--effort", "best", "--quantize", "int8", *texts]
-    code, record, _ = prune(capsys, place, "few_bits", *words)
-    assert code == 0
-    assert record["refine"]["passes"] == 4
-    assert "distillation" not in record
