@@ -92,10 +92,6 @@ def _without_event() -> dict[str, Wrap]:
         "gradual": _gradual(NEVER),
         "gradual packed": _gradual(NEVER, packed=True),
         "straight_through": _straight_through(NEVER),
-        # Its gradients are averaged and its weights pulled at every step.
-        "admm": lambda inner: jp.contrib.admm(
-            inner, {0: 0.9}, freeze=10**6, every=10**6
-        ),
     }
 
 

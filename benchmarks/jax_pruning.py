@@ -136,13 +136,10 @@ def allocation(config: Config, graphdef: Any, params: Any, ids: np.ndarray) -> A
         model = nnx.merge(graphdef, params)
         return loss_per_token(model, ids[:, :-1], ids[:, 1:]).mean()
 
-    params = lazy.loaded(params)
-    importance = jp.contrib.calibrate_gradients(
-        # (1, length) each: squares of the gradients of single sequences.
-        loss,
-        params,
-        np.split(ids, len(ids))[: config.gradient_sequences],
-    )
+    params, tx = lazy.loaded(params), jp.track_gradients(jp.weightings.uniform())
+    importance, gradient = tx.init(params), jax.jit(jax.grad(loss))
+    for row in ids[: config.gradient_sequences]:  # of single sequences
+        _, importance = tx.update(gradient(params, row[None]), importance, params)
     return jp.allocation.Ranked(jp.scores.preconditioned_magnitude(params, importance))
 
 

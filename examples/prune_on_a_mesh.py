@@ -25,9 +25,7 @@ def loss(params):
 
 
 def train(tx, params, steps):
-    # Moments that start as zeros are replicated under jit: say where they lie.
-    places = jp.contrib.state_shardings(tx, params)
-    state = jax.jit(tx.init, out_shardings=places)(params)
+    state = tx.init(params)  # outside of jit, where moments lie as the parameters do
 
     @jax.jit
     def step(params, state):

@@ -64,10 +64,8 @@ class Config:
       mesh: how the devices share the work, "data=4,model=2" or "fsdp=8"; see
         experiments/harness/device_mesh.py. All that the batch can be split over if
         left out.
-      coordinator: HOST:PORT of the first of several processes that make up the run, or
-        "auto" where the cluster knows; started with the same flags, on one directory.
-      processes: how many there are, where the cluster does not know.
-      process_id: which of them this is, from 0, likewise.
+      distributed: one of several processes that make up the run, as the launcher says
+        (Slurm, Open MPI, Kubernetes, Cloud TPU), with the same flags, on one directory.
       smoke: everything at a size that ends within a minute.
     """
 
@@ -98,9 +96,7 @@ class Config:
     checkpoint_every: int = 250
     energy: str | None = None
     mesh: str | None = None
-    coordinator: str | None = None
-    processes: int | None = None
-    process_id: int | None = None
+    distributed: bool = False
     smoke: bool = False
 
     def plan(self) -> Plan:
@@ -149,7 +145,8 @@ def main(config: Config) -> Path:
     """
     plan = config.plan()
     # Before the first array: JAX must know the processes when it looks for devices.
-    multi_process.join(config.coordinator, config.processes, config.process_id)
+    if config.distributed:
+        multi_process.join()
     corpus = multi_process.read_alike(
         lambda: load(config.data, text=config.text, data_dir=config.data_dir)
     )

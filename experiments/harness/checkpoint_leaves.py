@@ -42,7 +42,7 @@ _GLOBAL = Rule(
     lambda v: not v.local,
     "several processes save arrays on a mesh of all of them, got {local} on one "
     "process's devices",
-    "place the state with `out_shardings`, `state_sharding.state_shardings` gives them",
+    "place the state with `out_shardings`, `device_mesh.state_shardings` gives them",
 )
 
 

@@ -11,10 +11,11 @@ import math
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxprune as jp
-from jaxprune.arrays import meshes, per_device, rules
+from jaxprune.arrays import meshes, per_device, rules, tree
 from jaxprune.arrays.rules import Rule
 
 AXES = ("data", "fsdp", "model")
@@ -121,6 +122,26 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 def _divides(mesh: Mesh, axis: str, size: int) -> bool:
     return axis in mesh.shape and size > 0 and size % mesh.shape[axis] == 0
+
+
+def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """Where the leaves of an optimizer's state live, a tree of `NamedSharding`.
+
+    Each as the parameter whose name is in its own and that has its shape; counters are
+    repeated. `params` may be `jax.ShapeDtypeStruct`s with shardings.
+    """
+    named = jp.tree.named_leaves(params)
+    longest = sorted(named, key=len, reverse=True)
+    state = jax.eval_shape(optimizer.init, params)
+
+    def place(where: str, leaf: Any) -> NamedSharding:
+        for name in longest:
+            if f"/{name}/" in f"/{where}/" and named[name].shape == leaf.shape:
+                return named[name].sharding
+        return repeated(named[name].sharding.mesh)
+
+    places = [place(*pair) for pair in tree.pairs(state, lambda node: False)]
+    return jax.tree.unflatten(jax.tree.structure(state), places)
 
 
 def repeated(mesh: Mesh) -> NamedSharding:

@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,6 @@ from experiments.report import results as results_
 from jaxprune.arrays import processes
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.typing import Prunable
-
-_OF_THE_START = ("coordinator", "processes", "process_id")
-"""Flags that join processes: of one start and not of the run."""
 
 
 def from_command_line(main: Callable[[Any], object], config: type) -> None:
@@ -284,16 +281,14 @@ def costs(
     return rows
 
 
-def command(
-    module: str, config: Any, *, without: Collection[str] = _OF_THE_START
-) -> str:
+def command(module: str, config: Any) -> str:
     """The command line of a configuration, without what is its default."""
     first, words = ["python", "-m", module], []  # positional values first, then flags
     kinds = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         value, default = getattr(config, field.name), _default(field)
         # The shortest command that makes the same run, fit to be read in a report.
-        if value == default or field.name in without:
+        if value == default or field.name == "distributed":
             continue
         if tyro.conf.Positional in getattr(kinds[field.name], "__metadata__", ()):
             first.append(str(value))

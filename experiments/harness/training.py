@@ -21,7 +21,6 @@ from experiments.harness import checkpoint, device_mesh
 from experiments.harness.progress import Progress
 from jaxprune.arrays import placement, rules
 from jaxprune.arrays.rules import Rule
-from jaxprune.contrib import state_shardings
 from jaxprune.files import atomic
 
 Batch: TypeAlias = tuple[Any, np.ndarray]
@@ -124,7 +123,7 @@ def init(
         return TrainState(params, optimizer.init(params), step)
     params = device_mesh.put(params, device_mesh.shardings(params, mesh))
     # Moments lie as their parameters do; counters are repeated.
-    places = state_shardings(optimizer, params)
+    places = device_mesh.state_shardings(optimizer, params)
     opt_state = device_mesh.put(optimizer.init(params), places)
     return TrainState(
         params, opt_state, device_mesh.put(step, device_mesh.repeated(mesh))
@@ -140,7 +139,7 @@ def abstract(
     if mesh is None:
         return state
     placed = _placed(shapes, device_mesh.shardings(shapes, mesh))
-    opt_state = _placed(state.opt_state, state_shardings(optimizer, placed))
+    opt_state = _placed(state.opt_state, device_mesh.state_shardings(optimizer, placed))
     return TrainState(
         placed, opt_state, _placed(state.step, device_mesh.repeated(mesh))
     )

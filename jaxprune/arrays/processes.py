@@ -6,7 +6,6 @@ error, to the others; both must be picklable. All processes call these functions
 together. With one process they are plain calls.
 """
 
-import math
 import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,63 +14,29 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxprune.arrays.rules import Rule, check, needs, within
-
 T = TypeVar("T")
 
 
-def join(
-    coordinator: str | None, processes: int | None, process_id: int | None
-) -> None:
+def join() -> None:
     """Joins the other processes of a run; called before anything else of JAX.
 
-    Args:
-      coordinator: address HOST:PORT where process 0 listens; "auto" where everything is
-        known to the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU); None for one
-        process.
-      processes: number of processes; None where the cluster knows.
-      process_id: number of this process, from 0; None where the cluster knows.
+    Their address, their number and the number of this one are what the launcher says
+    (Slurm, Open MPI, Kubernetes, Cloud TPU; see `jax.distributed.initialize`). Nothing
+    is done where JAX was told before.
 
     Raises:
-      ValueError: a number is out of range or given without the coordinator.
-      OSError: the cluster does not know what was left out, or the others did not come.
+      OSError: no launcher is known, or the others did not come.
     """
-    check(_JOINING, coordinator=coordinator, processes=processes, process_id=process_id)
-    if coordinator is None:
+    if jax.distributed.is_initialized():
         return
-    address = None if coordinator == "auto" else coordinator
     try:
-        jax.distributed.initialize(address, processes, process_id)
+        jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:
         raise OSError(
-            f"the processes could not be joined ({error}); give --coordinator, "
-            "--processes and --process-id"
+            f"the processes could not be joined ({error}); start them with srun, "
+            "mpirun or on Kubernetes or Cloud TPU, or call jax.distributed.initialize "
+            "first"
         ) from error
-
-
-_NEEDS_COORDINATOR = (
-    "--processes and --process-id need --coordinator HOST:PORT, got none"
-)
-_JOINING = (
-    needs("processes", "coordinator", _NEEDS_COORDINATOR),
-    needs("process_id", "coordinator", _NEEDS_COORDINATOR),
-    Rule(
-        lambda v: (
-            v.coordinator in (None, "auto")
-            or v.coordinator.rpartition(":")[2].isdecimal()
-        ),
-        "--coordinator must be HOST:PORT or auto, got '{coordinator}'",
-    ),
-    within("processes", 1, math.inf, "--processes must be at least 1, got {processes}"),
-    Rule(
-        lambda v: (
-            v.process_id is None
-            or 0 <= v.process_id < (v.processes or v.process_id + 1)
-        ),
-        "--process-id must be from 0 to --processes - 1, got {process_id} of "
-        "{processes}",
-    ),
-)
 
 
 def is_first() -> bool:

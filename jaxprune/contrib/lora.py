@@ -202,10 +202,7 @@ def _adapter(leaf: Any, rank: int, key: jax.Array) -> Adapter:
 
 
 def _place_factor(factor: jax.Array, leaf: Any, rank_axis: int) -> jax.Array:
-    """A factor split as its matrix is, the axis of the rank whole.
-
-    `state_shardings` knows nothing of ranks and may split that axis too.
-    """
+    """A factor split as its matrix is, the axis of the rank whole."""
     if isinstance(leaf, jax.core.Tracer):
         explicit = _explicit_sharding(leaf, rank_axis)
         return factor if explicit is None else jax.sharding.reshard(factor, explicit)

@@ -41,9 +41,6 @@ TABLE = {
     "straight_through": lambda masks: jp.straight_through(
         optax.adamw(0.1), {1: 0.5}, freeze=2
     ),
-    "admm": lambda masks: jp.contrib.admm(
-        optax.adamw(0.1), {0: 0.5}, freeze=2, every=1
-    ),
     "lora": lambda masks: jp.contrib.lora(optax.adamw(0.1), rank=2),
     "scale_by_density": lambda masks: jp.contrib.scale_by_density(),
     "all": lambda masks: jp.keep_masks(
@@ -57,7 +54,7 @@ TABLE = {
 }
 
 # Each call outside of jit compiles their search anew.
-SLOW = {"gradual, packed", "straight_through", "admm"}
+SLOW = {"gradual, packed", "straight_through"}
 
 
 def masks():

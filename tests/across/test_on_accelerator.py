@@ -23,7 +23,6 @@ OPTIMIZERS = {
     "straight_through": lambda: jp.straight_through(
         optax.adamw(1e-2), EVENTS, freeze=6
     ),
-    "admm": lambda: jp.contrib.admm(optax.adamw(1e-2), {2: 0.75}, freeze=5, every=1),
 }
 
 

@@ -243,7 +243,6 @@ CHOOSERS = {
     "straight through": lambda: jp.straight_through(
         optax.adamw(0.125), SCHEDULE, freeze=9
     ),
-    "admm": lambda: jp.contrib.admm(optax.adamw(0.125), {0: 0.5}, freeze=9),
 }
 
 
@@ -257,7 +256,6 @@ CHOOSERS = {
         (EXPLICIT, "2:4"),
         (AUTO, "grown"),
         (EXPLICIT, "straight through"),
-        (AUTO, "admm"),
     ],
     indirect=["mesh"],
     ids=str,

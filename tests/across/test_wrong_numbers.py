@@ -82,18 +82,10 @@ CALLS = {
         stepped(jp.straight_through),
         MASKED | {"freeze": 3, "every": 1, "packed": False},
     ),
-    "contrib.admm": (
-        stepped(jp.contrib.admm),
-        MASKED | {"freeze": 3, "every": 1, "penalty": 0.01},
-    ),
     "contrib.lora": (stepped(jp.contrib.lora), {"optimizer": ADAM, "rank": 2}),
     "contrib.scale_by_density": (
         stepped(jp.contrib.scale_by_density),
         {"power": 0.5, "prunable": jp.tree.prunable},
-    ),
-    "contrib.state_shardings": (
-        jp.contrib.state_shardings,
-        {"optimizer": ADAM, "params": PARAMS},
     ),
     "track_importance": (
         stepped(jp.track_importance),
@@ -153,7 +145,7 @@ NUMERIC = {
 }
 NUMERIC = {name: arguments for name, arguments in NUMERIC.items() if arguments}
 # The steps of these compile more than the others.
-LONG = {"gradual", "straight_through", "contrib.admm", "track_importance"} | {
+LONG = {"gradual", "straight_through", "track_importance"} | {
     "track_gradients",
     "contrib.lora",
     "keep_masks",

@@ -138,11 +138,6 @@ def test_wrapped_arrays_in_a_state_are_found_as_the_parameters_are():
     state = tx.init(params)
     _, state = tx.update(params, state, params)
     assert jp.sparsity(jp.masks.get(state, params)).by_leaf.keys() == {"w", "b/x"}
-    mesh = jax.make_mesh((1,), ("data",))
-    rows = jax.NamedSharding(mesh, jax.P("data"))
-    placed = jax.device_put(params, rows)
-    shardings = jp.contrib.state_shardings(optax.adam(0.1), placed)
-    assert shardings[0].mu["b"]["x"].array == rows
 
 
 @pytest.mark.parametrize(

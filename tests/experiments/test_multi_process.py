@@ -32,49 +32,13 @@ FLAGS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((None, 2, None), "need --coordinator HOST:PORT, got none"),
-        ((None, None, 0), "need --coordinator HOST:PORT, got none"),
-        (("localhost", 2, 0), "must be HOST:PORT or auto, got 'localhost'"),
-        (("localhost:port", 2, 0), "must be HOST:PORT or auto"),
-        (("localhost:1234", 0, 0), "--processes must be at least 1, got 0"),
-        (("localhost:1234", 2, 2), "from 0 to --processes - 1, got 2 of 2"),
-        (("localhost:1234", 2, -1), "from 0 to --processes - 1, got -1 of 2"),
-    ],
-)
-def test_what_makes_no_run_of_processes_is_refused(monkeypatch, arguments, message):
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_: pytest.fail("joined"))
-    with pytest.raises(ValueError, match=message):
-        multi_process.join(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "passed"),
-    [
-        (("host:1234", 2, 1), ("host:1234", 2, 1)),
-        (("[::1]:1234", None, None), ("[::1]:1234", None, None)),
-        (("auto", None, None), (None, None, None)),
-    ],
-)
-def test_jax_is_told_what_the_user_told_and_the_cluster_the_rest(
-    monkeypatch, arguments, passed
-):
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *a: calls.append(a))
-    multi_process.join(*arguments)
-    multi_process.join(None, None, None)
-    assert calls == [passed]
-
-
 def test_what_the_cluster_does_not_tell_is_one_sentence(monkeypatch):
     def refuse(*_):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
-    with pytest.raises(OSError, match=r"could not be joined \(coord.*give --coordin"):
-        multi_process.join("auto", None, None)
+    with pytest.raises(OSError, match=r"could not be joined \(coord.*srun"):
+        multi_process.join()
 
 
 @pytest.fixture
@@ -184,7 +148,6 @@ def test_the_main_job_runs_in_two_processes_as_in_one(tmp_path):
         assert max(abs(a - b) for a, b in zip(results, expected, strict=True)) < 1e-5
         assert both["config"] == one["config"]
         assert f"--mesh {mesh}" in both["command"]
-        assert "--coordinator" not in both["command"]
         assert both["seeds"][0]["samples"] == one["seeds"][0]["samples"]
         steps = [[entry["step"] for entry in metrics(f)] for f in (out, alone)]
         assert steps[0] == steps[1]

@@ -48,9 +48,6 @@ def text(tmp_path_factory):
         ("--mesh", "data=16", "16 devices, got 8"),
         ("--mesh", "data=4", "batch_size=2"),
         ("--mesh", "model=7", "model=7 must divide"),
-        ("--coordinator", "localhost", "HOST:PORT"),
-        ("--processes", "2", "--coordinator"),
-        ("--process-id", "0", "--coordinator"),
     ],
 )
 def test_a_value_out_of_range_is_one_sentence_and_nothing_is_written(

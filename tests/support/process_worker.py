@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
-from jaxprune.contrib import state_shardings
+from experiments.harness.device_mesh import state_shardings
 
 SHAPES = {"matrix": (24, 40), "stack": (2, 16, 24), "bias": (16,)}
 # Kind of the mesh's axes, what is split how, what the averages are held in, what is

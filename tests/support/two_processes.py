@@ -1,4 +1,4 @@
-"""Two processes that are one run, each given the port and its own number."""
+"""Two processes that are one run, as a launcher such as Slurm starts them."""
 
 import contextlib
 import os
@@ -10,34 +10,38 @@ from pathlib import Path
 from tests.support.xla_flags import xla_flags
 
 ROOT = Path(__file__).resolve().parents[2]
-JOINED = [
-    *("--coordinator", "127.0.0.1:{port}"),
-    *("--processes", "2"),
-    *("--process-id", "{number}"),
-]
+JOINED = ["--distributed"]
 
 
 @contextlib.contextmanager
 def started(arguments, folder, devices=1):
-    """Both of them, running; `{port}` and `{number}` in arguments are filled in."""
+    """Both of them, running."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = str(one.getsockname()[1])
     environment = os.environ | {
         "XLA_FLAGS": xla_flags(devices),
         "PYTHONPATH": str(ROOT),
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         # As many threads as where one process has all devices: XLA sums up the large
         # products of a CPU in an order that depends on it.
         "NPROC": str(2 * devices),
     }
     both = []
     for number in "01":
-        marks = {"port": port, "number": number}
+        told = {  # what Slurm tells
+            "SLURM_JOB_ID": "1",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_STEP_NUM_NODES": "1",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": number,
+            "SLURM_LOCALID": number,
+        }
         with open(folder / f"log-{number}", "wb") as log:
-            command = [sys.executable, *(str(a).format(**marks) for a in arguments)]
+            command = [sys.executable, *map(str, arguments)]
             both.append(
                 subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=log, stderr=log
+                    command, cwd=ROOT, env=environment | told, stdout=log, stderr=log
                 )
             )
     try:

@@ -81,32 +81,10 @@ def test_a_criterion_may_read_the_optimizer_s_own_state_at_step_0():
     assert stepped(tx, [WEIGHTS]) == [[0, 0, 0, 0, 1, 1, 1, 1]]
 
 
-def test_admm_averages_what_the_criterion_s_own_rule_leaves():
-    params = {"a": WEIGHTS["a"], "b": WEIGHTS["a"]}
-    own = functools.partial(jp.scores.obd, prunable=lambda name, leaf: name == "a")
-    tx = jp.contrib.admm(optax.sgd(0.1), {0: 0.5}, freeze=2, every=1, criterion=own)
-    state = tx.init(params)
-    for _ in range(3):
-        updates, state = jax.jit(tx.update)(params, state, params)
-        params = optax.apply_updates(params, updates)
-    counts = {name: int((leaf == 0).sum()) for name, leaf in params.items()}
-    assert counts == {"a": 4, "b": 0}
-
-
-@pytest.mark.full
-def test_admm_takes_two_bytes_where_promotion_is_strict():
-    params = {"a": WEIGHTS["a"].astype(jnp.bfloat16)}
-    with jax.numpy_dtype_promotion("strict"):
-        tx = jp.contrib.admm(optax.identity(), {0: 0.5}, freeze=3)
-        updates, _ = tx.update(params, tx.init(params), params)
-    assert updates["a"].dtype == jnp.bfloat16
-
-
 @pytest.mark.parametrize(
     "make",
     [
         lambda: jp.straight_through(optax.sgd(0.1), {1: 0.5}, freeze=2**31),
-        lambda: jp.contrib.admm(optax.sgd(0.1), {0: 0.5}, freeze=2**31),
         lambda: jp.track_importance(every=2**31),
         lambda: jp.track_gradients(start=2**31),
     ],

@@ -27,7 +27,6 @@ TABLE = {
     "straight_through": functools.partial(
         jp.straight_through, schedule=SCHEDULE, freeze=10, every=2
     ),
-    "admm": functools.partial(jp.contrib.admm, schedule={2: 0.75}, freeze=9, every=3),
 }
 FIRST = "gradual"
 # The other transformations share their masks' code with the first.
@@ -50,7 +49,7 @@ def model():
 
 def expected(make, steps=STEPS):
     """Zeros after each step, from the schedule alone."""
-    table = {9: 0.75} if make is TABLE["admm"] else SCHEDULE.table()
+    table = SCHEDULE.table()
     found, now = [], 0.0
     for step in range(steps):
         now = table.get(step, now)
@@ -238,8 +237,6 @@ def test_nnx_optimizer_needs_nothing_more(make):
 def end(make, params, gradient):
     """After twelve steps with squares tracked inside, in one program."""
     tx = make(optax.chain(jp.track_gradients(), optax.sgd(0.125)))
-    if make is TABLE["admm"]:  # it averages the squares itself
-        tx = make(optax.sgd(0.125))
     state = tx.init(params)
 
     @jax.jit

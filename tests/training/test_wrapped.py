@@ -16,7 +16,6 @@ MAKE = {
     "straight_through": lambda own: jp.straight_through(
         own, {9: 0.5}, freeze=9, criterion=jp.scores.magnitude
     ),
-    "admm": lambda own: jp.contrib.admm(own, {0: 0.5}, freeze=9),
     "lora": lambda own: jp.contrib.lora(own, rank=2),
 }
 
@@ -35,7 +34,7 @@ def test_what_is_no_optimizer_is_refused(name):
         MAKE[name](optax.adam)
 
 
-@pytest.mark.parametrize("name", ["gradual", "straight_through", "admm"])
+@pytest.mark.parametrize("name", ["gradual", "straight_through"])
 def test_the_pairs_of_lookahead_are_refused(name):
     tx = MAKE[name](optax.lookahead(optax.sgd(0.1), 2, 0.5))
     with pytest.raises(ValueError, match="are pairs; choose masks before"):
@@ -53,25 +52,6 @@ def test_straight_through_may_begin_at_the_first_step():
     tx = jp.straight_through(optax.adam(0.1), {0: 0.5}, freeze=2)
     updates, _ = tx.update(ONES, tx.init(PARAMS), PARAMS)
     assert jp.sparsity(optax.apply_updates(PARAMS, updates)).zeros == 32
-
-
-@pytest.mark.full
-def test_the_penalty_of_admm_may_be_injected():
-    def zeros(penalty, make):
-        tx = make(
-            lambda penalty: jp.contrib.admm(
-                optax.sgd(0.1), {0: 0.5}, freeze=1, penalty=penalty
-            )
-        )(penalty=penalty)
-        state, params = tx.init(PARAMS), PARAMS
-        for _ in range(2):
-            updates, state = jax.jit(tx.update)(ONES, state, params)
-            params = optax.apply_updates(params, updates)
-        return np.asarray(params["w"])
-
-    plain = zeros(0.01, lambda make: make)
-    np.testing.assert_allclose(zeros(0.01, optax.inject_hyperparams), plain, rtol=1e-6)
-    assert (plain == 0).sum() == 32
 
 
 @pytest.mark.full

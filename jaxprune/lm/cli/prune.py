@@ -29,9 +29,8 @@ class Prune(PruneJob, Options):
 
     def run(self, console: Console, words: list[str]) -> dict[str, Any]:
         """Prunes the model; the record."""
-        with launch.join_processes(self.devices, console, words):
-            # The same in all processes, so that a run resumes with another number.
-            command = summary.command_line(launch.without_start(words))
+        with launch.join_processes(self.devices.distributed, console, words):
+            command = summary.command_line(words)
             if routing.prunes_through_torch(self):
                 routing.check_installed(open_directory(self.model).config)
                 from jaxprune.lm.torch_models.prune import prepare_torch_prune

@@ -53,7 +53,7 @@ def choose_by_effort(job: PruneJob, *, writes: bool) -> PruneJob:
         return job
     check(_DECIDED, **option_values(job))
     level = LEVELS[job.pruning.effort]
-    writes = writes and not job.devices.coordinator  # several processes do neither
+    writes = writes and not job.devices.distributed  # several processes do neither
     calibration = job.calibration
     if level.own_text and writes and SELF not in calibration.calibration:
         # Without a text the model writes all of it, whatever the effort.

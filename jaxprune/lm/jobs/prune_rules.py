@@ -143,15 +143,15 @@ _DEVICES = (
     ),
     Rule(
         # Without a mesh each process would prune by itself.
-        lambda v: v.coordinator is None or v.mesh,
-        "--coordinator needs a --mesh of all devices, got none",
+        lambda v: not v.distributed or v.mesh,
+        "--distributed needs a --mesh of all devices, got none",
     ),
     *(
         not_while(
-            "coordinator",
+            "distributed",
             option,
             f"several processes do no {words}",
-            "leave --coordinator out",
+            "leave --distributed out",
         )
         for option, words in (
             ("self_sequences", "--calibration self"),

@@ -8,10 +8,10 @@ import tyro
 from jaxprune.lm.jobs.option_types import (
     UNSET,
     Count,
-    MaybeCount,
     MaybeNumber,
     MaybeText,
     Names,
+    Switch,
     choice_of,
 )
 from jaxprune.lm.jobs.recovery_settings import Recovery
@@ -129,15 +129,11 @@ class PruneDevices(Devices):
     """What the model runs on.
 
     Attributes:
-      coordinator: HOST:PORT of the first of several processes that do this together, or
-        "auto" where the cluster knows (Slurm, Open MPI, Kubernetes, Cloud TPU).
-      processes: how many there are; left out where the cluster knows.
-      process_id: which of them this is, from 0; left out likewise.
+      distributed: one of several processes that do this together, as the launcher says
+        (Slurm, Open MPI, Kubernetes, Cloud TPU).
     """
 
-    coordinator: MaybeText = None
-    processes: MaybeCount = None
-    process_id: MaybeCount = None
+    distributed: Switch = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ JOB_RULES = (
 _PRUNE_RULES = (
     *JOB_RULES,
     _refused("prompt", "leave it out: nothing is sampled"),
-    _refused("coordinator", "leave it out: it runs on one device"),
+    _refused("distributed", "leave it out: it runs on one device"),
     Rule(
         lambda v: v.prompt_steps == PruneEvaluation.prompt_steps,
         "a model that goes through torch takes no --prompt-steps",

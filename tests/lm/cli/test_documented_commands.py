@@ -38,7 +38,7 @@ def _lines():
         line
         for line in dict.fromkeys(lines)
         if line.startswith("jaxprune ")
-        and "--coordinator" not in line
+        and "--distributed" not in line
         # Of the page on torch: tests/torch_modules/test_command.py.
         and not {"BERT", "VIT"} & {*line.split()}
     ]

@@ -67,7 +67,6 @@ def test_two_processes_make_the_same_file_and_one_of_them_speaks(place, alone):
     assert not (place / ".two.work").exists()
     record = (place / "two" / "jaxprune.json").read_text()
     assert "--mesh data=2,fsdp=4" in record
-    assert "--coordinator" not in record
 
 
 @pytest.mark.full
@@ -98,7 +97,7 @@ def test_what_two_processes_left_is_ended_by_one_on_another_layout(
         (["--mesh", "data=16"], "data=16 needs 16 devices, got 8; give smaller sizes"),
         (["--mesh", "rows=2"], "--mesh must name each of data, fsdp once at most"),
         (["--mesh", "fsdp=3"], "--sequences must be divisible by 3 x --batch 4, got"),
-        (["--processes", "2"], "need --coordinator HOST:PORT, got none"),
+        (["--distributed"], "the processes could not be joined ("),
     ],
 )
 def test_what_does_not_fit_is_one_sentence_and_nothing_is_written(

@@ -14,7 +14,6 @@ pytest.importorskip("tyro")
 pytest.importorskip("tokenizers")
 
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
-from jaxprune.lm.cli import launch
 from jaxprune.lm.jobs import progress_dir
 from jaxprune.lm.jobs import prune_settings as settings
 from jaxprune.lm.jobs.console import Console
@@ -150,11 +149,6 @@ def test_a_model_type_that_is_no_word_is_refused(rows, tmp_path, capsys):
     code, _, err = run(capsys, *words)
     assert code == 1
     assert "Traceback" not in err
-
-
-def test_what_starts_a_process_is_known_in_each_spelling():
-    words = ["prune", "M", "O", "--process_id", "1", "--processes=2", "--process-id=3"]
-    assert launch.without_start(words) == ["prune", "M", "O"]
 
 
 def test_a_seed_of_more_bits_than_jax_reads_is_refused(place, capsys):

@@ -76,7 +76,7 @@ def test_a_model_that_cannot_write_is_not_trained():
     [
         {"calibration": Calibration()},
         {"quantization": Quantization(quantize="int4")},
-        {"devices": PruneDevices(mesh="data=2", coordinator="host:1")},
+        {"devices": PruneDevices(mesh="data=2", distributed=True)},
     ],
     ids=["no_text", "quantized", "processes"],
 )

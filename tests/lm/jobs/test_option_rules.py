@@ -9,7 +9,7 @@ pytest.importorskip("tyro")
 
 from jaxprune.arrays.rules import check, error
 from jaxprune.lm.jobs import option_rules, prune_rules, shrink_rules
-from jaxprune.lm.jobs.prune_settings import PruneJob
+from jaxprune.lm.jobs.prune_settings import PruneJob, Quantization
 from jaxprune.lm.jobs.settings import Calibration
 from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.masking import patterns
