@@ -163,6 +163,11 @@ def main(config: Config) -> None:
     )
 
 
+def zeros_of(encoding: str, config: Config) -> tuple[float, ...]:
+    """The shares of zeros that are timed; int4 is stored whole."""
+    return (0.0,) if encoding == "int4" else (0.0, *config.zeros)
+
+
 Candidates = tuple[dict[str, Callable[[], Any]], dict[str, int]]
 """Name to what is timed, and to the bytes that it reads."""
 
@@ -187,7 +192,7 @@ def _matrices(config: Config) -> Candidates:
         add(f"XLA {dtype}", dense, jnp.asarray(weights, dtype), jnp.asarray(x, dtype))
     packed = jax.jit(matmul)
     for name in config.encodings:
-        for zeros in (0.0, *config.zeros):
+        for zeros in zeros_of(name, config):
             pruned = np.where(uniform < zeros, np.float32(0), weights)
             label = f"{name} {zeros:.0%} zeros" if zeros else f"{name} dense"
             add(label, packed, pack_matrix(pruned, values=name), jnp.asarray(x))
@@ -234,7 +239,7 @@ def _decoders(config: Config) -> Candidates:
     step = _step(graphdef)
     first = (jnp.zeros(config.batch, jnp.int32), cache)
     for name in config.encodings:
-        for zeros in (0.0, *config.zeros):
+        for zeros in zeros_of(name, config):
             pruned = _pruned(config, params, zeros) if zeros else params
             packed = jp.pack(step, pruned, first, values=name, dense=True)
             label = f"{name} {zeros:.0%} zeros" if zeros else f"{name} dense"

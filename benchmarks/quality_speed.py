@@ -58,12 +58,6 @@ FORMS: dict[str, Form] = {
         for share in (0.5, 0.6, 0.7, 0.8)
     },
     "int4": Form(_ROUND),
-    **{
-        f"{share:.0%} zeros, int4".replace("%", " %"): Form(
-            (*_PRUNE, f"{share:g}", "--quantize", "int4"), "zeros", share
-        )
-        for share in (0.5, 0.6)
-    },
     "75 % of the neurons": Form(("shrink", "--ffn", "0.25"), "neurons", 0.25),
     "half of the neurons": Form(("shrink", "--ffn", "0.5"), "neurons", 0.5),
     "half of the tokens": Form(("shrink", "--vocab", "24576"), "tokens", 0.5),

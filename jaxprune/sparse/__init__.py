@@ -9,7 +9,6 @@ __all__ = [
     "pack",
     "packed_function",
     "packed_matrix",
-    "pallas_kernel",
     "products",
     "split_matrix",
     "stored_matrix",

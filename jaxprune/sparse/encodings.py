@@ -107,10 +107,7 @@ def stored_values(values: jax.Array | np.ndarray, name: str) -> np.ndarray:
 
 
 def load(values: jax.Array, positions: jax.Array, name: str) -> jax.Array:
-    """The values at some positions: floats as they are, levels as float32."""
-    if name == "int4":
-        pairs = values[positions >> 1].astype(jnp.int32)
-        return signed(pairs >> (4 * (positions & 1)) & 15)
+    """The values at some positions: floats as they are, levels of int8 as float32."""
     return decode(as_bits(values)[positions], name)
 
 
@@ -135,15 +132,11 @@ def decode(bits: jax.Array, name: str) -> jax.Array:
     if name == "int4":
         pairs = bits.astype(jnp.int32)
         nibbles = jnp.stack([pairs & 15, pairs >> 4], axis=-1)  # (..., stored, 2)
-        return signed(nibbles).reshape(*bits.shape[:-1], 2 * bits.shape[-1])
+        levels = ((nibbles ^ 8) - 8).astype(jnp.float32)  # the fourth bit is the sign
+        return levels.reshape(*bits.shape[:-1], 2 * bits.shape[-1])
     if name == "int8":
         return jax.lax.bitcast_convert_type(bits, jnp.int8).astype(jnp.float32)
     return jax.lax.bitcast_convert_type(bits, DTYPES[name])
-
-
-def signed(nibbles: jax.Array) -> jax.Array:
-    """Levels of four bits, of which the fourth is the sign, as float32."""
-    return ((nibbles ^ 8) - 8).astype(jnp.float32)
 
 
 def stored_bytes(count: int, name: str) -> int:

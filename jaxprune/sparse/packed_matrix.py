@@ -31,7 +31,8 @@ class PackedMatrix:
       values: kept values in C order and spare elements: floating (kept + 64,), or int8
         levels, or uint8 with two levels of four bits.
       scales: float32 (rows, groups) of levels, rows being batch x out; else None.
-      words: uint32 (rows, words), a bit a weight; None where all weights are stored.
+      words: uint32 (rows, words), a bit a weight; None where all weights are stored,
+        as those of int4 are.
       starts: int32 (rows + 1,), the position of each row's first value, the number of
         values last; None where all weights are stored.
       shape: shape of the matrix or matrices (static).
@@ -67,15 +68,14 @@ class PackedMatrix:
 
     @property
     def kept(self) -> int:
-        """The number of weights that are stored; of int4 it may be one more.
+        """The number of weights that are stored.
 
         Of a matrix that is stored whole, those whose bits are not all zero.
         """
         if self.words is None:
             values = encodings.stored_values(self.values, self.encoding)
             return int(np.count_nonzero(values.view(f"u{values.itemsize}")))
-        stored = self.values.shape[-1] * (2 if self.encoding == "int4" else 1)
-        return stored - encodings.SPARE
+        return self.values.shape[-1] - encodings.SPARE
 
     @property
     def nbytes(self) -> int:
@@ -114,7 +114,7 @@ def pack_matrix(
 
     Weights whose bits are not all zero are kept, minus zero and NaN included, as they
     are. A matrix with so few zeros that a bit a weight costs more than they do is
-    stored whole.
+    stored whole, and so is one of int4.
 
     Args:
       matrix: floating (out, in), or (batch, out, in).
@@ -227,9 +227,6 @@ def pack_bits(
         flat = np.zeros(words.size * WORD, kept.dtype)
         flat[np.unpackbits(mask, bitorder="little").view(bool)] = kept
         stored = encodings.store(flat, encoding)
-    elif encoding in encodings.BITS:
-        # Two levels of four bits share an element.
-        stored = np.pad(values, (0, encodings.SPARE * encodings.BITS[encoding] // 8))
     else:
         stored = encodings.store(values, encoding)
     return PackedMatrix(
@@ -263,11 +260,8 @@ def stack_packed(matrices: Sequence[PackedMatrix]) -> PackedMatrix | None:
     spare, starts = encodings.SPARE, [np.zeros(1, np.int32)]
     flat = [encodings.stored_values(m.values, m.encoding)[:-spare] for m in matrices]
     if first.words is not None:
-        # Of int4 the number of stored values is even, and one may be none.
-        ends = [np.asarray(matrix.starts)[1:] for matrix in matrices]  # (out,) each
-        flat = [v[: end[-1]] for v, end in zip(flat, ends, strict=True)]
-        for end in ends:
-            starts.append(end + starts[-1][-1])
+        for matrix in matrices:
+            starts.append(np.asarray(matrix.starts)[1:] + starts[-1][-1])  # (out,) each
     values = encodings.store(np.concatenate(flat), first.encoding)
 
     def joined(name: str) -> Any:
@@ -308,6 +302,8 @@ def _stored(
 
 def _smaller_whole(words: np.ndarray, starts: np.ndarray, name: str) -> bool:
     """Whether the zeros among the values take no more than a bit for each weight."""
+    if name == "int4":  # its zeros cost as much as they save
+        return True
     kept = encodings.stored_bytes(int(starts[-1]), name)
     with_bits = words.nbytes + starts.nbytes + kept
     return encodings.stored_bytes(words.size * WORD, name) <= with_bits

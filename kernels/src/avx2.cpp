@@ -96,7 +96,7 @@ struct Reader<kBfloat16, true> {
   static constexpr float kUnit = 1.0f;
   const uint16_t* at;
   Reader() = default;
-  Reader(const Matrix& a, int64_t row, int)
+  Reader(const Matrix& a, int64_t row)
       : at(reinterpret_cast<const uint16_t*>(a.values) + a.start(row)) {}
   uint32_t mask;
   void begin(uint32_t next) { mask = next; }
@@ -125,7 +125,7 @@ struct Reader<kInt8, true> {
   uint32_t mask;
   Reader() = default;
   Reader(const uint8_t* bytes) : at(bytes) {}
-  Reader(const Matrix& a, int64_t row, int) : at(a.values + a.start(row)) {}
+  Reader(const Matrix& a, int64_t row) : at(a.values + a.start(row)) {}
   void begin(uint32_t next) { mask = next; }
   Vector part(int p) {
     const uint64_t offset = offset_of(mask, p);
@@ -135,40 +135,12 @@ struct Reader<kInt8, true> {
   }
 };
 
-// The nibbles of a row, each as the highest four bits of a byte: all at once, since those
-// of a word begin anywhere in a byte and are few.
-inline const uint8_t* bytes_of_row(const Matrix& a, int64_t row, int slot) {
-  const int64_t start = a.start(row), odd = start & 1;
-  const int64_t count = a.start(row + 1) - start + odd;
-  const uint8_t* from = a.values + start / 2;
-  uint8_t* bytes = scratch(slot, count + 2 * kWord);
-  const __m256i highest = _mm256_set1_epi8(static_cast<char>(0xf0));
-  for (int64_t i = 0; i < count; i += 32) {
-    // A pair in 16 bits; then the first of it in the lower byte, the second in the upper.
-    const __m256i pairs = _mm256_cvtepu8_epi16(
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i / 2)));
-    const __m256i both =
-        _mm256_or_si256(_mm256_slli_epi16(pairs, 4), _mm256_slli_epi16(pairs, 8));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes + i),
-                        _mm256_and_si256(both, highest));
-  }
-  return bytes + odd;
-}
-
-template <>
-struct Reader<kInt4, true> : Reader<kInt8, true> {
-  static constexpr float kUnit = 0x1p-28f;
-  Reader() = default;
-  Reader(const Matrix& a, int64_t row, int slot)
-      : Reader<kInt8, true>(bytes_of_row(a, row, slot)) {}
-};
-
 template <>
 struct Reader<kFloat32, true> {
   static constexpr float kUnit = 1.0f;
   const float* at;
   Reader() = default;
-  Reader(const Matrix& a, int64_t row, int)
+  Reader(const Matrix& a, int64_t row)
       : at(reinterpret_cast<const float*>(a.values) + a.start(row)) {}
   uint32_t mask;
   void begin(uint32_t next) { mask = next; }
@@ -189,7 +161,7 @@ struct Reader<E, false> {
   static constexpr int kBits = E == kFloat32 ? 32 : E == kBfloat16 ? 16 : E == kInt8 ? 8 : 4;
   const uint8_t* at;
   Reader() = default;
-  Reader(const Matrix& a, int64_t row, int)
+  Reader(const Matrix& a, int64_t row)
       : at(a.values + a.start(row) * kBits / 8) {}
   void begin(uint32_t) {}
   Vector part(int) {

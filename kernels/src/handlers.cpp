@@ -32,6 +32,8 @@ ffi::Error matrix_of(const ffi::Buffer<ffi::U32>& words, const ffi::AnyBuffer& v
   if (encoding < kFloat32 || encoding > kInt4 || width < kWord || width % kWord)
     return invalid("a packed matrix has an encoding or a width that is unknown");
   out.encoding = static_cast<Encoding>(encoding);
+  if (encoding == kInt4 && starts.element_count() > 0)
+    return invalid("a packed matrix of four bits has all its weights stored");
   out.words_of_row = width / kWord;
   const bool packed = starts.element_count() > 0;
   out.words = packed ? words.typed_data() : nullptr;

@@ -59,8 +59,6 @@ extern const Kernels kAvx2;
 extern const Kernels kNeon;
 extern const Kernels kPlain;
 
-// Memory of this thread for so many bytes of one of the rows that are read together.
-uint8_t* scratch(int slot, int64_t bytes);
 // Rows that are read together at most.
 constexpr int kMostRows = 4;
 

@@ -40,7 +40,7 @@ struct Reader {
   int64_t position;
   Vector parts[kWord / kLanes];
   Reader() = default;
-  Reader(const Matrix& a, int64_t row, int) : values(a.values), position(a.start(row)) {}
+  Reader(const Matrix& a, int64_t row) : values(a.values), position(a.start(row)) {}
 
   Vector part(int p) const { return parts[p]; }
 

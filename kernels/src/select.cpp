@@ -1,7 +1,6 @@
 // Which kernels run: the best that this processor has the instructions of.
 #include <atomic>
 #include <cstring>
-#include <vector>
 
 #include "matrix.h"
 
@@ -22,13 +21,6 @@ std::atomic<const Kernels*>& current() {
 }
 
 }  // namespace
-
-uint8_t* scratch(int slot, int64_t bytes) {
-  thread_local std::vector<uint8_t> slots[kMostRows];
-  std::vector<uint8_t>& memory = slots[slot];
-  if (static_cast<int64_t>(memory.size()) < bytes) memory.resize(bytes);
-  return memory.data();
-}
 
 const Kernels& chosen() { return *current().load(std::memory_order_relaxed); }
 

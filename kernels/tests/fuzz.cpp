@@ -71,7 +71,7 @@ std::unique_ptr<Case> make() {
   c->matrix.words_of_row = draw(1, 12);
   c->width = c->matrix.words_of_row * kWord;
   c->matrix.encoding = static_cast<Encoding>(draw(0, 3));
-  const bool packed = draw(0, 3) > 0;
+  const bool packed = c->matrix.encoding != jaxprune::kInt4 && draw(0, 3) > 0;
   const bool scaled = c->matrix.encoding >= jaxprune::kInt8;
   c->matrix.words_of_group = draw(0, 1) ? c->matrix.words_of_row : draw(1, 4);
   c->matrix.groups = (c->matrix.words_of_row + c->matrix.words_of_group - 1) /
