@@ -62,26 +62,10 @@ _OPTIONS = (
     ),
 )
 # Files of one name would be one column of the tables.
-_STEMS = Rule(
-    lambda v: v.stems == v.files,
-    "--foreign files must have different names; rename one",
-)
 _WINDOW = Rule(
     lambda v: v.tokens >= v.window,
     "{text} must have a window of {window} tokens, got {tokens}",
     "{way_out}, or a smaller --sequence",
-)
-_MODEL = (
-    Rule(
-        lambda v: v.context >= v.sequence,
-        "the model sees at most {context} tokens, got --sequence {sequence}",
-        "give {context} or less",
-    ),
-    Rule(
-        lambda v: v.highest < v.vocab_size,
-        "the model has {vocab_size} tokens, but its tokenizer gave {highest}",
-        "bring back the tokenizer.json that belongs to it",
-    ),
 )
 
 
@@ -295,7 +279,8 @@ def _texts(config: Config, tokenizer: hf.Tokenizer) -> Texts:
         for part in ("train", "validation")
     )
     foreign = {path.stem: tokens(read_text(path)) for path in config.foreign}
-    rules.check([_STEMS], stems=len(foreign), files=len(config.foreign))
+    if len(foreign) != len(config.foreign):
+        raise ValueError("--foreign files must have different names; rename one")
     window = config.sequence + 1  # inputs, and a target for the last of them
     # All texts are looked at before the first step: a foreign text is first measured
     # hours later.
@@ -324,13 +309,17 @@ def _task(
       ValueError: the model's context is shorter than a sequence.
     """
     shape = model.config
-    rules.check(
-        _MODEL,
-        context=shape.context,
-        sequence=config.sequence,
-        vocab_size=shape.vocab_size,
-        highest=max(int(ids.max()) for ids in (texts.train, texts.held_out)),
-    )
+    highest = max(int(ids.max()) for ids in (texts.train, texts.held_out))
+    if not shape.context >= config.sequence:
+        raise ValueError(
+            f"the model sees at most {shape.context} tokens, got --sequence "
+            f"{config.sequence}; give {shape.context} or less"
+        )
+    if not highest < shape.vocab_size:
+        raise ValueError(
+            f"the model has {shape.vocab_size} tokens, but its tokenizer gave "
+            f"{highest}; bring back the tokenizer.json that belongs to it"
+        )
     size = device_mesh.batch_size(config.batch_size, mesh)
     return FinetuningTask(
         DecoderModel(

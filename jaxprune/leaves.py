@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 from jaxprune.arrays.messages import columns, listed
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.arrays.tree import fits, is_excluded, is_floating
 from jaxprune.arrays.tree import named_leaves as named_leaves
 from jaxprune.arrays.tree import names as names
@@ -157,7 +156,11 @@ def excluding(*globs: str) -> "Excluding":
       >>> rule("blocks/0/kernel", jnp.zeros((4, 8)))
       False
     """
-    check(_GLOBS, globs=globs)
+    if not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(
+            f"excluding takes globs on path names, got {globs}; write "
+            'excluding("blocks/0/*", "head/*")'
+        )
     return Excluding(globs)
 
 
@@ -174,7 +177,11 @@ class Excluding:
     def check(self, names: Sequence[str]) -> None:
         """Refuses globs that match none of a tree's names."""
         for glob in self.globs:
-            check(_MATCHED, glob=glob, names=names)
+            if not any(fits(name, glob) for name in names):
+                raise ValueError(
+                    f"excluding({glob!r}) must match a leaf, but matches none; near it "
+                    f"are {_near(glob, names)}, and jp.tree.names(params) has all"
+                )
 
     def why(self, name: str, leaf: Any) -> str | None:
         """Why the leaf is left alone, or None if it may be pruned."""
@@ -197,7 +204,11 @@ class Including:
     def check(self, names: Sequence[str]) -> None:
         """Refuses globs that match none of a tree's names."""
         for glob in self.globs:
-            check(_NAMED, glob=glob, names=names)
+            if not any(fits(name, glob) for name in names):
+                raise ValueError(
+                    f"prunable={glob!r} must match a leaf, but matches none; near it "
+                    f"are {_near(glob, names)}, and jp.tree.names(params) has all"
+                )
 
     def why(self, name: str, leaf: Any) -> str | None:
         """Why the leaf is left alone, or None if it may be pruned."""
@@ -226,35 +237,13 @@ def as_rule(prunable: Any) -> Callable[[str, Any], bool]:
         return Including((prunable,))
     if isinstance(prunable, list | tuple) and all(isinstance(g, str) for g in prunable):
         return Including(tuple(prunable))
-    check(_RULE, prunable=prunable)
+    if not callable(prunable):
+        raise TypeError(
+            "prunable must be a function of a leaf's name and the leaf, or globs on "
+            f'names, got {prunable!r}; write prunable="blocks/*", or '
+            'jp.tree.excluding("head/*")'
+        )
     return cast(Callable[[str, Any], bool], prunable)
-
-
-_RULE = Rule(
-    lambda v: callable(v.prunable),
-    "prunable must be a function of a leaf's name and the leaf, or globs on names, got "
-    "{prunable!r}",
-    'write prunable="blocks/*", or jp.tree.excluding("head/*")',
-    error=TypeError,
-)
-_GLOBS = Rule(
-    lambda v: all(isinstance(glob, str) for glob in v.globs),
-    "excluding takes globs on path names, got {globs}",
-    'write excluding("blocks/0/*", "head/*")',
-    error=TypeError,
-)
-_NAMED = Rule(
-    lambda v: any(fits(name, v.glob) for name in v.names),
-    "prunable={glob!r} must match a leaf, but matches none",
-    "near it are {near}, and jp.tree.names(params) has all",
-    details=lambda v: {"near": _near(v.glob, v.names)},
-)
-_MATCHED = Rule(
-    lambda v: any(fits(name, v.glob) for name in v.names),
-    "excluding({glob!r}) must match a leaf, but matches none",
-    "near it are {near}, and jp.tree.names(params) has all",
-    details=lambda v: {"near": _near(v.glob, v.names)},
-)
 
 
 def _near(glob: str, names: Sequence[str]) -> str:

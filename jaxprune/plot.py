@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.masking import masks as masks_
 from jaxprune.masking.packed_mask import is_packed
 from jaxprune.masking.sparsity import sparsity
@@ -15,18 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["by_layer", "masks", "overlap"]
-
-_MATRIX = Rule(
-    lambda v: np.ndim(v.mask) >= 2 and np.size(v.mask) > 0,
-    "a mask to be drawn must have two axes or more, got shape {shape}",
-    "give one leaf, such as masks['up']['kernel']",
-)
-_PAIR = Rule(
-    lambda v: isinstance(v.masks, Mapping) and len(v.masks) >= 2,
-    "overlap draws two masks or more by name, got {masks!r}",
-    'write overlap({{"magnitude": masks, "obd": other_masks}})',
-    error=TypeError,
-)
 
 
 def __dir__() -> list[str]:
@@ -88,7 +75,11 @@ def masks(mask: Any, *, axes: "Axes | None" = None) -> "Axes":
       (4, 6)
     """
     array = np.asarray(masks_.unpack(mask) if is_packed(mask) else mask)
-    check([_MATRIX], mask=array, shape=array.shape)
+    if not (np.ndim(array) >= 2 and np.size(array) > 0):
+        raise ValueError(
+            f"a mask to be drawn must have two axes or more, got shape {array.shape}; "
+            "give one leaf, such as masks['up']['kernel']"
+        )
     axes = _axes(axes)
     rows = array.reshape(-1, array.shape[-1]) != 0  # (rows, outputs)
     axes.imshow(rows, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="none")
@@ -119,7 +110,11 @@ def overlap(masks: Mapping[str, Masks], *, axes: "Axes | None" = None) -> "Axes"
       >>> axes.images[0].get_array().tolist()
       [[1.0, 0.5], [0.5, 1.0]]
     """
-    check([_PAIR], masks=masks)
+    if not (isinstance(masks, Mapping) and len(masks) >= 2):
+        raise TypeError(
+            f"overlap draws two masks or more by name, got {masks!r}; write "
+            'overlap({"magnitude": masks, "obd": other_masks})'
+        )
     axes, trees = _axes(axes), list(masks.values())
     shares = np.array([[masks_.overlap(a, b).total for b in trees] for a in trees])
     axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)

@@ -53,7 +53,11 @@ class Batches:
         _check(self.tokens, self.batch_size, self.context)
         _check_word("seed", self.seed)
         length, window = len(self.tokens), self.context + 1
-        rules.check([_WINDOW], window=window, length=length)
+        if not length >= window:
+            raise ValueError(
+                f"a batch needs at least context + 1 = {window} tokens, got {length}; "
+                "give a longer text or a smaller context"
+            )
 
     def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The inputs and targets of a step, both int32 (batch_size, context).
@@ -87,7 +91,8 @@ def prefetch(
       >>> list(prefetch(lambda step: 10 * step, 3, 6))
       [30, 40, 50]
     """
-    rules.check([_AHEAD], ahead=ahead)
+    if not ahead >= 1:
+        raise ValueError(f"prefetch needs ahead to be at least 1, got {ahead}")
     return _prefetch(make_batch, start, stop, ahead)
 
 
@@ -163,39 +168,24 @@ def validation_batches(
 
 def _check(tokens: np.ndarray, batch_size: int, context: int) -> None:
     """Checks what training and validation batches have in common."""
-    rules.check(_BATCH, tokens=tokens, batch_size=batch_size, context=context)
+    if not (tokens.ndim == 1 and np.issubdtype(tokens.dtype, np.integer)):
+        raise TypeError(
+            f"tokens must be a vector of integers, got {tokens.dtype} of shape "
+            f"{tokens.shape}; encode the text first"
+        )
+    if not batch_size >= 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not context >= 1:
+        raise ValueError(f"context must be at least 1, got {context}")
 
 
 def _check_word(name: str, value: int) -> None:
     """Checks that a number is half a Philox key."""
-    rules.check([_WORD], name=name, value=value)
+    if not 0 <= value < 2**64:
+        raise ValueError(f"{name} must be in [0, 2**64), got {value}")
 
 
-_BATCH = (
-    Rule(
-        lambda v: v.tokens.ndim == 1 and np.issubdtype(v.tokens.dtype, np.integer),
-        "tokens must be a vector of integers, got {tokens.dtype} of shape "
-        "{tokens.shape}",
-        "encode the text first",
-        error=TypeError,
-    ),
-    Rule(
-        lambda v: v.batch_size >= 1, "batch_size must be at least 1, got {batch_size}"
-    ),
-    Rule(lambda v: v.context >= 1, "context must be at least 1, got {context}"),
-)
-_WORD = Rule(
-    lambda v: 0 <= v.value < 2**64, "{name} must be in [0, 2**64), got {value}"
-)
 # The last target lies one token behind the last input.
-_WINDOW = Rule(
-    lambda v: v.length >= v.window,
-    "a batch needs at least context + 1 = {window} tokens, got {length}",
-    "give a longer text or a smaller context",
-)
-_AHEAD = Rule(
-    lambda v: v.ahead >= 1, "prefetch needs ahead to be at least 1, got {ahead}"
-)
 _VALIDATION = (
     rules.within(
         *("limit", 1, math.inf), "limit must be at least 1 token, or None, got {limit}"

@@ -159,9 +159,15 @@ def flops_per_token(
     """
     sizes = matrix_sizes(config)
     sparsity = {} if sparsity is None else sparsity
-    rules.check([_MATRICES], unknown=", ".join(sorted(set(sparsity) - set(sizes))))
+    unknown = ", ".join(sorted(set(sparsity) - set(sizes)))
+    if unknown:
+        raise ValueError(
+            f"sparsity names a matrix of the model, got {unknown}; "
+            "matrix_sizes(config) lists them"
+        )
     for name, share in sparsity.items():
-        rules.check([_SHARE], name=name, share=share)
+        if not 0 <= share <= 1:
+            raise ValueError(f"sparsity is a share in [0, 1], got {share} at {name!r}")
     # Rounded a leaf at a time, as the masks are.
     kept = sum(size - round(size * sparsity.get(n, 0.0)) for n, size in sizes.items())
     return 2 * kept + 4 * config.layers * config.width * config.context
@@ -184,13 +190,4 @@ _PRESET = Rule(
     lambda v: v.name in PRESETS,
     f"a preset is one of {', '.join(PRESETS)}, got {{name!r}}",
     "for another size make a GPTConfig",
-)
-_MATRICES = Rule(
-    lambda v: not v.unknown,
-    "sparsity names a matrix of the model, got {unknown}",
-    "matrix_sizes(config) lists them",
-)
-_SHARE = Rule(
-    lambda v: 0 <= v.share <= 1,
-    "sparsity is a share in [0, 1], got {share} at {name!r}",
 )

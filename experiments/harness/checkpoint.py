@@ -25,8 +25,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from experiments.harness import checkpoint_leaves, manifest
-from jaxprune.arrays import processes, rules
-from jaxprune.arrays.rules import Rule
+from jaxprune.arrays import processes
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what orbax has not renamed yet
 
@@ -36,11 +35,6 @@ _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what orbax has not renam
 _SMALLEST_SLICE = 2**20
 
 _log = logging.getLogger(__name__)
-
-_NUMBERS = Rule(
-    lambda v: v.step >= 0 and v.keep >= 1,
-    "save needs step >= 0 and keep >= 1, got step={step} and keep={keep}",
-)
 
 
 class Checkpoint(NamedTuple):
@@ -105,7 +99,10 @@ def save(
     """
     directory = Path(directory).absolute()
     step = _integer(step)
-    rules.check([_NUMBERS], step=step, keep=keep)
+    if not (step >= 0 and keep >= 1):
+        raise ValueError(
+            f"save needs step >= 0 and keep >= 1, got step={step} and keep={keep}"
+        )
     leaves = checkpoint_leaves.by_name(state)
     checkpoint_leaves.check_global(leaves)
     settings = manifest.as_json(configuration)

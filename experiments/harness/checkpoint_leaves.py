@@ -8,42 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.harness.manifest import LISTED
-from jaxprune.arrays import rules
-from jaxprune.arrays.rules import Rule
 
 _NOT_STORED = ("uint2", "uint4")
-_LEAF = (
-    Rule(
-        lambda v: hasattr(v.leaf, "shape") and hasattr(v.leaf, "dtype"),
-        "a checkpoint holds arrays only, got {type} at '{name}'",
-        "wrap it in jnp.asarray",
-        error=TypeError,
-    ),
-    Rule(
-        lambda v: not jnp.issubdtype(v.leaf.dtype, jax.dtypes.prng_key),
-        "a checkpoint holds no typed random keys, got one at '{name}'",
-        "store jax.random.key_data(key) and wrap it again after loading",
-        error=TypeError,
-    ),
-    Rule(
-        lambda v: np.dtype(v.leaf.dtype).name not in _NOT_STORED,
-        "a checkpoint holds no {leaf.dtype}, which tensorstore has not, got one at "
-        "'{name}'",
-        "cast it to uint8",
-        error=TypeError,
-    ),
-    Rule(
-        lambda v: v.name not in v.named,
-        "a checkpoint stores leaves by name, got two named '{name}'",
-        "rename one",
-    ),
-)
-_GLOBAL = Rule(
-    lambda v: not v.local,
-    "several processes save arrays on a mesh of all of them, got {local} on one "
-    "process's devices",
-    "place the state with `out_shardings`, `device_mesh.state_shardings` gives them",
-)
 
 
 def by_name(tree: Any) -> dict[str, Any]:
@@ -63,9 +29,26 @@ def by_name(tree: Any) -> dict[str, Any]:
     # None and `optax.MaskedNode()` have no leaves, so they come from the target alone.
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        rules.check(
-            _LEAF, name=name, leaf=leaf, type=type(leaf).__name__, named=leaves.keys()
-        )
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise TypeError(
+                f"a checkpoint holds arrays only, got {type(leaf).__name__} at "
+                f"'{name}'; wrap it in jnp.asarray"
+            )
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise TypeError(
+                f"a checkpoint holds no typed random keys, got one at '{name}'; store "
+                "jax.random.key_data(key) and wrap it again after loading"
+            )
+        if np.dtype(leaf.dtype).name in _NOT_STORED:
+            raise TypeError(
+                f"a checkpoint holds no {leaf.dtype}, which tensorstore has not, got "
+                f"one at '{name}'; cast it to uint8"
+            )
+        if name in leaves:
+            raise ValueError(
+                f"a checkpoint stores leaves by name, got two named '{name}'; rename "
+                "one"
+            )
         leaves[name] = leaf
     return leaves
 
@@ -86,4 +69,9 @@ def check_global(leaves: Mapping[str, Any]) -> None:
         for name, leaf in leaves.items()
         if isinstance(leaf, jax.Array) and leaf.is_fully_addressable
     ]
-    rules.check([_GLOBAL], local=", ".join(local[:LISTED]))
+    if local:
+        raise ValueError(
+            "several processes save arrays on a mesh of all of them, got "
+            f"{', '.join(local[:LISTED])} on one process's devices; place the state "
+            "with `out_shardings`, `device_mesh.state_shardings` gives them"
+        )

@@ -15,8 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxprune as jp
-from jaxprune.arrays import meshes, per_device, rules, tree
-from jaxprune.arrays.rules import Rule
+from jaxprune.arrays import meshes, per_device, tree
 
 AXES = ("data", "fsdp", "model")
 """What a mesh may be made of."""
@@ -37,18 +36,6 @@ _MODEL = {
     "head/kernel": 1,
 }
 """End of a leaf's name, a glob, to the axis that "model" splits; others stay whole."""
-
-_BATCH_RULE = Rule(
-    lambda v: not v.batch_size % v.split,
-    "{mesh} splits a batch over {split} devices, got batch_size={batch_size}",
-    "give a multiple of {split}, or other sizes",
-)
-_AXIS = Rule(
-    lambda v: v.splits or v.size == 1,
-    "the mesh's axis {axis}={size} must divide an axis of a parameter, got none that "
-    "it does",
-    "give another size",
-)
 
 
 def make_mesh(text: str | None, batch_size: int) -> Mesh | None:
@@ -76,7 +63,11 @@ def make_mesh(text: str | None, batch_size: int) -> Mesh | None:
     meshes.check_devices(axes)
     split = math.prod(axes.get(name, 1) for name in _BATCH)
     mesh = meshes.mesh_words(axes)
-    rules.check([_BATCH_RULE], mesh=mesh, split=split, batch_size=batch_size)
+    if batch_size % split:
+        raise ValueError(
+            f"{mesh} splits a batch over {split} devices, got batch_size={batch_size}; "
+            f"give a multiple of {split}, or other sizes"
+        )
     return None if math.prod(axes.values()) == 1 else meshes.make_mesh(axes)
 
 
@@ -92,7 +83,12 @@ def shardings(params: Any, mesh: Mesh) -> Any:
     for axis in mesh.axis_names:
         # "data" repeats the parameters.
         splits = axis == "data" or axis in used
-        rules.check([_AXIS], axis=axis, size=mesh.shape[axis], splits=splits)
+        size = mesh.shape[axis]
+        if not splits and size != 1:
+            raise ValueError(
+                f"the mesh's axis {axis}={size} must divide an axis of a parameter, "
+                "got none that it does; give another size"
+            )
     placed = [NamedSharding(mesh, spec) for spec in specs]
     return jax.tree.unflatten(jax.tree.structure(params), placed)
 

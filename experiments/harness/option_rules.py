@@ -28,25 +28,8 @@ def over_zero(name: str) -> Rule:
     return Rule(holds, f"{name} must be over 0, got {{{name}}}")
 
 
-_KNOWN = Rule(lambda v: not v.unknown, "{name} must be of {known}, got {unknown}")
-_SPARSITY = Rule(
-    lambda v: 0 < v.sparsity < 1,
-    "sparsities must be in (0, 1), got {sparsity}",
-    "the dense model is always measured",
-)
 # Seeds key random numbers; the others are counts, or shares of what was lost.
 _FROM_ZERO = ("seeds", "draws", "passes", "corrections")
-_LIST = (
-    Rule(lambda v: len(v.values) > 0, "{name} must name at least one"),
-    Rule(
-        lambda v: len({*v.values}) == len(v.values),
-        "{name} must be named once each, got {values}",
-    ),
-    Rule(
-        lambda v: v.name not in _FROM_ZERO or min(v.values) >= 0,
-        "{name} must be at least 0, got {values}",
-    ),
-)
 
 
 def check_names(config: Any, known: Mapping[str, Collection[str]]) -> None:
@@ -75,7 +58,8 @@ def check_known(name: str, known: str, unknown: Collection[str]) -> None:
     Raises:
       ValueError: there are unknown names.
     """
-    rules.check([_KNOWN], name=name, known=known, unknown=", ".join(unknown))
+    if unknown:
+        raise ValueError(f"{name} must be of {known}, got {', '.join(unknown)}")
 
 
 def check_lists(config: Any, *names: str) -> None:
@@ -89,6 +73,16 @@ def check_lists(config: Any, *names: str) -> None:
       ValueError: an option is none of that; the sentence names it.
     """
     for sparsity in getattr(config, "sparsities", ()):
-        rules.check([_SPARSITY], sparsity=sparsity)
+        if not 0 < sparsity < 1:
+            raise ValueError(
+                f"sparsities must be in (0, 1), got {sparsity}; the dense model is "
+                "always measured"
+            )
     for name in names:
-        rules.check(_LIST, name=name, values=getattr(config, name))
+        values = getattr(config, name)
+        if not values:
+            raise ValueError(f"{name} must name at least one")
+        if len({*values}) != len(values):
+            raise ValueError(f"{name} must be named once each, got {values}")
+        if name in _FROM_ZERO and not min(values) >= 0:
+            raise ValueError(f"{name} must be at least 0, got {values}")

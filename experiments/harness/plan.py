@@ -178,16 +178,13 @@ def check(config: Any, *, solvers: bool = False) -> None:
     for name in ("criteria", "allocations", "sparsities"):
         retrained = getattr(config, f"retrain_{name}", None) or ()
         values = getattr(config, name)
-        rules.check([_RETRAINED], name=name, values=values, retrained=retrained)
+        if not {*retrained} <= {*values}:
+            raise ValueError(f"retrain_{name} must be of {name}, got {retrained}")
     rules.check(_RULES, **vars(config))
     if config.energy is not None:
         records.check_country(config.energy)
 
 
-_RETRAINED = Rule(
-    lambda v: {*v.retrained} <= {*v.values},
-    "retrain_{name} must be of {name}, got {retrained}",
-)
 _RULES = (
     rules.within(
         *("retrain_steps", 0, math.inf),

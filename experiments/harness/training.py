@@ -19,8 +19,7 @@ from jax.sharding import Mesh
 
 from experiments.harness import checkpoint, device_mesh
 from experiments.harness.progress import Progress
-from jaxprune.arrays import placement, rules
-from jaxprune.arrays.rules import Rule
+from jaxprune.arrays import placement
 from jaxprune.files import atomic
 
 Batch: TypeAlias = tuple[Any, np.ndarray]
@@ -37,31 +36,6 @@ StepFunction: TypeAlias = Callable[..., tuple["TrainState", jax.Array]]
 
 LossFunction: TypeAlias = Callable[..., jax.Array]
 """(params, inputs, targets, key) to the mean loss, a scalar."""
-
-
-_NUMBERS = Rule(
-    lambda v: v.steps >= 0 and v.shortest >= 1,
-    "train needs steps >= 0 and intervals >= 1, got steps={steps} and intervals of "
-    "{listed}",
-)
-_WEIGHTS = Rule(
-    lambda v: v.total != 0,
-    "the validation set must hold a token of positive weight, got none",
-    "give a longer text",
-)
-_CONTINUED = (
-    Rule(
-        lambda v: not v.different,
-        "{label}: '{snapshot.path}' must be of the same configuration, but {different}",
-        "give the old values, or another directory",
-    ),
-    Rule(
-        lambda v: v.snapshot.step <= v.steps,
-        "{label}: '{snapshot.path}' must be of at most the {steps} steps asked for, "
-        "got {snapshot.step}",
-        "ask for more, or give another directory",
-    ),
-)
 
 
 class TrainState(NamedTuple):
@@ -208,7 +182,11 @@ def make_eval(
             # Not fetched yet: the device goes on while the host makes the next batch.
             totals.append(total(params, *_put((inputs, targets, token_weights), mesh)))
             total_weight += float(token_weights.sum(dtype=np.float64))
-        rules.check([_WEIGHTS], total=total_weight)
+        if total_weight == 0:
+            raise ValueError(
+                "the validation set must hold a token of positive weight, got none; "
+                "give a longer text"
+            )
         return float(np.sum(jax.device_get(totals), dtype=np.float64) / total_weight)
 
     return evaluate
@@ -278,7 +256,11 @@ def train(
     if checkpoints is not None:
         intervals.append(checkpoints.every)
     listed = ", ".join(map(str, intervals))
-    rules.check([_NUMBERS], steps=steps, shortest=min(intervals), listed=listed)
+    if not (steps >= 0 and min(intervals) >= 1):
+        raise ValueError(
+            f"train needs steps >= 0 and intervals >= 1, got steps={steps} and "
+            f"intervals of {listed}"
+        )
     state, start = _begin(state, checkpoints, steps, reports.label, donate)
     # Else the first step's state and the second's would be two signatures, compiled
     # twice.
@@ -334,13 +316,16 @@ def _begin(
         initial = state if donate else jax.tree.map(jnp.copy, state)
         return initial, int(state.step)
     different = atomic.differences(snapshot.configuration, checkpoints.configuration)
-    rules.check(
-        _CONTINUED,
-        label=label,
-        snapshot=snapshot,
-        steps=steps,
-        different="; ".join(different),
-    )
+    if different:
+        raise ValueError(
+            f"{label}: '{snapshot.path}' must be of the same configuration, but "
+            f"{'; '.join(different)}; give the old values, or another directory"
+        )
+    if not snapshot.step <= steps:
+        raise ValueError(
+            f"{label}: '{snapshot.path}' must be of at most the {steps} steps asked "
+            f"for, got {snapshot.step}; ask for more, or give another directory"
+        )
     if donate:
         target = jax.tree.map(_without_numbers, state)
         # Freed before the checkpoint is read, else both would be in memory.

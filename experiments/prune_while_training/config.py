@@ -135,7 +135,8 @@ class Config:
         for rate in (*self.learning_rates, *self.rates(DENSE)):
             rules.check([over_zero("learning_rates")], learning_rates=rate)
         for weight in self.distill:
-            rules.check([_DISTILL], weight=weight)
+            if not 0 <= weight < 1:
+                raise ValueError(f"distill must be in [0, 1), got {weight}")
 
     def rates(self, method: str) -> tuple[float, ...]:
         """The peaks to choose from."""
@@ -170,4 +171,3 @@ _RULES = (
         "tune_sparsity must be in (0, 1), got {tune_sparsity}",
     ),
 )
-_DISTILL = Rule(lambda v: 0 <= v.weight < 1, "distill must be in [0, 1), got {weight}")

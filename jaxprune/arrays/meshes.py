@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AxisType, Mesh
 
-from jaxprune.arrays.rules import Rule, check
-
 
 def parse_mesh(text: str, names: Sequence[str]) -> dict[str, int]:
     """The axes that a flag asks for, in the order they were given.
@@ -53,27 +51,19 @@ def check_devices(axes: Mapping[str, int]) -> None:
     Raises:
       ValueError: there are fewer devices, or several processes have more.
     """
-    check(
-        _DEVICES,
-        mesh=mesh_words(axes),
-        count=math.prod(axes.values()),
-        devices=len(jax.devices()),
-        processes=jax.process_count(),
-    )
-
-
-_DEVICES = (
-    Rule(
-        lambda v: v.count <= v.devices,
-        "{mesh} needs {count} devices, got {devices}",
-        "give smaller sizes",
-    ),
-    Rule(
-        lambda v: v.processes == 1 or v.count == v.devices,
-        "{mesh} must have all {devices} devices of {processes} processes, got {count}",
-        "give a --mesh of all, and a batch size that it divides",
-    ),
-)
+    mesh = mesh_words(axes)
+    count = math.prod(axes.values())
+    devices = len(jax.devices())
+    processes = jax.process_count()
+    if not count <= devices:
+        raise ValueError(
+            f"{mesh} needs {count} devices, got {devices}; give smaller sizes"
+        )
+    if processes != 1 and count != devices:
+        raise ValueError(
+            f"{mesh} must have all {devices} devices of {processes} processes, got "
+            f"{count}; give a --mesh of all, and a batch size that it divides"
+        )
 
 
 def make_mesh(axes: Mapping[str, int]) -> Mesh:

@@ -19,7 +19,6 @@ from optax import MaskedNode
 
 from jaxprune.arrays.low_bit import is_int8
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import check, finds_none
 
 T = TypeVar("T")
 
@@ -201,44 +200,26 @@ def align(reference: Any, other: Any, what: str) -> list[Any]:
     """
     expected, leaves = named_leaves(reference), named_leaves(other)
     _spread_excluded(leaves, expected)
-    check(_ALIGNED, expected=expected, leaves=leaves, what=what)
-    return [leaves[name] for name in expected]
-
-
-def _foreign(values: Any) -> str:
-    """Which names only one of two trees has; empty where they have the same."""
-    missing = sorted(values.expected.keys() - values.leaves.keys())
-    foreign = sorted(values.leaves.keys() - values.expected.keys())
-    phrases = [f"lack {listed(missing)}"] * bool(missing)
-    phrases += [f"have unknown {listed(foreign)}"] * bool(foreign)
-    return " and ".join(phrases)
-
-
-def _misshapen(values: Any) -> str:
-    """Which leaves of two trees have different shapes, left-out ones set aside."""
-    pairs = [
-        (name, values.leaves[name], leaf) for name, leaf in values.expected.items()
+    missing, foreign = expected.keys() - leaves.keys(), leaves.keys() - expected.keys()
+    if missing or foreign:
+        phrases = [f"lack {listed(sorted(missing))}"] * bool(missing)
+        phrases += [f"have unknown {listed(sorted(foreign))}"] * bool(foreign)
+        raise ValueError(
+            f"{what} must have the leaves of the parameters, but "
+            f"{' and '.join(phrases)}; make the {what} from these parameters"
+        )
+    misshapen = [
+        f"{name!r} ({jnp.shape(leaves[name])} for {jnp.shape(like)})"
+        for name, like in expected.items()
+        if not (is_excluded(leaves[name]) or is_excluded(like))
+        and jnp.shape(leaves[name]) != jnp.shape(like)
     ]
-    return ", ".join(
-        f"{name!r} ({jnp.shape(leaf)} for {jnp.shape(like)})"
-        for name, leaf, like in pairs
-        if not (is_excluded(leaf) or is_excluded(like))
-        and jnp.shape(leaf) != jnp.shape(like)
-    )
-
-
-_ALIGNED = (
-    finds_none(
-        _foreign,
-        "{what} must have the leaves of the parameters, but {names}",
-        "make the {what} from these parameters",
-    ),
-    finds_none(
-        _misshapen,
-        "{what} must have the shapes of the parameters, but differ at {names}",
-        "make the {what} from these parameters",
-    ),
-)
+    if misshapen:
+        raise ValueError(
+            f"{what} must have the shapes of the parameters, but differ at "
+            f"{', '.join(misshapen)}; make the {what} from these parameters"
+        )
+    return [leaves[name] for name in expected]
 
 
 def _spread_excluded(leaves: dict[str, Any], expected: Mapping[str, Any]) -> None:

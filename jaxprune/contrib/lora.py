@@ -29,7 +29,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxprune import leaves
 from jaxprune.arrays import tree
 from jaxprune.arrays.messages import listed, refuse_fractions
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.leaves import checked_rule
 from jaxprune.training.masked import wrapped_optimizer
 from jaxprune.typing import Params, PrunableLike
@@ -109,7 +108,11 @@ def lora(
     """
     refuse_fractions("lora", rank=rank, seed=seed)
     scale = (rank if alpha is None else alpha) / max(rank, 1)
-    check(_SCALE, rank=rank, alpha=alpha, scale=scale)
+    if not (rank >= 1 and 0 < scale < math.inf):
+        raise ValueError(
+            f"lora needs rank >= 1 and a finite alpha > 0, got rank={rank}, "
+            f"alpha={alpha}"
+        )
     optimizer = wrapped_optimizer(optimizer, "lora", "rank")
 
     def init(params: Params) -> LoraState:
@@ -125,7 +128,11 @@ def lora(
         **extra_args: Any,
     ) -> tuple[optax.Updates, LoraState]:
         del params
-        check(_EXTRA_ARGS, extra_args=extra_args)
+        if extra_args.keys() & {"grad", "value_fn"}:
+            raise ValueError(
+                "lora trains factors, of which a line search's grad and value_fn know "
+                "nothing; take an optimizer that needs the gradient alone"
+            )
         factors, adapters = state.adapters, _join(state.adapters)
         map_adapters = functools.partial(jax.tree.map, is_leaf=_is_adapter)
         gradient = functools.partial(_factor_gradients, scale)
@@ -149,13 +156,16 @@ def _adapters(params: Params, rank: int, targets: PrunableLike, seed: int) -> Pa
     }
     vectors = [name for name, leaf in adapted.items() if leaf.ndim < 2]
     others = listed(n for n, leaf in adapted.items() if not tree.is_floating(leaf))
-    check(
-        _TARGETS,
-        adapted=adapted,
-        vectors=vectors,
-        names=listed(vectors) or "none",
-        others=others,
-    )
+    if not (len(adapted) > 0 and not vectors):
+        raise ValueError(
+            f"lora needs matrices to adapt, got {listed(vectors) or 'none'}; give "
+            "targets that choose leaves of two axes or more"
+        )
+    if others:
+        raise ValueError(
+            f"lora adapts floating matrices, but {others} are not; leave them out of "
+            "targets="
+        )
     # A key for each leaf, so that another choice of targets draws the same factors.
     keys = jax.random.split(jax.random.key(seed), len(named))
     adapters = [
@@ -256,30 +266,3 @@ def _weight_change(scale: float, adapter: Any, step: Any, g: Any) -> Any:
     product = functools.partial(jnp.matmul, precision="highest")
     change = product(tall, wide, out_sharding=_explicit_sharding(g))
     return (scale * change).astype(g.dtype)
-
-
-_SCALE = [
-    Rule(
-        lambda v: v.rank >= 1 and 0 < v.scale < math.inf,
-        "lora needs rank >= 1 and a finite alpha > 0, got rank={rank}, alpha={alpha}",
-    )
-]
-_EXTRA_ARGS = [
-    Rule(
-        lambda v: not v.extra_args.keys() & {"grad", "value_fn"},
-        "lora trains factors, of which a line search's grad and value_fn know nothing",
-        "take an optimizer that needs the gradient alone",
-    )
-]
-_TARGETS = [
-    Rule(
-        lambda v: len(v.adapted) > 0 and not v.vectors,
-        "lora needs matrices to adapt, got {names}",
-        "give targets that choose leaves of two axes or more",
-    ),
-    Rule(
-        lambda v: not v.others,
-        "lora adapts floating matrices, but {others} are not",
-        "leave them out of targets=",
-    ),
-]

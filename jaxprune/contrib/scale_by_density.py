@@ -8,15 +8,10 @@ import numpy as np
 import optax
 
 from jaxprune import leaves
-from jaxprune.arrays import rules, tree
-from jaxprune.arrays.rules import Rule, is_between
+from jaxprune.arrays import tree
+from jaxprune.arrays.rules import is_between
 from jaxprune.training.masked import require_params
 from jaxprune.typing import Params, PrunableLike
-
-_POWER = Rule(
-    lambda v: is_between(v.power, 0, 1),
-    "scale_by_density needs a power in [0, 1], got {power}",
-)
 
 
 def scale_by_density(
@@ -59,7 +54,8 @@ def scale_by_density(
       training dynamics", 2024, arXiv 2405.15743: Adam's rate of a sparse matrix over
       its density (power 1), with initial weights over its root, which is the caller's.
     """
-    rules.check(_POWER, power=power)
+    if not is_between(power, 0, 1):
+        raise ValueError(f"scale_by_density needs a power in [0, 1], got {power}")
     leaves.as_rule(prunable)  # its globs are looked for when there are names
 
     def update(updates: optax.Updates, params: Params | None = None) -> optax.Updates:

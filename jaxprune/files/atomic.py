@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune.arrays import rules
-from jaxprune.arrays.rules import Rule, check
+from jaxprune.arrays.rules import refusal
 from jaxprune.files.safetensors_file import read_json
 from jaxprune.files.sink import Sink
 
@@ -88,7 +88,11 @@ def begin_or_resume(path: Path, job: Mapping[str, Any]) -> bool:
         replace_json(path, dict(job))
         return False
     different = "; ".join(differences(read_json(path), job))
-    check(_SAME_JOB, directory=path.parent, different=different)
+    if different:
+        raise ValueError(
+            f"'{path.parent}' belongs to another job: {different}; give the old values "
+            "to resume it, delete it to begin anew, or choose another directory"
+        )
     return True
 
 
@@ -137,7 +141,12 @@ def check_room(place: Path, size: int) -> None:
             f"'{home}' must be a directory that can be written to, but it is not "
             f"({error.strerror}); choose another place"
         ) from None
-    check(_ROOM, home=home, size=size, free=shutil.disk_usage(home).free)
+    free = shutil.disk_usage(home).free
+    if not free >= size:
+        raise OSError(
+            f"'{home}' must have room for {size:,} bytes, but {free:,} are free; make "
+            "room, or choose another place"
+        )
 
 
 def bytes_in(directory: Path) -> int:
@@ -155,7 +164,11 @@ def digest(path: Path) -> str:
 def apart(place: str | os.PathLike[str], source: Path) -> Path:
     """The absolute place of a result, refused where it and its source touch."""
     place, origin = Path(place).resolve(), source.resolve()
-    check(_APART, place=place, origin=origin)
+    if place.is_relative_to(origin) or origin.is_relative_to(place):
+        raise ValueError(
+            f"a result must lie apart from its source, but '{place}' and '{origin}' "
+            "are in each other; choose a directory beside it"
+        )
     return place
 
 
@@ -278,14 +291,28 @@ def _check_still_free(place: Path, replaceable: Replaceable | None) -> None:
 
 def check_free(place: Path, replaceable: Replaceable | None) -> None:
     """Refuses a place that holds something, unless `replaceable` allows it."""
-    check(_MOVABLE, place=place)
+    if place.is_mount():
+        raise ValueError(
+            f"'{place}' is where a disk is mounted, which no result can take the place "
+            "of; give a directory inside it"
+        )
+    if place.is_dir() and Path.cwd().is_relative_to(place.resolve()):
+        raise ValueError(
+            f"'{place}' is the directory that this runs in, whose place the result "
+            "would take; run it from another one"
+        )
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
     reason: str | None = "there is something already"
     ways = [f", or {way} if it is an earlier result" for way in _OVERWRITE]
     if replaceable is not None:
         reason, ways = replaceable(place), ["", ""]
-    check(_REPLACEABLE, place=place, reason=reason, python=ways[0], command=ways[1])
+    if reason:
+        raise refusal(
+            f"the result must not destroy what is at '{place}', but {reason}",
+            f"choose another place{ways[0]}",
+            f"choose another place{ways[1]}",
+        )
 
 
 def _place(partial: Path, place: Path) -> None:
@@ -318,45 +345,4 @@ def _empty(directory: Path) -> None:
             path.unlink()
 
 
-_SAME_JOB = Rule(
-    lambda v: not v.different,
-    "'{directory}' belongs to another job: {different}",
-    "give the old values to resume it, delete it to begin anew, or choose another "
-    "directory",
-)
-_ROOM = Rule(
-    lambda v: v.free >= v.size,
-    "'{home}' must have room for {size:,} bytes, but {free:,} are free",
-    "make room, or choose another place",
-    error=OSError,
-)
-_APART = Rule(
-    lambda v: (
-        not (v.place.is_relative_to(v.origin) or v.origin.is_relative_to(v.place))
-    ),
-    "a result must lie apart from its source, but '{place}' and '{origin}' are in "
-    "each other",
-    "choose a directory beside it",
-)
-_MOVABLE = (
-    Rule(
-        lambda v: not v.place.is_mount(),
-        "'{place}' is where a disk is mounted, which no result can take the place of",
-        "give a directory inside it",
-    ),
-    Rule(
-        lambda v: (
-            not (v.place.is_dir() and Path.cwd().is_relative_to(v.place.resolve()))
-        ),
-        "'{place}' is the directory that this runs in, whose place the result would "
-        "take",
-        "run it from another one",
-    ),
-)
-_REPLACEABLE = Rule(
-    lambda v: not v.reason,
-    "the result must not destroy what is at '{place}', but {reason}",
-    "choose another place{python}",
-    "choose another place{command}",
-)
 _OVERWRITE = "pass overwrite=True", "give --overwrite"

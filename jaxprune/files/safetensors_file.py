@@ -16,8 +16,6 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from jaxprune.arrays.rules import Rule, check, finds_none
-
 _KINDS = {
     "F": (np.float16, np.float32, np.float64),
     "BF": (ml_dtypes.bfloat16,),
@@ -97,27 +95,27 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     with open(path, "rb") as file:
         # Looked at before it is read: a damaged length may ask for any memory.
         length = int.from_bytes(file.read(8), "little")
-        check(_LENGTH, path=path, size=size, length=length)
+        if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_JSON):
+            raise damaged(
+                path,
+                f"its header of {length} bytes does not fit {size}, or it is no "
+                "safetensors file",
+            )
         entries = parse_json(file.read(length), path)
     metadata = entries.pop("__metadata__", {})
-    check(_METADATA, path=path, metadata=metadata)
+    if not is_text(metadata):
+        raise damaged(path, "its __metadata__ is no map of text to text")
     pairs = [(n, _entry(path, n, e, 8 + length)) for n, e in entries.items()]
     # Empty tensors begin where the next one begins, and come before it.
     tensors = dict(sorted(pairs, key=lambda pair: (pair[1].offset, pair[1].size)))
-    check(_FILLED, path=path, tensors=tensors, start=8 + length, size=size)
-    return tensors, metadata
-
-
-def _gap(values: Any) -> str:
-    """Where the tensors leave a gap or overlap, in words; empty where nowhere."""
-    end = values.start
-    for name, info in values.tensors.items():
+    end = 8 + length
+    for name, info in tensors.items():
         if info.offset != end:
-            return f"'{name}' begins at {info.offset} and not at {end}"
+            raise damaged(path, f"'{name}' begins at {info.offset} and not at {end}")
         end += info.size
-    if end != values.size:
-        return f"its tensors end at {end}, and the file at {values.size}"
-    return ""
+    if end != size:
+        raise damaged(path, f"its tensors end at {end}, and the file at {size}")
+    return tensors, metadata
 
 
 def write(
@@ -201,7 +199,8 @@ def view(path: Path, info: TensorInfo) -> np.ndarray:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; `Damaged` where there is none, or it is too long."""
-    check(_SHORT, path=path, size=path.stat().st_size, longest=_LONGEST_JSON)
+    if path.stat().st_size > _LONGEST_JSON:
+        raise damaged(path, f"it is longer than {_LONGEST_JSON} bytes")
     return parse_json(path.read_bytes(), path)
 
 
@@ -219,7 +218,8 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
         value = json.loads(content.decode(), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"it holds no JSON ({error})") from None
-    check(_OBJECT, path=path, value=value)
+    if not isinstance(value, dict):
+        raise damaged(path, "it holds no JSON object")
     return value
 
 
@@ -240,43 +240,7 @@ def is_inside(path: str) -> bool:
 
 def damaged(path: Path, what: str) -> Damaged:
     """The error of a file that is not what it says."""
-    return Damaged(f"'{path}' is damaged: {what}; {_COPY}")
-
-
-_COPY = "bring the file back from a copy"
-
-
-def _whole(holds: Callable[[Any], bool], damage: str) -> Rule:
-    """A rule that is broken by a damaged file only."""
-    return Rule(holds, f"'{{path}}' is damaged: {damage}", _COPY, error=Damaged)
-
-
-_LENGTH = _whole(
-    lambda v: v.size >= 8 and 2 <= v.length <= min(v.size - 8, _LONGEST_JSON),
-    "its header of {length} bytes does not fit {size}, or it is no safetensors file",
-)
-_METADATA = _whole(
-    lambda v: is_text(v.metadata), "its __metadata__ is no map of text to text"
-)
-_FILLED = finds_none(_gap, "'{path}' is damaged: {names}", _COPY, error=Damaged)
-_SHORT = _whole(lambda v: v.size <= v.longest, "it is longer than {longest} bytes")
-_OBJECT = _whole(lambda v: isinstance(v.value, dict), "it holds no JSON object")
-_ENTRY = (
-    _whole(
-        lambda v: all(type(number) is int and number >= 0 for number in v.numbers),
-        "'{name}' has a shape or offset that is no whole number",
-    ),
-    Rule(
-        lambda v: v.code in DTYPES,
-        "the dtypes read here are {known}, but '{name}' in '{path}' is {code}",
-        "save the model in one of them",
-        error=Unknown,
-    ),
-)
-_SIZE = _whole(
-    lambda v: v.size == v.stored,
-    "'{name}' needs {size} bytes and has {stored}",
-)
+    return Damaged(f"'{path}' is damaged: {what}; bring the file back from a copy")
 
 
 def _entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
@@ -286,8 +250,14 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
             numbers = [*shape, begin, end]
         case _:  # not even the keys that tell where it lies
             raise damaged(path, f"'{name}' has no dtype, shape and data_offsets")
-    known = ", ".join(DTYPES)
-    check(_ENTRY, path=path, name=name, numbers=numbers, code=code, known=known)
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise damaged(path, f"'{name}' has a shape or offset that is no whole number")
+    if code not in DTYPES:
+        raise Unknown(
+            f"the dtypes read here are {', '.join(DTYPES)}, but '{name}' in '{path}' "
+            f"is {code}; save the model in one of them"
+        )
     size = math.prod(shape) * DTYPES[code].itemsize
-    check(_SIZE, path=path, name=name, size=size, stored=end - begin)
+    if size != end - begin:
+        raise damaged(path, f"'{name}' needs {size} bytes and has {end - begin}")
     return TensorInfo(path.name, DTYPES[code], tuple(shape), start + begin, size)

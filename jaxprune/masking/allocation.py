@@ -10,14 +10,15 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays import counting, placement, processes, rules
-from jaxprune.arrays.messages import chosen
+from jaxprune.arrays import counting, placement, processes
+from jaxprune.arrays.messages import chosen, listed
+from jaxprune.arrays.rules import is_between
 from jaxprune.arrays.topk import thresholds
 from jaxprune.masking.checks import floating_scores
 from jaxprune.masking.shares import capped_shares, exact_shares
@@ -151,16 +152,6 @@ class ERK:
         )
 
 
-_OWL = rules.Rule(
-    lambda v: (
-        all(rules.is_between(x, 0, math.inf) for x in (v.owl.spread, v.owl.factor))
-        and (v.owl.spread < 1 and 0 < v.owl.factor < math.inf)
-    ),
-    "OWL needs 0 <= spread < 1 and a factor over 0, got {owl}",
-    "the paper's are 0.08 and 5",
-)
-
-
 @dataclasses.dataclass(frozen=True)
 class OWL:
     """Layers with more outliers keep more.
@@ -189,7 +180,14 @@ class OWL:
 
     def __post_init__(self) -> None:
         """Refuses what would turn the rule round, or mean nothing."""
-        rules.check(_OWL, owl=self)
+        if not (
+            all(is_between(x, 0, math.inf) for x in (self.spread, self.factor))
+            and (self.spread < 1 and 0 < self.factor < math.inf)
+        ):
+            raise ValueError(
+                f"OWL needs 0 <= spread < 1 and a factor over 0, got {self}; the "
+                "paper's are 0.08 and 5"
+            )
 
     def sparsities(self, weights: Sequence[Weight], sparsity: float) -> list[Fraction]:
         """The sparsity of each weight."""
@@ -243,7 +241,27 @@ class Ranked:
           TypeError: they are not floating.
         """
         named = floating_scores(self.scores)
-        rules.check(_RANKED, weights=weights, scores=named)
+        if missing := sorted({weight.leaf for weight in weights} - named.keys()):
+            raise ValueError(
+                "allocation.Ranked needs scores of every weight to prune, but has none "
+                f"of {listed(missing)}; make them from these parameters, with the same "
+                "prunable rule"
+            )
+        misshapen = [
+            weight.name
+            for weight in weights
+            if jax.eval_shape(weight.view, named[weight.leaf]).shape != weight.shape
+        ]
+        if misshapen:
+            raise ValueError(
+                "allocation.Ranked needs scores of the weights' shapes, but those of "
+                f"{listed(misshapen)} have others; make them from these parameters"
+            )
+        if any(isinstance(named[weight.leaf], jax.core.Tracer) for weight in weights):
+            raise ValueError(
+                "allocation.Ranked counts what its scores prune, so they must have "
+                "values, but they are traced; make them outside of jit"
+            )
         leaves = [named[weight.leaf] for weight in weights]
         # The counts are Python integers, so they are computed now, in `jit` too.
         with placement.at_once(leaves):
@@ -348,51 +366,14 @@ def _kept(scores: jax.Array, cut: thresholds.Cut) -> jax.Array:
 
 
 def _scores(weight: Weight) -> jax.Array:
-    rules.check(_MEAN_SQUARE, weight=weight)
+    if weight.mean_square is None:
+        raise ValueError(
+            f"OWL reads the mean squares of the inputs of '{weight.name}', which are "
+            "not there; give Weight(mean_square=...)"
+        )
     return _wanda(weight.read(), weight.mean_square)
 
 
 @jax.jit
 def _wanda(matrix: jax.Array, mean_square: jax.Array) -> jax.Array:
     return jax.vmap(from_activations.wanda)(matrix.astype(np.float32), mean_square)
-
-
-def _misshapen(values: Any) -> list[str]:
-    """The weights whose part of their leaf's scores has another shape than they."""
-    return [
-        weight.name
-        for weight in values.weights
-        if jax.eval_shape(weight.view, values.scores[weight.leaf]).shape != weight.shape
-    ]
-
-
-_MEAN_SQUARE = rules.Rule(
-    lambda v: v.weight.mean_square is not None,
-    "OWL reads the mean squares of the inputs of '{weight.name}', which are not there",
-    "give Weight(mean_square=...)",
-)
-_RANKED = (
-    rules.finds_none(
-        lambda v: sorted({weight.leaf for weight in v.weights} - v.scores.keys()),
-        "allocation.Ranked needs scores of every weight to prune, but has none of "
-        "{names}",
-        "make them from these parameters, with the same prunable rule",
-    ),
-    rules.finds_none(
-        _misshapen,
-        "allocation.Ranked needs scores of the weights' shapes, but those of {names} "
-        "have others",
-        "make them from these parameters",
-    ),
-    rules.Rule(
-        lambda v: (
-            not any(
-                isinstance(v.scores[weight.leaf], jax.core.Tracer)
-                for weight in v.weights
-            )
-        ),
-        "allocation.Ranked counts what its scores prune, so they must have values, but "
-        "they are traced",
-        "make them outside of jit",
-    ),
-)

@@ -12,20 +12,40 @@ from jaxprune import leaves
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.low_bit import is_int8
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule, check, finds_none
 from jaxprune.masking.packed_mask import is_packed
 from jaxprune.typing import Importance, Masks, Params, Scores
 
 
 def floating_scores(scores: Scores) -> dict[str, jax.Array]:
     """The scores' leaves by name, floating and free of NaN, without excluded ones."""
-    check(_MADE_BY_A_CRITERION, scores=scores)
+    refuse_other(scores)
     named = {
         k: jnp.asarray(v) if isinstance(v, np.ndarray) else v  # JAX may know no float64
         for k, v in tree.named_leaves(scores).items()
         if not tree.is_excluded(v)
     }
-    check(_FLOATING, leaves=named)
+    if not named:
+        raise ValueError(
+            "scores must have at least one leaf to prune, but have none; make them by "
+            "a criterion such as jp.scores.magnitude(params), and see with "
+            "jp.tree.explain(params) what it prunes"
+        )
+    if wrong := [name for name, leaf in named.items() if is_int8(leaf)]:
+        raise TypeError(
+            f"scores must be floating arrays, but {listed(wrong)} are averages in one "
+            "byte; make scores of them with jp.scores.averaged_weight(params, "
+            "importance)"
+        )
+    if wrong := [k for k, leaf in named.items() if not tree.is_floating(leaf)]:
+        raise TypeError(
+            f"scores must be floating arrays, but {listed(wrong)} are not; cast them "
+            "with astype(jnp.float32)"
+        )
+    if wrong := _with_nan(named):
+        raise ValueError(
+            f"scores must not be NaN, but {listed(wrong)} hold some; look for the step "
+            "at which training diverged, or replace them with jnp.nan_to_num"
+        )
     return named
 
 
@@ -57,7 +77,13 @@ def warn_of_parameters(scores: Scores) -> None:
 
 def refuse_other(scores: Any) -> None:
     """Refuses a sparsity or an importance where scores belong."""
-    check(_MADE_BY_A_CRITERION, scores=scores)
+    if isinstance(scores, Importance | int | float):
+        what = "an Importance" if isinstance(scores, Importance) else scores
+        raise TypeError(
+            f"scores must be a tree that a criterion made, got {what}; call "
+            "jp.masks.make(scores, sparsity) or jp.prune(params, scores, sparsity), "
+            "with scores = jp.scores.preconditioned_magnitude(params, importance)"
+        )
 
 
 def aligned_masks(params: Params, masks: Masks) -> list[Any]:
@@ -65,13 +91,29 @@ def aligned_masks(params: Params, masks: Masks) -> list[Any]:
     named = tree.named_leaves(params)
     check_unpacked(masks)
     aligned = tree.align(params, tree.with_nodes(masks, named), "masks")
-    check(_BOOLEAN, masks=dict(zip(named, aligned, strict=True)))
+    if wrong := [
+        name
+        for name, mask in dict(zip(named, aligned, strict=True)).items()
+        if not tree.is_excluded(mask) and not _is_boolean(mask)
+    ]:
+        raise TypeError(
+            f"masks must be boolean arrays, True for kept, but {listed(wrong)} are "
+            "not; make them with jp.masks.make(scores, sparsity)"
+        )
     return aligned
 
 
 def check_unpacked(masks: Masks) -> None:
     """Refuses packed masks where booleans are needed."""
-    check(_UNPACKED, masks=tree.named_leaves(masks, is_leaf=is_packed))
+    if wrong := [
+        name
+        for name, mask in tree.named_leaves(masks, is_leaf=is_packed).items()
+        if is_packed(mask)
+    ]:
+        raise TypeError(
+            f"masks must be boolean arrays, True for kept, but {listed(wrong)} are "
+            "packed; unpack them with jp.masks.unpack(masks)"
+        )
 
 
 def _with_nan(leaves: Mapping[str, jax.Array]) -> list[str]:
@@ -91,60 +133,3 @@ def _has_nan(leaf: jax.Array) -> jax.Array:
 
 def _is_boolean(mask: Any) -> bool:
     return hasattr(mask, "dtype") and jnp.issubdtype(mask.dtype, jnp.bool_)
-
-
-_MADE_BY_A_CRITERION = Rule(
-    lambda v: not isinstance(v.scores, Importance | int | float),
-    "scores must be a tree that a criterion made, got {what}",
-    "call jp.masks.make(scores, sparsity) or jp.prune(params, scores, sparsity), "
-    "with scores = jp.scores.preconditioned_magnitude(params, importance)",
-    error=TypeError,
-    details=lambda v: {
-        "what": "an Importance" if isinstance(v.scores, Importance) else v.scores
-    },
-)
-
-_FLOATING = (
-    Rule(
-        lambda v: v.leaves,
-        "scores must have at least one leaf to prune, but have none",
-        "make them by a criterion such as jp.scores.magnitude(params), and see with "
-        "jp.tree.explain(params) what it prunes",
-    ),
-    finds_none(
-        lambda v: [name for name, leaf in v.leaves.items() if is_int8(leaf)],
-        "scores must be floating arrays, but {names} are averages in one byte",
-        "make scores of them with jp.scores.averaged_weight(params, importance)",
-        error=TypeError,
-    ),
-    finds_none(
-        lambda v: [k for k, leaf in v.leaves.items() if not tree.is_floating(leaf)],
-        "scores must be floating arrays, but {names} are not",
-        "cast them with astype(jnp.float32)",
-        error=TypeError,
-    ),
-    finds_none(
-        lambda v: _with_nan(v.leaves),
-        "scores must not be NaN, but {names} hold some",
-        "look for the step at which training diverged, or replace them with "
-        "jnp.nan_to_num",
-    ),
-)
-
-_UNPACKED = finds_none(
-    lambda v: [name for name, mask in v.masks.items() if is_packed(mask)],
-    "masks must be boolean arrays, True for kept, but {names} are packed",
-    "unpack them with jp.masks.unpack(masks)",
-    error=TypeError,
-)
-
-_BOOLEAN = finds_none(
-    lambda v: [
-        name
-        for name, mask in v.masks.items()
-        if not tree.is_excluded(mask) and not _is_boolean(mask)
-    ],
-    "masks must be boolean arrays, True for kept, but {names} are not",
-    "make them with jp.masks.make(scores, sparsity)",
-    error=TypeError,
-)

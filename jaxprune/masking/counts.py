@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.rules import Rule, check, excludes, finds_none
+from jaxprune.arrays.messages import listed
 from jaxprune.masking import allocation as allocation_
 from jaxprune.masking import patterns
 from jaxprune.masking.allocation import Global, Layer, Name, Weight
@@ -54,29 +54,51 @@ def agreed(
       >>> counts.agreed(None, patterns.NM(2, 4))
       (0.5, Layer())
     """
-    shares = dict(allocation) if isinstance(allocation, Mapping) else None
-    check(_GIVEN_ONCE, shares=shares, sparsity=sparsity)
     # Shares by leaf may stand in the place of either.
     if isinstance(allocation, Mapping):
+        if sparsity is not None:
+            raise ValueError(
+                "shares by leaf must be given once, but both "
+                f"allocation={dict(allocation)} and sparsity={sparsity} were given; "
+                "leave the sparsity out"
+            )
         sparsity, allocation = allocation, "layer"
     share = sparsity
     if not (sparsity is None or isinstance(sparsity, Mapping)):
         share = checked_sparsity(sparsity)
     rule, fixed = allocation_.parse(allocation), pattern.sparsity
-    check(
-        _AGREEMENT,
-        sparsity=sparsity,
-        share=share,
-        pattern=pattern,
-        fixed=fixed,
-        rule=rule,
-    )
+    if isinstance(sparsity, Mapping) and not sparsity:
+        raise ValueError(
+            "shares by leaf must name one leaf at least, but {} was given; write "
+            "{glob: share}, or one number for all"
+        )
+    if isinstance(sparsity, Mapping) and not isinstance(rule, Layer | Global):
+        raise ValueError(
+            f"allocation={rule} needs one sparsity to share out, but "
+            f"sparsity={sparsity} gives shares by leaf; leave the allocation out"
+        )
+    if fixed is None and sparsity is None:
+        raise ValueError(
+            f"how much to remove is not said, and {pattern} leaves it free; give "
+            "sparsity=0.5"
+        )
+    if fixed is not None and share is not None and (share != fixed):
+        raise ValueError(
+            f"{pattern} removes exactly {fixed:.4g} of each weight, but "
+            f"sparsity={sparsity} was asked for; leave the sparsity out"
+        )
+    if fixed is not None and not isinstance(rule, Layer | Global):
+        raise ValueError(
+            f"allocation={rule} needs one sparsity to share out, but {pattern} removes "
+            f"exactly {fixed:.4g} of each weight; leave the allocation out"
+        )
     return (fixed if share is None else share), rule  # type: ignore[return-value]
 
 
 def checked_sparsity(sparsity: Any, place: str = "") -> float:
     """A sparsity as a float in [0, 1), or one clear error that says which it is."""
-    check(_NUMBER, sparsity=sparsity, place=place)
+    if isinstance(sparsity, bool | str):
+        raise TypeError(f"sparsity must be a number in [0, 1), got {sparsity!r}{place}")
     # NumPy's and JAX's scalars pass; a traced one raises a TypeError.
     try:
         value = float(sparsity)
@@ -85,7 +107,11 @@ def checked_sparsity(sparsity: Any, place: str = "") -> float:
             f"sparsity must be a number in [0, 1) or {{glob: number}}, got "
             f"{type(sparsity).__name__}{place}; under jit it must be static"
         ) from error
-    check(_SHARE, value=value, place=place)
+    if not 0 <= value < 1:
+        hint = f"; give {value / 100:g} for {value:g} %" if 1 <= value < 100 else ""
+        raise ValueError(
+            f"sparsity must be in [0, 1), the share to remove, got {value}{place}{hint}"
+        )
     return value
 
 
@@ -168,7 +194,15 @@ def by_rule(
         return by_leaf(sparsity, [weight.name for weight in weights], units)
     shares = rule.sparsities(weights, sparsity)
     names = [weight.name for weight in weights]
-    check([_SHARES], rule=rule, shares=dict(zip(names, shares, strict=True)))
+    if wrong := [
+        f"{n} {float(s):g}"
+        for n, s in dict(zip(names, shares, strict=True)).items()
+        if not 0 <= s <= 1
+    ]:
+        raise ValueError(
+            f"an allocation must give each weight a sparsity in [0, 1], but {rule} "
+            f"gives {listed(wrong)}; mend its `sparsities`"
+        )
     return [
         number - kept_units(share, number)
         for share, number in zip(shares, units, strict=True)
@@ -211,67 +245,3 @@ def unit_counts(
     # A pattern is traced once for all leaves of a shape.
     sizes = {key: unit_count(pattern, *key) for key in dict.fromkeys(keys)}
     return [sizes[key] for key in keys]
-
-
-_GIVEN_ONCE = excludes(
-    "shares",
-    "sparsity",
-    "shares by leaf must be given once, but both allocation={shares} and "
-    "sparsity={sparsity} were given",
-    "leave the sparsity out",
-)
-
-_AGREEMENT = (
-    Rule(
-        lambda v: not isinstance(v.sparsity, Mapping) or bool(v.sparsity),
-        "shares by leaf must name one leaf at least, but {{}} was given",
-        "write {{glob: share}}, or one number for all",
-    ),
-    Rule(
-        # Shares by leaf leave nothing to share out, by one ranking neither.
-        lambda v: (
-            not isinstance(v.sparsity, Mapping) or isinstance(v.rule, Layer | Global)
-        ),
-        "allocation={rule} needs one sparsity to share out, but sparsity={sparsity} "
-        "gives shares by leaf",
-        "leave the allocation out",
-    ),
-    Rule(
-        lambda v: v.fixed is not None or v.sparsity is not None,
-        "how much to remove is not said, and {pattern} leaves it free",
-        "give sparsity=0.5",
-    ),
-    Rule(
-        lambda v: v.fixed is None or v.share is None or v.share == v.fixed,
-        "{pattern} removes exactly {fixed:.4g} of each weight, but sparsity={sparsity} "
-        "was asked for",
-        "leave the sparsity out",
-    ),
-    Rule(
-        lambda v: v.fixed is None or isinstance(v.rule, Layer | Global),
-        "allocation={rule} needs one sparsity to share out, but {pattern} removes "
-        "exactly {fixed:.4g} of each weight",
-        "leave the allocation out",
-    ),
-)
-
-_SHARES = finds_none(
-    lambda v: [f"{n} {float(s):g}" for n, s in v.shares.items() if not 0 <= s <= 1],
-    "an allocation must give each weight a sparsity in [0, 1], but {rule} gives "
-    "{names}",
-    "mend its `sparsities`",
-)
-_NUMBER = Rule(
-    lambda v: not isinstance(v.sparsity, bool | str),
-    "sparsity must be a number in [0, 1), got {sparsity!r}{place}",
-    error=TypeError,
-)
-_SHARE = Rule(
-    lambda v: 0 <= v.value < 1,  # NaN is not
-    "sparsity must be in [0, 1), the share to remove, got {value}{place}{percent}",
-    details=lambda v: {
-        "percent": f"; give {v.value / 100:g} for {v.value:g} %"
-        if 1 <= v.value < 100
-        else ""
-    },
-)

@@ -13,7 +13,7 @@ import numpy as np
 from optax import MaskedNode
 
 from jaxprune.arrays import merge, placement, tree
-from jaxprune.arrays.rules import Rule, check, finds_none
+from jaxprune.arrays.messages import listed
 from jaxprune.masking import packing
 from jaxprune.masking.checks import aligned_masks
 from jaxprune.masking.combine import combine
@@ -54,7 +54,11 @@ def get(state: Any, params: Params | None = None) -> Masks:
       [True, False]
     """
     trees = [_read_nested(node, params) for node in _holders(state)]
-    check(_HELD, trees=trees)
+    if not trees:
+        raise ValueError(
+            "this optimizer state holds no masks; train with jp.keep_masks(optimizer, "
+            "masks) or jp.gradual(optimizer, schedule)"
+        )
     return _side_by_side(trees)
 
 
@@ -87,7 +91,15 @@ def replace(state: T, masks: Masks) -> T:
     before = get(state, masks)
     names = tree.names(before)
     replacements = dict(zip(names, aligned_masks(before, masks), strict=True))
-    check(_SAME_LEAVES, before=tree.named_leaves(before), after=replacements)
+    if wrong := [
+        name
+        for name, mask in tree.named_leaves(before).items()
+        if tree.is_excluded(mask) != tree.is_excluded(replacements[name])
+    ]:
+        raise ValueError(
+            "masks.replace needs masks of the leaves that the state has masks of, but "
+            f"{listed(wrong)} differ; give jnp.ones(shape, bool) where all is kept"
+        )
 
     def replaced(node: Any) -> Any:
         if not _holds(node):
@@ -173,35 +185,17 @@ def _named(node: Any, params: Any) -> dict[str, Any]:
             return packing.unpack(mask)
         if not _is_bits(mask):
             return mask
-        check(_WITH_SHAPE, leaf=like.get(name), name=name)
+        if not hasattr(like.get(name), "shape"):
+            raise ValueError(
+                "packed masks of an nnx.Optimizer have no shapes, so those of the "
+                f"parameters are needed, but {name!r} has none; call "
+                "jp.masks.get(optimizer, params)"
+            )
         return packing.unpack(PackedMask(mask, like[name].shape))
 
     held = tree.named_leaves(_masks(node), is_leaf=_is_leaf)
     names = [packing.leaf_name(n) if _is_bits(m) else n for n, m in held.items()]
     return {n: unpacked(n, m) for n, m in zip(names, held.values(), strict=True)}
-
-
-_HELD = Rule(
-    lambda v: v.trees,
-    "this optimizer state holds no masks",
-    "train with jp.keep_masks(optimizer, masks) or jp.gradual(optimizer, schedule)",
-)
-_SAME_LEAVES = finds_none(
-    lambda v: [
-        name
-        for name, mask in v.before.items()
-        if tree.is_excluded(mask) != tree.is_excluded(v.after[name])
-    ],
-    "masks.replace needs masks of the leaves that the state has masks of, but "
-    "{names} differ",
-    "give jnp.ones(shape, bool) where all is kept",
-)
-_WITH_SHAPE = Rule(
-    lambda v: hasattr(v.leaf, "shape"),
-    "packed masks of an nnx.Optimizer have no shapes, so those of the parameters "
-    "are needed, but {name!r} has none",
-    "call jp.masks.get(optimizer, params)",
-)
 
 
 def _is_leaf(node: Any) -> bool:

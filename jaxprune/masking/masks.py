@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxprune.arrays import lazy, low_bit, placement, tree
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.rules import Rule, check, is_between
+from jaxprune.arrays.rules import is_between
 from jaxprune.arrays.topk import float_order
 from jaxprune.arrays.topk.float_order import Line
 from jaxprune.masking import patterns, selection
@@ -129,15 +129,12 @@ def above(scores: Scores, threshold: float) -> Masks:
       [False, True]
     """
     floating_scores(scores)
-    if not isinstance(threshold, jax.core.Tracer):
-        check(_THRESHOLD, threshold=threshold)
+    is_traced = isinstance(threshold, jax.core.Tracer)
+    if not is_traced and not (
+        is_between(threshold, 0, math.inf) and threshold < math.inf
+    ):
+        raise ValueError(f"threshold must be finite and at least 0, got {threshold}")
     return jax.tree.map(lambda x: _is_above(jnp.asarray(x), threshold), scores)
-
-
-_THRESHOLD = Rule(
-    lambda v: is_between(v.threshold, 0, math.inf) and v.threshold < math.inf,
-    "threshold must be finite and at least 0, got {threshold}",
-)
 
 
 def apply(params: Params, masks: Masks) -> Params:

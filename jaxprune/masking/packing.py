@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.arrays import placement, tree
-from jaxprune.arrays.rules import check, finds_none
+from jaxprune.arrays.messages import listed
 from jaxprune.masking.checks import aligned_masks
 from jaxprune.masking.packed_mask import PackedMask, is_packed
 from jaxprune.typing import Masks
@@ -59,20 +59,16 @@ def unpack(packed: Any) -> Masks:
       >>> jp.masks.unpack(packed)["w"].tolist()
       [True, False, True]
     """
-    check(_PACKED, leaves=tree.named_leaves(packed, is_leaf=is_packed))
-    return jax.tree.map(_unpack, packed, is_leaf=is_packed)
-
-
-_PACKED = finds_none(
-    lambda v: [
+    if wrong := [
         name
-        for name, leaf in v.leaves.items()
+        for name, leaf in tree.named_leaves(packed, is_leaf=is_packed).items()
         if not (is_packed(leaf) or tree.is_excluded(leaf))
-    ],
-    "unpack needs what jp.masks.pack returned, but {names} are not packed",
-    "take masks of booleans as they are",
-    error=TypeError,
-)
+    ]:
+        raise TypeError(
+            f"unpack needs what jp.masks.pack returned, but {listed(wrong)} are not "
+            "packed; take masks of booleans as they are"
+        )
+    return jax.tree.map(_unpack, packed, is_leaf=is_packed)
 
 
 def leaf_name(name: str) -> str:

@@ -18,7 +18,6 @@ from jaxprune.arrays import exact_sum
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import chosen
 from jaxprune.arrays.placement import divisible
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.arrays.topk import float_order
 from jaxprune.arrays.topk.float_order import Line
 from jaxprune.typing import Pattern
@@ -157,7 +156,13 @@ class NM:
 
     def __post_init__(self) -> None:
         """Refuses groups that keep nothing or everything."""
-        check(_NM, n=self.n, m=self.m)
+        if not (
+            all(isinstance(x, numbers.Integral) for x in (self.n, self.m))
+            and 0 < self.n < self.m
+        ):
+            raise ValueError(
+                f"NM(n, m) needs integers 0 < n < m, got NM({self.n}, {self.m})"
+            )
 
     @property
     def sparsity(self) -> float:
@@ -234,7 +239,11 @@ class Block(_Free):
 
     def __post_init__(self) -> None:
         """Refuses empty tiles."""
-        check(_BLOCK, rows=self.rows, columns=self.columns, block=self)
+        if not all(
+            isinstance(x, numbers.Integral) and int(x) >= 1
+            for x in (self.rows, self.columns)
+        ):
+            raise ValueError(f"Block needs integer sides of at least 1, got {self}")
 
     def units(
         self, scores: Float[Array, "*shape"], axes: Axes
@@ -341,18 +350,6 @@ def parse(pattern: Pattern | str) -> Pattern:
     return chosen("pattern", pattern, _NAMED, "units", choices)
 
 
-_NM = Rule(
-    lambda v: (
-        all(isinstance(x, numbers.Integral) for x in (v.n, v.m)) and 0 < v.n < v.m
-    ),
-    "NM(n, m) needs integers 0 < n < m, got NM({n}, {m})",
-)
-_BLOCK = Rule(
-    lambda v: all(
-        isinstance(x, numbers.Integral) and int(x) >= 1 for x in (v.rows, v.columns)
-    ),
-    "Block needs integer sides of at least 1, got {block}",
-)
 _NAMED: dict[str, Pattern] = {
     "unstructured": Unstructured(),
     "per-output": PerOutput(),

@@ -13,7 +13,7 @@ import jax
 
 from jaxprune.arrays import lazy, low_bit, placement, tree
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.rules import check, finds_none
+from jaxprune.arrays.messages import listed
 from jaxprune.arrays.topk import thresholds
 from jaxprune.masking import patterns, selection
 from jaxprune.masking.checks import refuse_other
@@ -81,7 +81,11 @@ def prune(
     ranked = [
         k for k, v in tree.named_leaves(scores).items() if not tree.is_excluded(v)
     ]
-    check(_PRESENT, leaves=named, ranked=ranked)
+    if wrong := [name for name in ranked if tree.is_excluded(named[name])]:
+        raise ValueError(
+            "scores must be of leaves that the parameters have, but the parameters "
+            f"leave out {listed(wrong)}; call jp.prune(params, scores, sparsity)"
+        )
     if donate:
         _check_owned(named, ranked, jax.tree.leaves(scores))
     pattern = patterns.parse(pattern)
@@ -101,37 +105,20 @@ def _check_owned(
     arrays = {
         name: named[name] for name in ranked if placement.is_concrete(named[name])
     }
-    check(
-        _DONATED,
-        arrays=arrays,
-        # Deleted arrays have no buffer, and are named before uses are counted.
-        uses=collections.Counter(map(_buffer, [*named.values(), *scores])),
-    )
-
-
-_PRESENT = finds_none(
-    lambda v: [name for name in v.ranked if tree.is_excluded(v.leaves[name])],
-    "scores must be of leaves that the parameters have, but the parameters leave "
-    "out {names}",
-    "call jp.prune(params, scores, sparsity)",
-)
-_DONATED = (
-    finds_none(
-        lambda v: [name for name, leaf in v.arrays.items() if leaf.is_deleted()],
-        "donate=True needs parameters that are there, but {names} are deleted",
-        "use what the call that donated them returned",
-    ),
-    finds_none(
-        lambda v: [
-            name
-            for name, leaf in v.arrays.items()
-            if leaf.size and v.uses[_buffer(leaf)] > 1
-        ],
-        "donate=True needs arrays that nothing else uses, but {names} are other leaves "
-        "or scores as well",
-        "copy those with jnp.copy, or leave donate out",
-    ),
-)
+    uses = collections.Counter(map(_buffer, [*named.values(), *scores]))
+    if wrong := [name for name, leaf in arrays.items() if leaf.is_deleted()]:
+        raise ValueError(
+            f"donate=True needs parameters that are there, but {listed(wrong)} are "
+            "deleted; use what the call that donated them returned"
+        )
+    if wrong := [
+        name for name, leaf in arrays.items() if leaf.size and uses[_buffer(leaf)] > 1
+    ]:
+        raise ValueError(
+            f"donate=True needs arrays that nothing else uses, but {listed(wrong)} are "
+            "other leaves or scores as well; copy those with jnp.copy, or leave "
+            "donate out"
+        )
 
 
 def _buffer(leaf: Any) -> int | None:

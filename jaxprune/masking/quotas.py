@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from jaxprune.arrays.axes import Axes, resolve_axes
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule, check, finds_none
 from jaxprune.masking import counts, patterns
 from jaxprune.masking.allocation import Global, Layer, PerMatrix, Weight
 from jaxprune.typing import Pattern
@@ -64,7 +63,11 @@ class LeafUnits:
                 or self.pattern.problem(leaf.shape, axes)
             )
         ]
-        check(_FITTING, problems="; ".join(problems))
+        if problems:
+            raise ValueError(
+                f"{'; '.join(problems)}; leave such leaves out of the scores with "
+                "prunable=jp.tree.excluding('...')"
+            )
         return self.matrix_axes
 
     @functools.cached_property
@@ -104,7 +107,8 @@ def leaf_quotas(
         leaves = list(units.leaves.values())
         return _matrix_quotas(names, leaves, units.matrix_axes, share, units.pattern)
     sizes = units.sizes
-    check(_COUNTABLE, sizes=dict(zip(names, sizes, strict=True)), way=_BY_MATRIX)
+    way = "rank the matrices of a stack by allocation='matrix', or split the leaf"
+    _check_countable(names, sizes, way)
     # Outputs that lose one share each leave no ranking of leaves anything to choose.
     ranks_units = not isinstance(units.pattern, patterns.PerOutput)
     free = ranks_units and units.pattern.sparsity is None
@@ -121,7 +125,23 @@ def leaf_quotas(
         pruned = counts.by_leaf(share, names, sizes)
     else:
         # A rule reads matrices, so it needs axes where the pattern needs none.
-        check(_WEIGHTS, rule=parsed, rule_name=type(parsed).__name__, units=units)
+        if parsed.needs_inputs:
+            raise ValueError(
+                f"allocation={parsed} reads the inputs of the weights, which scores do "
+                "not hold; call jp.prune_trained, or use allocation='erk' or 'global'"
+            )
+        if wrong := [
+            name
+            for (name, leaf), axes in zip(
+                units.leaves.items(), units.matrix_axes, strict=True
+            )
+            if axes.problem(leaf.ndim)
+        ]:
+            raise ValueError(
+                f"allocation={type(parsed).__name__} needs leaves with an input and an "
+                f"output axis, but {listed(wrong)} have none; leave them out of the "
+                "scores with prunable=jp.tree.excluding('...')"
+            )
         pruned = counts.by_rule(share, parsed, units.weights, sizes)
     kept = [size - lost for size, lost in zip(sizes, pruned, strict=True)]
     warn_of_empty(names, sizes, kept, stacklevel=5)
@@ -140,7 +160,16 @@ def _matrix_quotas(
         () if axes.problem(leaf.ndim) else axes.stack(leaf.shape)
         for leaf, axes in zip(leaves, leaf_axes, strict=True)
     ]
-    check(_STACKED, stacks=dict(zip(names, stacks_or_none, strict=True)))
+    if wrong := [
+        name
+        for name, stack in dict(zip(names, stacks_or_none, strict=True)).items()
+        if stack is None
+    ]:
+        raise ValueError(
+            "allocation='matrix' needs stacks whose own axes come first, but "
+            f"{listed(wrong)} have them elsewhere; leave them out of the scores, or "
+            "rank them whole with allocation='layer'"
+        )
     stacks = [stack or () for stack in stacks_or_none]
     leaf_sizes = counts.unit_counts(pattern, leaves, leaf_axes)
     sizes = [
@@ -149,7 +178,7 @@ def _matrix_quotas(
     ]
     # A pattern that fixes the sparsity ranks a stack whole.
     ranked = sizes if pattern.sparsity is None else leaf_sizes
-    check(_COUNTABLE, sizes=dict(zip(names, ranked, strict=True)), way="split the leaf")
+    _check_countable(names, ranked, "split the leaf")
     pruned = counts.by_leaf(share, names, sizes)
     kept = [size - lost for size, lost in zip(sizes, pruned, strict=True)]
     warn_of_empty(names, sizes, kept, stacklevel=6)
@@ -176,39 +205,11 @@ def warn_of_empty(
         )
 
 
-_BY_MATRIX = "rank the matrices of a stack by allocation='matrix', or split the leaf"
-_COUNTABLE = finds_none(
-    lambda v: [name for name, size in v.sizes.items() if size >= 2**32],
-    "a ranking counts fewer than 2^32 units, but {names} have more",
-    "{way}",
-)
-_STACKED = finds_none(
-    lambda v: [name for name, stack in v.stacks.items() if stack is None],
-    "allocation='matrix' needs stacks whose own axes come first, but {names} have "
-    "them elsewhere",
-    "leave them out of the scores, or rank them whole with allocation='layer'",
-)
-_FITTING = Rule(
-    lambda v: not v.problems,
-    "{problems}",
-    "leave such leaves out of the scores with prunable=jp.tree.excluding('...')",
-)
-_WEIGHTS = (
-    Rule(
-        lambda v: not v.rule.needs_inputs,
-        "allocation={rule} reads the inputs of the weights, which scores do not hold",
-        "call jp.prune_trained, or use allocation='erk' or 'global'",
-    ),
-    finds_none(
-        lambda v: [
-            name
-            for (name, leaf), axes in zip(
-                v.units.leaves.items(), v.units.matrix_axes, strict=True
-            )
-            if axes.problem(leaf.ndim)
-        ],
-        "allocation={rule_name} needs leaves with an input and an output axis, but "
-        "{names} have none",
-        "leave them out of the scores with prunable=jp.tree.excluding('...')",
-    ),
-)
+def _check_countable(names: Sequence[str], sizes: Sequence[int], way: str) -> None:
+    """Refuses more units than 32 bits count."""
+    large = [name for name, n in zip(names, sizes, strict=True) if n >= 2**32]
+    if large:
+        raise ValueError(
+            f"a ranking counts fewer than 2^32 units, but {listed(large)} have more; "
+            f"{way}"
+        )

@@ -16,7 +16,6 @@ import jax
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.axes import Axes, check_axes
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import check, finds_none
 from jaxprune.arrays.topk import thresholds
 from jaxprune.masking import allocation, counts, patterns
 from jaxprune.masking.checks import floating_scores
@@ -83,15 +82,21 @@ def check_heads(
     free = all(isinstance(pattern, patterns.Unstructured) for pattern in patterns_used)
     if not isinstance(rule, Mapping):
         free &= type(allocation.parse(rule)) in _WITHOUT_AXES
-    if not (free or isinstance(axes, Axes)):
-        check(_HEADS, leaves=leaves, axes=axes)
+    if not (free or isinstance(axes, Axes)) and (heads := _half_heads(leaves, axes)):
+        raise ValueError(
+            f"the shapes of query/kernel and out/kernel tell the axes of "
+            f"{listed(heads)}, but one of the two is left out; give "
+            "axes={glob: jp.Axes(inputs=..., outputs=...)}, for (in, heads, size) "
+            "jp.Axes((-3,), (-2, -1))"
+        )
 
 
-def _half_heads(values: Any) -> list[str]:
+def _half_heads(
+    leaves: Mapping[str, Any], axes: Mapping[str, Axes] | None
+) -> list[str]:
     """The kernels of attention whose query or output projection was left out."""
-    leaves = values.leaves
     named = {n: leaf for n, leaf in leaves.items() if not tree.is_excluded(leaf)}
-    ruled = tree.by_rule(values.axes or {}, list(named), None, "axes")
+    ruled = tree.by_rule(axes or {}, list(named), None, "axes")
     names = []
     # A leaf for which the caller gave axes has no need of its partner.
     for (name, leaf), leaf_axes in zip(named.items(), ruled, strict=True):
@@ -100,15 +105,6 @@ def _half_heads(values: Any) -> list[str]:
             pair = [leaves.get(f"{match[1] or ''}{n}/kernel") for n in ("query", "out")]
             names += [name] if any(map(tree.is_excluded, pair)) else []
     return names
-
-
-_HEADS = finds_none(
-    _half_heads,
-    "the shapes of query/kernel and out/kernel tell the axes of {names}, but one "
-    "of the two is left out",
-    "give axes={{glob: jp.Axes(inputs=..., outputs=...)}}, for (in, heads, size) "
-    "jp.Axes((-3,), (-2, -1))",
-)
 
 
 def _stacked(

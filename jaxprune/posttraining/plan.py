@@ -7,8 +7,7 @@ once.
 import collections
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,6 @@ from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.lazy import Leaves, array
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.per_device import PerDevice
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.masking import counts, patterns, quotas
 from jaxprune.masking.allocation import Rule as AllocationRule
@@ -94,68 +92,37 @@ def check_leaves(leaves: Leaves, ops: Sequence[LinearOp], *, donate: bool) -> No
     uses = collections.Counter(map(id, leaves.all))
     # With `donate` the old weights are given up, so no two leaves may be one array.
     shared = [k for k, i in names.items() if donate and uses[id(leaves.all[i])] > 1]
-    check(
-        _LEAVES,
-        abstract=listed(
-            k for k, i in names.items() if isinstance(leaves.all[i], abstract)
-        ),
-        shared=listed(shared),
-        overlap=next(_overlaps(ops), None),
-    )
+    if lazy := [k for k, i in names.items() if isinstance(leaves.all[i], abstract)]:
+        raise ValueError(
+            f"the parameters must be arrays with values, but {listed(lazy)} are not; "
+            "call prune_trained outside of jit"
+        )
+    if shared:
+        raise ValueError(
+            f"donate=True needs arrays that nothing else uses, but {listed(shared)} "
+            "are other leaves as well; copy those with jnp.copy, or leave donate out"
+        )
+    by_leaf: dict[str, dict[str, LinearOp]] = {}
+    for op in ops:
+        by_leaf.setdefault(op.leaf, {})[op.name] = op
+    for leaf, uses_of_leaf in by_leaf.items():
+        for first, second in itertools.combinations(uses_of_leaf.values(), 2):
+            if not first.view.is_apart(second.view):
+                raise ValueError(
+                    "each weight must be used as one part of its leaf, but "
+                    f"'{second.name}' and '{first.name}' overlap; leave the leaf out "
+                    f"with prunable=jp.tree.excluding('{leaf}')"
+                )
 
 
 def check_finite(fingerprints: Mapping[str, Fingerprint]) -> None:
     """Refuses leaves to prune that hold NaN or infinity, all by name."""
-    check(
-        _FINITE,
-        broken=listed(name for name, mark in fingerprints.items() if not mark.finite),
-    )
-
-
-def _overlaps(ops: Sequence[LinearOp]) -> Iterator[Any]:
-    """Weights that are parts of one another, pairs, in a namespace with their leaf."""
-    by_leaf: dict[str, dict[str, LinearOp]] = {}
-    for op in ops:
-        by_leaf.setdefault(op.leaf, {})[op.name] = op
-    for leaf, uses in by_leaf.items():
-        for first, second in itertools.combinations(uses.values(), 2):
-            if not first.view.is_apart(second.view):
-                yield SimpleNamespace(first=first.name, second=second.name, leaf=leaf)
-
-
-_LEAVES = [
-    Rule(
-        lambda v: not v.abstract,
-        "the parameters must be arrays with values, but {abstract} are not",
-        "call prune_trained outside of jit",
-    ),
-    Rule(
-        lambda v: not v.shared,
-        "donate=True needs arrays that nothing else uses, but {shared} are other "
-        "leaves as well",
-        "copy those with jnp.copy, or leave donate out",
-    ),
-    Rule(
-        lambda v: v.overlap is None,
-        "each weight must be used as one part of its leaf, but '{overlap.second}' and "
-        "'{overlap.first}' overlap",
-        "leave the leaf out with prunable=jp.tree.excluding('{overlap.leaf}')",
-    ),
-]
-_FINITE = [
-    Rule(
-        lambda v: not v.broken,
-        "the weights to prune must be finite, but {broken} hold NaN or infinity",
-        "look for a damaged checkpoint",
-    )
-]
-_FITS = [
-    Rule(
-        lambda v: not v.problems,
-        "{problems}",
-        "leave such weights out with prunable=jp.tree.excluding('...')",
-    )
-]
+    broken = listed((name for name, mark in fingerprints.items() if not mark.finite))
+    if broken:
+        raise ValueError(
+            f"the weights to prune must be finite, but {broken} hold NaN or infinity; "
+            "look for a damaged checkpoint"
+        )
 
 
 def make_plan(
@@ -187,7 +154,11 @@ def make_plan(
         for name, op in weights.items()
         if (why := pattern.problem(op.shape[1:], Axes()))
     ]
-    check(_FITS, problems="; ".join(problems))
+    if problems:
+        raise ValueError(
+            f"{'; '.join(problems)}; leave such weights out with "
+            "prunable=jp.tree.excluding('...')"
+        )
     # Once for each shape, before anything is computed.
     for inputs, outputs in {op.shape[1:] for op in weights.values()}:
         _try(chain, pattern, inputs, outputs)

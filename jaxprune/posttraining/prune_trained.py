@@ -17,7 +17,6 @@ from jaxprune import leaves
 from jaxprune.arrays import tree
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.per_device import PerDevice
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.posttraining import fingerprint
 from jaxprune.posttraining import plan as plans
 from jaxprune.posttraining.calibration import calibrate
@@ -135,7 +134,13 @@ def prune_trained(
     devices = None if mesh is None else PerDevice.of(mesh)
     batches = preparation.check_batches(batches, "prune_trained", devices)
     if devices is not None:
-        check(_MESH, explicit=listed(_on_explicit_axes(params)))
+        explicit = listed(_on_explicit_axes(params))
+        if explicit:
+            raise ValueError(
+                "with a mesh each device runs the whole function, so the parameters' "
+                f"own mesh must have Auto axes, but that of {explicit} has Explicit "
+                "ones; leave mesh out, or place them on a mesh with axis_types=Auto"
+            )
     program = preparation.prepare(fn, params, batches[0], prunable, devices=devices)
     prints = _checked_leaves(program, donate=donate)
     plan = plans.make_plan(
@@ -193,16 +198,6 @@ def _on_explicit_axes(params: Params) -> list[str]:
         if isinstance(sharding, NamedSharding)
         and AxisType.Explicit in sharding.mesh.axis_types
     ]
-
-
-_MESH = [
-    Rule(
-        lambda v: not v.explicit,
-        "with a mesh each device runs the whole function, so the parameters' own mesh "
-        "must have Auto axes, but that of {explicit} has Explicit ones",
-        "leave mesh out, or place them on a mesh with axis_types=Auto",
-    )
-]
 
 
 def _calibration_facts(pipeline: SequentialPipeline) -> dict[str, Any]:

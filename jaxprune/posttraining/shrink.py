@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arrays.lazy import Leaves
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.axis_groups import AxisGroups, axis_groups
 from jaxprune.graph.linear_ops import trace
 from jaxprune.posttraining import fingerprint, unit_rows
@@ -160,21 +159,42 @@ def shrink(
     # A criterion or its name, as `jp.gradual` takes them; a model that can be called
     # may be a tree too.
     is_tree = not isinstance(scores, int | float | str | FunctionType)
-    check(
-        RULES,
-        scores=scores,
-        is_tree=is_tree,
-        masks=masks,
-        batches=batches,
-        sparsity=sparsity,
-        budget=budget,
-        choices=[x is not None for x in (scores, masks, batches)],
-        are_masks=scores is not None and is_tree and choice.is_masks(scores),
-        narrowed=bool(sizes) or groups not in parts.ALL,
-        idle=", ".join(settings) if batches is None else "",
-        unknown=", ".join(settings.keys() - Settings.__annotations__.keys()),
-        names=", ".join(Settings.__annotations__),
-    )
+    idle = ", ".join(settings) if batches is None else ""
+    unknown = ", ".join(settings.keys() - Settings.__annotations__.keys())
+    if not is_tree:
+        raise TypeError(
+            f"shrink takes a tree of scores fourth and the share fifth, got {scores}; "
+            "call jp.shrink(fn, params, batch, jp.scores.magnitude(params), 0.5)"
+        )
+    if scores is not None and is_tree and choice.is_masks(scores):
+        raise ValueError(
+            "shrink takes scores fourth, but these are masks; give masks=masks"
+        )
+    if sum([x is not None for x in (scores, masks, batches)]) != 1:
+        raise ValueError(
+            "shrink needs scores, masks or batches to choose by, and one of them "
+            "alone; call jp.shrink(fn, params, batch, jp.scores.magnitude(params), "
+            "0.5)"
+        )
+    if (sparsity is None) + (budget is None) != 1 + (masks is not None):
+        raise ValueError(
+            "shrink needs masks, or either a sparsity or a budget, got "
+            f"sparsity={sparsity}, budget={budget}"
+        )
+    if masks is not None and (bool(sizes) or groups not in parts.ALL):
+        raise ValueError(
+            "masks say which units are left, so shrink takes no sizes and no groups; "
+            "leave them out"
+        )
+    if unknown:
+        raise TypeError(
+            f"shrink has no setting {unknown}, only "
+            f"{', '.join(Settings.__annotations__)}"
+        )
+    if idle:
+        raise ValueError(
+            f"{idle} is of the choice by batches; give batches=batches, or leave it out"
+        )
     units = axis_groups(fn, params, batch)
     if masks is not None:
         kept = choice.by_masks(units, params, masks)
@@ -243,46 +263,3 @@ def _solved(
     kept, rows = remove_units(removal, pipeline, log, progress=shown)
     params = jax.tree.unflatten(jax.tree.structure(params), leaves.all)
     return _Solved(params, kept, rows)
-
-
-RULES = [
-    Rule(
-        lambda v: v.is_tree,
-        "shrink takes a tree of scores fourth and the share fifth, got {scores}",
-        "call jp.shrink(fn, params, batch, jp.scores.magnitude(params), 0.5)",
-        error=TypeError,
-    ),
-    Rule(
-        lambda v: not v.are_masks,
-        "shrink takes scores fourth, but these are masks",
-        "give masks=masks",
-    ),
-    Rule(
-        lambda v: sum(v.choices) == 1,
-        "shrink needs scores, masks or batches to choose by, and one of them alone",
-        "call jp.shrink(fn, params, batch, jp.scores.magnitude(params), 0.5)",
-    ),
-    Rule(
-        lambda v: (
-            (v.sparsity is None) + (v.budget is None) == 1 + (v.masks is not None)
-        ),
-        "shrink needs masks, or either a sparsity or a budget, got "
-        "sparsity={sparsity}, budget={budget}",
-    ),
-    Rule(
-        lambda v: v.masks is None or not v.narrowed,
-        "masks say which units are left, so shrink takes no sizes and no groups",
-        "leave them out",
-    ),
-    Rule(
-        lambda v: not v.unknown,
-        "shrink has no setting {unknown}, only {names}",
-        error=TypeError,
-    ),
-    Rule(
-        lambda v: not v.idle,
-        "{idle} is of the choice by batches",
-        "give batches=batches, or leave it out",
-    ),
-]
-"""What the arguments of `shrink` agree on."""

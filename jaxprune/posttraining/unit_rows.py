@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.axis_dims import Dim, unit_numbers
 from jaxprune.graph.axis_groups import AxisGroup, AxisGroups
 from jaxprune.graph.axis_trace import LeafAxes
@@ -67,29 +66,21 @@ def consumers(
         if not readers or any(c.op.shape[0] != 1 for c in readers)
     }
     read_by = {c.op.name: c.op for readers in ways_out.values() for c in readers}
-    check(
-        _MATRICES,
-        wrong=listed(wrong),
-        ways_out=dict(itertools.islice(wrong.items(), 3)),
-        shared=listed([name for name, op in read_by.items() if _is_shared(op, traced)]),
-    )
+    shared = listed([name for name, op in read_by.items() if _is_shared(op, traced)])
+    if wrong:
+        raise ValueError(
+            "the units of a group must go out by matrices, whose other rows can make "
+            f"up for them, but those of {listed(wrong)} do not: "
+            f"{dict(itertools.islice(wrong.items(), 3))}; remove them by jp.shrink "
+            "with scores, or ask for other groups"
+        )
+    if shared:
+        raise ValueError(
+            "a matrix that makes up for units must be used in one way, or what else "
+            f"it does would change, but {shared} is also read transposed or in part; "
+            "remove such units by jp.shrink with scores, or ask for other groups"
+        )
     return {name: tuple(readers) for name, readers in ways_out.items()}
-
-
-_MATRICES = [
-    Rule(
-        lambda v: not v.wrong,
-        "the units of a group must go out by matrices, whose other rows can make up "
-        "for them, but those of {wrong} do not: {ways_out}",
-        "remove them by jp.shrink with scores, or ask for other groups",
-    ),
-    Rule(
-        lambda v: not v.shared,
-        "a matrix that makes up for units must be used in one way, or what else it "
-        "does would change, but {shared} is also read transposed or in part",
-        "remove such units by jp.shrink with scores, or ask for other groups",
-    ),
-]
 
 
 def _is_shared(op: LinearOp, traced: Trace) -> bool:

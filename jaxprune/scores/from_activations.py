@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxprune.arrays.rules import Rule, check
-
 
 def wanda(
     weight: Float[Array, "in out"], mean_square: Float[Array, "in"]
@@ -40,7 +38,7 @@ def wanda(
       Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
       2023, arXiv 2306.11695, equation 1.
     """
-    check(_SHAPES, weight=weight.shape, mean_square=mean_square.shape)
+    _check_shapes(weight, mean_square)
     size = jnp.sqrt(mean_square.astype(jnp.float32))  # (in,)
     return jnp.abs(weight.astype(jnp.float32)) * size[:, None]
 
@@ -76,7 +74,7 @@ def ria(
       Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large
       Language Models", ICLR 2024, equations 2 and 3.
     """
-    check(_SHAPES, weight=weight.shape, mean_square=mean_square.shape)
+    _check_shapes(weight, mean_square)
     size = jnp.abs(weight.astype(jnp.float32))
     # Sums run over all outputs of an input, then over all inputs of an output.
     by_input = size / _positive(jnp.sum(size, 1, keepdims=True))  # (in, out)
@@ -90,9 +88,10 @@ def _positive(total: jax.Array) -> jax.Array:
     return jnp.where(total == 0, 1, total)
 
 
-_SHAPES = Rule(
-    lambda v: len(v.weight) == 2 and v.mean_square == v.weight[:1],
-    "scores by activations need a weight (in, out) and a mean square (in,), got "
-    "shapes {weight} and {mean_square}",
-    "take stacked ones by jax.vmap",
-)
+def _check_shapes(weight: jax.Array, mean_square: jax.Array) -> None:
+    if weight.ndim != 2 or mean_square.shape != weight.shape[:1]:
+        raise ValueError(
+            "scores by activations need a weight (in, out) and a mean square (in,), "
+            f"got shapes {weight.shape} and {mean_square.shape}; take stacked ones by "
+            "jax.vmap"
+        )

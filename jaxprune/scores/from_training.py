@@ -18,7 +18,7 @@ from optax import MaskedNode
 from jaxprune import leaves
 from jaxprune.arrays import lazy, placement, tree
 from jaxprune.arrays.messages import listed, refuse_fractions
-from jaxprune.arrays.rules import Rule, check, finds_none, is_between
+from jaxprune.arrays.rules import is_between
 from jaxprune.leaves import checked_rule
 from jaxprune.scores import formulas
 from jaxprune.scores.importance import refuse_swapped, tracked
@@ -185,18 +185,12 @@ def preconditioned_magnitude(
       >>> jp.scores.preconditioned_magnitude(w, importance)["w"].tolist()
       [[2.0, 2.0]]
     """
-    check(_EXPONENT, exponent=exponent)
+    if not is_between(exponent, 0, 1):
+        raise ValueError(f"exponent must be in [0, 1], got {exponent}; 0.25 is usual")
     square = tracked(importance, "square", params)
     if exponent == 0.25:
         return _score(formulas.size_and_quarter_power, params, prunable, square)
     return _score(formulas.size_and_power, params, prunable, square, exponent)
-
-
-_EXPONENT = Rule(
-    lambda v: is_between(v.exponent, 0, 1),
-    "exponent must be in [0, 1], got {exponent}",
-    "0.25 is usual",
-)
 
 
 def taylor(
@@ -305,19 +299,14 @@ def threshold(
       The code released with Islam, Belhaouari, Bermak, "Neural Network Optimization
       with Weight Evolution", 2023; rates there run from 0.1 to 6.
     """
-    check(_COMPARE, compare=compare)
+    if compare not in ("weight", "average"):
+        raise ValueError(f"compare must be 'weight' or 'average', got {compare!r}")
     formula = (
         formulas.average_in_deviations
         if compare == "average"
         else formulas.weight_in_deviations
     )
     return _score(formula, params, prunable, tracked(importance, "weight", params))
-
-
-_COMPARE = Rule(
-    lambda v: v.compare in ("weight", "average"),
-    "compare must be 'weight' or 'average', got {compare!r}",
-)
 
 
 def _score(
@@ -335,7 +324,19 @@ def _score(
     named = tree.named_leaves(params)
     rule = checked_rule(prunable, list(named))
     chosen = [not tree.is_excluded(x) and rule(n, x) for n, x in named.items()]
-    check(_SCORED, names=list(named), chosen=chosen, statistic=statistic or chosen)
+    if not any(chosen):
+        raise ValueError(
+            f"some leaf must be prunable, but none of {listed(named)} is; give "
+            "prunable=lambda name, leaf: ... that is True for the leaves to prune"
+        )
+    rows = zip(named, chosen, statistic or chosen, strict=True)
+    untracked = [name for name, take, x in rows if take and tree.is_excluded(x)]
+    if untracked:
+        raise ValueError(
+            f"every prunable leaf must have been tracked, but {listed(untracked)} were "
+            "not; track them, E[g^2] by optax.chain(jp.track_gradients(), optimizer), "
+            "or leave them out with prunable=jp.tree.excluding(...)"
+        )
     compiled = _compiled(formula)
     # A leaf at a time, each placed as its parameter is: nothing is gathered.
     leaves = [
@@ -353,28 +354,6 @@ def _score(
     ]
     structure = jax.tree.structure(params, is_leaf=tree.is_leaf)
     return jax.tree.unflatten(structure, leaves)
-
-
-def _untracked(values: Any) -> list[str]:
-    """The prunable leaves whose statistic nobody tracked."""
-    rows = zip(values.names, values.chosen, values.statistic, strict=True)
-    return [name for name, take, extra in rows if take and tree.is_excluded(extra)]
-
-
-_SCORED = (
-    Rule(
-        lambda v: any(v.chosen),
-        "some leaf must be prunable, but none of {listed} is",
-        "give prunable=lambda name, leaf: ... that is True for the leaves to prune",
-        details=lambda v: {"listed": listed(v.names)},
-    ),
-    finds_none(
-        _untracked,
-        "every prunable leaf must have been tracked, but {names} were not",
-        "track them, E[g^2] by optax.chain(jp.track_gradients(), optimizer), or leave "
-        "them out with prunable=jp.tree.excluding(...)",
-    ),
-)
 
 
 # One program for each formula and shape, whoever asks for scores.

@@ -19,7 +19,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxprune.arrays import low_bit, merge, tree
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.typing import Importance, Params
 
 # A state's class in optax: which field is E[g^2], up to one factor, and all its fields.
@@ -116,17 +115,13 @@ def get_importance(state: Any) -> Importance:
     if isinstance(state, Importance):
         return state
     averages = _averages(state)
-    check(_TRACKED, averages=averages, state=state)
+    if not averages:
+        raise ValueError(
+            f"this optimizer state tracks nothing{_in_brackets(_why_not(state))}; for "
+            f"averages of the weights {_TRACK['weight']}, for squared gradients "
+            f"{_TRACK['square']}"
+        )
     return Importance(**averages)
-
-
-_TRACKED = Rule(
-    lambda v: v.averages,
-    "this optimizer state tracks nothing{why}",
-    f"for averages of the weights {_TRACK['weight']}, for squared gradients "
-    f"{_TRACK['square']}",
-    details=lambda v: {"why": _in_brackets(_why_not(v.state))},
-)
 
 
 def tracked(importance: Any, field: str, params: Params) -> list[Any]:
@@ -141,32 +136,23 @@ def tracked(importance: Any, field: str, params: Params) -> list[Any]:
         reasons = ["this optimizer state tracks nothing"] * (not averages)
         reasons += [_why_not(importance)] * (field == "square")
         why = _in_brackets(*reasons)
-    check(_STATISTIC, statistic=statistic, field=field, why=why, way=_TRACK[field])
+    if statistic is None:
+        raise ValueError(
+            f"this criterion needs Importance.{field}, which was not tracked{why}; "
+            f"{_TRACK[field]}, or choose another criterion"
+        )
     return tree.align(params, statistic, f"Importance.{field}")
 
 
 def refuse_swapped(params: Params) -> None:
     """Refuses an importance, or an optimizer's state, where parameters belong."""
-    check(_PARAMETERS, params=params)
-
-
-_STATISTIC = Rule(
-    lambda v: v.statistic is not None,
-    "this criterion needs Importance.{field}, which was not tracked{why}",
-    "{way}, or choose another criterion",
-)
-_PARAMETERS = Rule(
-    lambda v: not (isinstance(v.params, Importance) or _found(v.params, _held)),
-    "a criterion takes the parameters first and the importance second, but got "
-    "{what} as the parameters",
-    "call criterion(params, importance)",
-    error=TypeError,
-    details=lambda v: {
-        "what": "an Importance"
-        if isinstance(v.params, Importance)
-        else "an optimizer's state"
-    },
-)
+    if isinstance(params, Importance) or _found(params, _held):
+        is_state = not isinstance(params, Importance)
+        what = "an optimizer's state" if is_state else "an Importance"
+        raise TypeError(
+            "a criterion takes the parameters first and the importance second, but got "
+            f"{what} as the parameters; call criterion(params, importance)"
+        )
 
 
 def _averages(state: Any) -> dict[str, Params]:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxprune import scores
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.typing import Criterion
 
 CRITERIA: Mapping[str, Criterion] = {
@@ -26,22 +25,15 @@ def parse_criterion(criterion: Any) -> Criterion:
       ValueError: the name is unknown.
       TypeError: it is no function; scores that a criterion has made already, say.
     """
-    check(_CRITERION, criterion=criterion)
+    if isinstance(criterion, str) and criterion not in CRITERIA:
+        raise ValueError(
+            f"criterion must be one of {', '.join(sorted(CRITERIA))} or a function of "
+            f"(params, importance), got {criterion!r}"
+        )
+    if not isinstance(criterion, str) and not callable(criterion):
+        raise TypeError(
+            "criterion must be a function of (params, importance), got a "
+            f"{type(criterion).__name__}; pass jp.scores.magnitude itself, which is "
+            "called at each event"
+        )
     return CRITERIA[criterion] if isinstance(criterion, str) else criterion
-
-
-_CRITERION = (
-    Rule(
-        lambda v: not isinstance(v.criterion, str) or v.criterion in CRITERIA,
-        "criterion must be one of {names} or a function of (params, importance), got "
-        "{criterion!r}",
-        details=lambda _: {"names": ", ".join(sorted(CRITERIA))},
-    ),
-    Rule(
-        lambda v: isinstance(v.criterion, str) or callable(v.criterion),
-        "criterion must be a function of (params, importance), got a {kind}",
-        "pass jp.scores.magnitude itself, which is called at each event",
-        error=TypeError,
-        details=lambda v: {"kind": type(v.criterion).__name__},
-    ),
-)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.sparse import cpu_kernels, expansion
 from jaxprune.sparse.packed_matrix import PackedMatrix
 
@@ -45,7 +44,16 @@ def matmul(x: jax.Array, packed: PackedMatrix, *, precision: Any = None) -> jax.
       >>> matmul(jnp.array([[3.0, 4.0]]), packed).tolist()
       [[8.0, 3.0]]
     """
-    check(_SHAPES, x=x.shape, shape=packed.shape)
+    if not (x.shape and x.shape[-1] == packed.shape[-1]):
+        raise ValueError(
+            f"a product with a packed matrix needs vectors of its {packed.shape[-1]} "
+            f"inputs, got {x.shape}"
+        )
+    if len(packed.shape) != 2 and x.shape[:1] != packed.shape[:1]:
+        raise ValueError(
+            f"a product with packed matrices {packed.shape} needs their batch as the "
+            f"first axis, got {x.shape}"
+        )
     *batch, outputs, inputs = packed.shape
     samples = math.prod(x.shape[len(batch) : -1])
     # (batch, samples, in), a single matrix being a batch of one
@@ -91,7 +99,11 @@ def check_undifferentiated(leaves: Iterable[bool]) -> None:
     Raises:
       TypeError: one of them is.
     """
-    check([_GRADIENT], differentiated=any(leaves))
+    if any(leaves):
+        raise TypeError(
+            "packed weights have no gradients; differentiate by other arguments, or "
+            "train the unpacked parameters and pack again"
+        )
 
 
 def _is_zero(tangent: Any) -> bool:
@@ -138,23 +150,3 @@ def _tiled(
             parts.append(jnp.matmul(vectors, tile.T, precision=precision))
         products.append(jnp.concatenate(parts, axis=1))
     return jnp.stack(products)
-
-
-_SHAPES = (
-    Rule(
-        lambda v: v.x and v.x[-1] == v.shape[-1],
-        "a product with a packed matrix needs vectors of its {inputs} inputs, got {x}",
-        details=lambda v: {"inputs": v.shape[-1]},
-    ),
-    Rule(
-        lambda v: len(v.shape) == 2 or v.x[:1] == v.shape[:1],
-        "a product with packed matrices {shape} needs their batch as the first axis, "
-        "got {x}",
-    ),
-)
-_GRADIENT = Rule(
-    lambda v: not v.differentiated,
-    "packed weights have no gradients",
-    "differentiate by other arguments, or train the unpacked parameters and pack again",
-    error=TypeError,
-)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.arrays import lazy, tree
-from jaxprune.arrays.rules import Rule, check, finds_none
+from jaxprune.arrays.messages import listed
 from jaxprune.graph.linear_ops import Trace, trace
 from jaxprune.sparse import cpu_kernels, encodings, products
 from jaxprune.sparse.encodings import DTYPES
@@ -101,9 +101,28 @@ def pack(
     """
     names = tree.names(params)
     rules = values if isinstance(values, Mapping) else {"*": values}
-    check(_ARGUMENTS, values=list(rules.values()), group=group)
+    if not all(
+        name in (None, *DTYPES, *encodings.BITS) for name in list(rules.values())
+    ):
+        raise ValueError(
+            "values must be float32, bfloat16, float16, int8 or int4, got "
+            f"{list(rules.values())}; leave it out to keep the weights as they are"
+        )
+    if not (isinstance(group, int) and group >= 0 and (group % 16 == 0)):
+        raise ValueError(
+            f"group must be a multiple of 16 inputs, or 0 for whole rows, got {group}; "
+            "128 is usual"
+        )
     leaves = tree.named_leaves(params)
-    check(_CONCRETE, leaves=leaves)
+    if wrong := [
+        name
+        for name, leaf in leaves.items()
+        if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer)
+    ]:
+        raise TypeError(
+            f"pack needs the weights themselves, but {listed(wrong)} are abstract; "
+            "call it outside of jit, with arrays or jp.LazyArray"
+        )
     encoding = dict(zip(names, tree.by_rule(rules, names, None, "values"), strict=True))
     # Without shardings, since what is packed lies on devices in another way.
     abstract = jax.tree.map(products.abstract, lazy.abstract(params))
@@ -282,27 +301,3 @@ def _bytes(leaf: Any) -> int:
 def _dtype(leaf: Any) -> Any:
     """The dtype of a leaf, which may be a number of Python's or a random key."""
     return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-
-
-_ARGUMENTS = (
-    Rule(
-        lambda v: all(name in (None, *DTYPES, *encodings.BITS) for name in v.values),
-        "values must be float32, bfloat16, float16, int8 or int4, got {values}",
-        "leave it out to keep the weights as they are",
-    ),
-    Rule(
-        lambda v: isinstance(v.group, int) and v.group >= 0 and v.group % 16 == 0,
-        "group must be a multiple of 16 inputs, or 0 for whole rows, got {group}",
-        "128 is usual",
-    ),
-)
-_CONCRETE = finds_none(
-    lambda v: [
-        name
-        for name, leaf in v.leaves.items()
-        if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer)
-    ],
-    "pack needs the weights themselves, but {names} are abstract",
-    "call it outside of jit, with arrays or jp.LazyArray",
-    error=TypeError,
-)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arrays.rules import Rule, check, finds_none
+from jaxprune.arrays.messages import listed
 from jaxprune.graph.linear_ops import Trace, trace
 from jaxprune.graph.program import Fixed
 from jaxprune.sparse import products
@@ -76,11 +76,12 @@ class PackedFunction:
         try:
             return self._structure.flatten_up_to(params)
         except ValueError:
-            check(
-                [_CONTAINERS],
-                structure=jax.tree.structure(params, is_leaf=is_packed_matrix),
-                expected=self._structure,
-            )
+            structure = jax.tree.structure(params, is_leaf=is_packed_matrix)
+            if structure != self._structure:
+                raise ValueError(
+                    "a packed function needs parameters in the containers that pack "
+                    f"returned, got {structure} for {self._structure}"
+                ) from None
             raise
 
 
@@ -94,13 +95,25 @@ class _Program:
         uses = [use for use in products.find_uses(first) if use.leaf in places]
         names = {number: name for name, number in first.leaves.items()}
         # What the first batch did with a leaf, this one must do as well.
-        check(
-            _SAME_USES,
-            uses=[use for use in uses if use.key not in places[use.leaf]],
-        )
+        if wrong := list(
+            dict.fromkeys(
+                use.leaf
+                for use in [use for use in uses if use.key not in places[use.leaf]]
+            )
+        ):
+            raise ValueError(
+                "a packed function must multiply by the same matrices for every "
+                "batch, but with a batch of this shape it needs others of "
+                f"{listed(wrong)}; call jp.pack with such a batch"
+            )
         self._positions, needed = products.live_steps(flat, uses)
         live = [names[i] for i, number in enumerate(flat.leaves) if number in needed]
-        check(_PACKED_ONLY, live=[name for name in live if name in places])
+        if wrong := [name for name in live if name in places]:
+            raise ValueError(
+                "a packed weight can only be multiplied with an activation, but with "
+                f"a batch of this shape {listed(wrong)} are needed otherwise; call "
+                "jp.pack with such a batch"
+            )
         self._flat = flat
         self._uses: dict[int, Use] = {use.position: use for use in uses}
         self._leaf = {use.position: first.leaves[use.leaf] for use in uses}
@@ -147,22 +160,3 @@ def _batch_key(batch: Any) -> Hashable:
     # A Python number is weakly typed, and makes another program.
     avals = [(x.shape, str(x.dtype), x.weak_type) for x in map(jax.typeof, leaves)]
     return structure, tuple(avals)
-
-
-_CONTAINERS = Rule(
-    lambda v: v.structure == v.expected,
-    "a packed function needs parameters in the containers that pack returned, got "
-    "{structure} for {expected}",
-)
-_SAME_USES = finds_none(
-    lambda v: list(dict.fromkeys(use.leaf for use in v.uses)),
-    "a packed function must multiply by the same matrices for every batch, but with a "
-    "batch of this shape it needs others of {names}",
-    "call jp.pack with such a batch",
-)
-_PACKED_ONLY = finds_none(
-    lambda v: v.live,
-    "a packed weight can only be multiplied with an activation, but with a batch of "
-    "this shape {names} are needed otherwise",
-    "call jp.pack with such a batch",
-)

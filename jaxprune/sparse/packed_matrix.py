@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.sparse import encodings, expansion
 from jaxprune.sparse.encodings import DTYPES, WORD, Levels
 
@@ -141,7 +140,21 @@ def pack_matrix(
     """
     matrix = np.asarray(matrix)
     name = values or matrix.dtype.name
-    check(_MATRIX, dtype=matrix.dtype.name, shape=matrix.shape, encoding=name)
+    if matrix.dtype.name not in DTYPES:
+        raise ValueError(
+            "a packed matrix needs weights of float32, bfloat16 or float16, got "
+            f"{matrix.dtype.name}; cast them"
+        )
+    if matrix.ndim not in (2, 3):
+        raise ValueError(
+            "a packed matrix needs the axes (out, in) or (batch, out, in), got "
+            f"{matrix.shape}; reshape it"
+        )
+    _check_size(matrix.shape)
+    if name not in (*DTYPES, *encodings.BITS):
+        raise ValueError(
+            f"values must be float32, bfloat16, float16, int8 or int4, got {name!r}"
+        )
     rows = matrix.reshape(math.prod(matrix.shape[:-1]), matrix.shape[-1])
     if mask is not None:
         kept = np.asarray(mask, bool).reshape(rows.shape)
@@ -151,7 +164,11 @@ def pack_matrix(
         with np.errstate(over="ignore"):
             stored = rows.astype(DTYPES[name])
         overflown = rows[np.isinf(stored) & np.isfinite(rows) & kept]
-        check([_OVERFLOW], encoding=name, overflown=overflown)
+        if overflown.size:
+            raise ValueError(
+                f"a weight of {float(overflown[np.argmax(np.abs(overflown))]):g} is "
+                f'infinite as {name}; keep it as "bfloat16" or "float32"'
+            )
         return _stored(kept, stored, matrix, name, None)
     filled = np.where(kept, rows, np.zeros_like(rows))  # NaN times False is NaN
     on_levels = encodings.to_levels(filled, name, group)
@@ -177,7 +194,7 @@ def pack_levels(levels: Levels, *, encoding: str, dtype: Any) -> PackedMatrix:
       >>> pack_levels(levels, encoding="int4", dtype="float32").unpack().tolist()
       [[3.5, 0.0]]
     """
-    check(_SIZE, shape=levels.levels.shape)
+    _check_size(levels.levels.shape)
     matrix = jax.ShapeDtypeStruct(levels.levels.shape, np.dtype(dtype))
     return _stored(levels.levels != 0, levels.levels, matrix, encoding, levels)
 
@@ -216,7 +233,7 @@ def pack_bits(
       >>> packed.unpack()[0, :3].tolist()
       [0.0, 5.0, 0.0]
     """
-    check(_SIZE, shape=shape)
+    _check_size(shape)
     words = mask.view("<u4").reshape(shape[0], shape[1] // WORD)
     starts = np.zeros(len(words) + 1, np.int32)
     np.cumsum(np.bitwise_count(words).sum(axis=1, dtype=np.int32), out=starts[1:])
@@ -256,7 +273,7 @@ def stack_packed(matrices: Sequence[PackedMatrix]) -> PackedMatrix | None:
     }
     if len(layouts) > 1:
         return None
-    check(_SIZE, shape=(len(matrices), *first.shape))
+    _check_size((len(matrices), *first.shape))
     spare, starts = encodings.SPARE, [np.zeros(1, np.int32)]
     flat = [encodings.stored_values(m.values, m.encoding)[:-spare] for m in matrices]
     if first.words is not None:
@@ -349,31 +366,10 @@ def is_packed_matrix(node: Any) -> bool:
 
 MOST = 2**31 - 1
 """Weights of a packed matrix, or of several together: positions are int32."""
-_SIZE = Rule(
-    lambda v: math.prod(v.shape) <= MOST,
-    "a packed matrix needs under 2**31 weights, got {shape}",
-    "pack its parts",
-)
-_OVERFLOW = Rule(
-    lambda v: not v.overflown.size,
-    "a weight of {largest:g} is infinite as {encoding}",
-    'keep it as "bfloat16" or "float32"',
-    details=lambda v: {"largest": float(v.overflown[np.argmax(np.abs(v.overflown))])},
-)
-_MATRIX = (
-    Rule(
-        lambda v: v.dtype in DTYPES,
-        "a packed matrix needs weights of float32, bfloat16 or float16, got {dtype}",
-        "cast them",
-    ),
-    Rule(
-        lambda v: len(v.shape) in (2, 3),
-        "a packed matrix needs the axes (out, in) or (batch, out, in), got {shape}",
-        "reshape it",
-    ),
-    _SIZE,
-    Rule(
-        lambda v: v.encoding in (*DTYPES, *encodings.BITS),
-        "values must be float32, bfloat16, float16, int8 or int4, got {encoding!r}",
-    ),
-)
+
+
+def _check_size(shape: Sequence[int]) -> None:
+    if math.prod(shape) > MOST:
+        raise ValueError(
+            f"a packed matrix needs under 2**31 weights, got {shape}; pack its parts"
+        )

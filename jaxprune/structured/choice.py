@@ -16,7 +16,6 @@ import numpy as np
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule, check, error
 from jaxprune.graph.axis_dims import Dim, sum_by_unit
 from jaxprune.graph.axis_groups import AxisGroup, AxisGroups
 from jaxprune.graph.axis_trace import LeafAxes
@@ -45,7 +44,8 @@ def shares_of_groups(
     """
     by_rule = {"*": shares} if not isinstance(shares, Mapping) else dict(shares)
     for share in by_rule.values():
-        check([_SHARE], share=share)
+        if not (math.isfinite(share) and 0 <= share < 1):
+            raise ValueError(f"a share of units must be in [0, 1), got {share}")
     by_group = _first_matches(groups, by_rule)
     return {name: float(share) for name, share in by_group.items() if share}
 
@@ -62,11 +62,11 @@ def _first_matches(groups: AxisGroups, by_rule: Mapping[str, V]) -> dict[str, V]
             by_group[group.name] = by_rule[match]
     if unused:
         free = dict.fromkeys(group.kind for group in groups if group.default)
-        raise error(
-            _RULE_MATCHES,
-            unused=listed(unused),
-            free=listed(free) or "none",
-            reasons=_reasons(groups, unused),
+        raise ValueError(
+            "every rule must match a group whose units can be removed and that no "
+            f"earlier rule matches, but {listed(unused)} match none of "
+            f"{listed(free) or 'none'}{_reasons(groups, unused)}; print jp.axis_groups "
+            "for all"
         )
     return by_group
 
@@ -106,7 +106,11 @@ def lost_counts(groups: AxisGroups, shares: Mapping[str, float]) -> dict[str, in
     counts = {name: round(share * units[name]) for name, share in shares.items()}
     empty = [name for name, count in counts.items() if count >= units[name]]
     emptied = ", ".join(f"{name!r} (of {units[name]})" for name in empty[:6])
-    check([_UNIT_STAYS], emptied=emptied)
+    if emptied:
+        raise ValueError(
+            f"a group must keep a unit, but these would lose all: {emptied}; remove a "
+            "smaller share"
+        )
     return counts
 
 
@@ -131,7 +135,11 @@ def allowed_sizes(
     allowed: dict[str, np.ndarray] = {}
     for name, numbers in _first_matches(groups, _as_integers(sizes or {})).items():
         fit = sorted((n for n in numbers if 0 < n <= units[name]), reverse=True)
-        check([_SIZE_FITS], fit=fit, name=name, units=units[name])
+        if not fit:
+            raise ValueError(
+                f"sizes must have a number of units from 1 to {units[name]} that "
+                f"{name} may keep, got none; give one"
+            )
         allowed[name] = np.array(fit)
     return allowed
 
@@ -140,7 +148,10 @@ def _as_integers(sizes: Mapping[str, Iterable[int]]) -> dict[str, set[int]]:
     try:
         return {rule: {int(n) for n in numbers} for rule, numbers in sizes.items()}
     except (AttributeError, TypeError, ValueError):
-        raise error(_SIZES, sizes=sizes) from None
+        raise TypeError(
+            "sizes must be {glob, kind or name of a group: numbers of units}, got "
+            f"{sizes!r}"
+        ) from None
 
 
 def nearest_counts(
@@ -198,7 +209,16 @@ def by_scores(
             # Stable: of equal scores the first unit stays, as everywhere here.
             order = np.argsort(-total, kind="stable")
             kept[group.name] = np.sort(order[: group.units - lost[group.name]])
-    check(_UNIT_SCORES, silent=listed(silent), not_numbers=listed(not_numbers))
+    if silent:
+        raise ValueError(
+            f"a group needs a weight with a score, but {listed(silent)} have none; "
+            "score them with prunable=, or leave them out"
+        )
+    if not_numbers:
+        raise ValueError(
+            f"scores must not be NaN, but those of {listed(not_numbers)} are; look at "
+            "the criterion, or leave them out"
+        )
     return kept
 
 
@@ -229,7 +249,11 @@ def by_masks(groups: AxisGroups, params: Params, masks: Masks) -> dict[str, np.n
         kept[group.name] = np.flatnonzero(total > 0)
         if not total.any():
             empty.append(group.name)
-    check([_MASKED_UNIT_STAYS], empty=listed(empty))
+    if empty:
+        raise ValueError(
+            f"a group must keep a unit, but the masks prune all of {listed(empty)}; "
+            "keep some"
+        )
     return kept
 
 
@@ -296,7 +320,12 @@ def check_whole(masks: Mapping[str, Any], cuts: Mapping[str, Any]) -> None:
         for name, mask in masks.items()
         if not np.asarray(cuts[name].take(np.asarray(mask))).all()
     ]
-    check([_WHOLE_UNITS], ragged=listed(ragged))
+    if ragged:
+        raise ValueError(
+            "masks must prune whole units to make a model smaller, but those of "
+            f"{listed(ragged)} also prune single weights of units that stay; give "
+            "scores, or keep such zeros as zeros with jp.masks.apply"
+        )
 
 
 def masked_leaves(params: Params, masks: Masks) -> dict[str, Any]:
@@ -312,61 +341,9 @@ def is_masks(scores_or_masks: Scores | Masks) -> bool:
         for leaf in leaves
         if not tree.is_excluded(leaf)
     }
-    check([_ALL_ALIKE], answers=answers)
+    if len(answers) > 1:
+        raise ValueError(
+            "shrink needs scores or masks, got a tree of both; give floating leaves "
+            "or boolean ones"
+        )
     return answers == {True}
-
-
-_SHARE = Rule(
-    lambda v: math.isfinite(v.share) and 0 <= v.share < 1,
-    "a share of units must be in [0, 1), got {share}",
-)
-_RULE_MATCHES = Rule(
-    lambda v: not v.unused,
-    "every rule must match a group whose units can be removed and that no earlier rule "
-    "matches, but {unused} match none of {free}{reasons}",
-    "print jp.axis_groups for all",
-)
-_UNIT_STAYS = Rule(
-    lambda v: not v.emptied,
-    "a group must keep a unit, but these would lose all: {emptied}",
-    "remove a smaller share",
-)
-_MASKED_UNIT_STAYS = Rule(
-    lambda v: not v.empty,
-    "a group must keep a unit, but the masks prune all of {empty}",
-    "keep some",
-)
-_SIZES = Rule(
-    lambda v: False,
-    "sizes must be {{glob, kind or name of a group: numbers of units}}, got {sizes!r}",
-    error=TypeError,
-)
-_SIZE_FITS = Rule(
-    lambda v: v.fit,
-    "sizes must have a number of units from 1 to {units} that {name} may keep, got "
-    "none",
-    "give one",
-)
-_UNIT_SCORES = [
-    Rule(
-        lambda v: not v.silent,
-        "a group needs a weight with a score, but {silent} have none",
-        "score them with prunable=, or leave them out",
-    ),
-    Rule(
-        lambda v: not v.not_numbers,
-        "scores must not be NaN, but those of {not_numbers} are",
-        "look at the criterion, or leave them out",
-    ),
-]
-_WHOLE_UNITS = Rule(
-    lambda v: not v.ragged,
-    "masks must prune whole units to make a model smaller, but those of {ragged} "
-    "also prune single weights of units that stay",
-    "give scores, or keep such zeros as zeros with jp.masks.apply",
-)
-_ALL_ALIKE = Rule(
-    lambda v: len(v.answers) <= 1,
-    "shrink needs scores or masks, got a tree of both",
-    "give floating leaves or boolean ones",
-)

@@ -16,7 +16,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.arrays import lazy, placement, tree
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.axis_dims import Dim, kept_positions
 from jaxprune.graph.axis_groups import AxisGroups
 from jaxprune.graph.axis_trace import LeafAxes
@@ -119,7 +118,12 @@ def of_groups(groups: AxisGroups, kept: Mapping[str, np.ndarray]) -> dict[str, L
             masks[group.dim] = np.isin(np.arange(group.units), kept[group.name])
     cuts = {leaf.name: _leaf_cut(leaf, masks) for leaf in groups.trace.leaves}
     uneven = listed(name for name, leaf_cut in cuts.items() if leaf_cut is None)
-    check([_EVEN_LAYERS], uneven=uneven)
+    if uneven:
+        raise ValueError(
+            "a leaf that is stacked over layers must keep as many units in each, but "
+            f"{uneven} would not; remove as many of each layer, and none where "
+            "jp.axis_groups says of a layer that it can lose none"
+        )
     return {name: leaf_cut for name, leaf_cut in cuts.items() if leaf_cut is not None}
 
 
@@ -181,12 +185,18 @@ def any_tree(tree_: Any, cuts: Mapping[str, LeafCut]) -> Any:
             leaves[-1] = known.take(leaf)
         else:
             misshapen.append(f"{name!r} ({shape} for {known.before})")
-    check(
-        _BESIDE_PARAMETERS,
-        cuts=listed(cuts),
-        strange="" if any_known else listed(strange),
-        misshapen=", ".join(misshapen[:6]),
-    )
+    if strange and not any_known:
+        raise ValueError(
+            f"a tree to cut must hold leaves of the parameters ({listed(cuts)}), but "
+            f"holds {listed(strange)}; cut the state of the same "
+            "tree, or shrink a function of the parameters that the state is of"
+        )
+    if misshapen:
+        raise ValueError(
+            "a tree to cut must have the shapes of the parameters before shrinking, "
+            f"but differs at {', '.join(misshapen[:6])}; make it anew for the smaller "
+            "parameters"
+        )
     return jax.tree.unflatten(jax.tree.structure(tree_), leaves)
 
 
@@ -203,27 +213,3 @@ def _cut_of_path(name: str, cuts: Mapping[str, LeafCut]) -> LeafCut | None:
             if (known := cuts.get("/".join(path[start:]))) is not None:
                 return known
     return cuts.get("")  # an array by itself has no name
-
-
-_EVEN_LAYERS = Rule(
-    lambda v: not v.uneven,
-    "a leaf that is stacked over layers must keep as many units in each, but "
-    "{uneven} would not",
-    "remove as many of each layer, and none where jp.axis_groups says of a layer "
-    "that it can lose none",
-)
-_BESIDE_PARAMETERS = [
-    Rule(
-        lambda v: not v.strange,
-        "a tree to cut must hold leaves of the parameters ({cuts}), but holds "
-        "{strange}",
-        "cut the state of the same tree, or shrink a function of the parameters that "
-        "the state is of",
-    ),
-    Rule(
-        lambda v: not v.misshapen,
-        "a tree to cut must have the shapes of the parameters before shrinking, but "
-        "differs at {misshapen}",
-        "make it anew for the smaller parameters",
-    ),
-]

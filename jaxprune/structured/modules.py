@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from jaxprune.arrays import tree
 from jaxprune.arrays.messages import first_line, listed
-from jaxprune.arrays.rules import Rule, check, error
 from jaxprune.structured.module_sizes import (
     Attributes,
     choices,
@@ -69,7 +68,12 @@ def smaller_module(
             # Anew, as a call moves running averages and counts of random numbers.
             return frame.built(model, arrays, {**layers, **chosen})
         reason = reason or f"its outputs differ by {difference:.1e}"
-    raise error(_BUILT, model=type(model).__name__, reason=reason)
+    raise ValueError(
+        "a smaller module needs its sizes in attributes that can be set, but "
+        f"{type(model).__name__} cannot have them ({reason}); give call= if it takes "
+        "more than a batch, make it with the smaller sizes and load params, or use fn "
+        "of the result"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +97,11 @@ def _framework(model: Any) -> _Framework:
     """The library of a model, by the Python modules of its base classes."""
     bases = [base.__module__ for base in type(model).__mro__]
     names = [name for name in _FRAMEWORKS if any(b.startswith(name) for b in bases)]
-    check(_KNOWN, names=names, model=type(model).__name__)
+    if not names:
+        raise TypeError(
+            "a module is one of Flax NNX, Flax Linen or Equinox, got "
+            f"{type(model).__name__}; use fn and params of the result"
+        )
     return _FRAMEWORKS[names[0]]
 
 
@@ -109,7 +117,11 @@ def _nnx_built(model: Any, arrays: Mapping[str, Any], attributes: Attributes) ->
 
     graphdef, state = nnx.split(model)
     left = _left_behind(tree.named_leaves(state), arrays)
-    check(_STATISTICS, left=listed(left), count=len(left))
+    if left:
+        raise ValueError(
+            f"{listed(left)} must be cut too, but are none of the parameters; split "
+            "them off together: nnx.split(model, (nnx.Param, nnx.BatchStat), ...)"
+        )
     small = nnx.merge(graphdef, _with_arrays(state, arrays))
     parts = dict(_nnx_parts(small))
     for (path, name), value in attributes.items():
@@ -229,22 +241,3 @@ _FRAMEWORKS = {
     "flax.linen": _Framework(_linen_parts, _linen_built, _linen_callable, "params/"),
     "equinox": _Framework(_equinox_parts, _equinox_built),
 }
-
-_KNOWN = Rule(
-    lambda v: v.names,
-    "a module is one of Flax NNX, Flax Linen or Equinox, got {model}",
-    "use fn and params of the result",
-    error=TypeError,
-)
-_STATISTICS = Rule(
-    lambda v: not v.count,
-    "{left} must be cut too, but are none of the parameters",
-    "split them off together: nnx.split(model, (nnx.Param, nnx.BatchStat), ...)",
-)
-_BUILT = Rule(
-    lambda v: False,
-    "a smaller module needs its sizes in attributes that can be set, but {model} "
-    "cannot have them ({reason})",
-    "give call= if it takes more than a batch, make it with the smaller sizes and load "
-    "params, or use fn of the result",
-)

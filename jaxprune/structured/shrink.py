@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from jaxprune.arrays.rules import Rule, check, error
 from jaxprune.graph.axis_groups import AxisGroup, AxisGroups
 from jaxprune.graph.axis_trace import LeafAxes
 from jaxprune.structured import choice, cut, modules
@@ -141,7 +140,11 @@ def lost_units(
     Raises:
       ValueError: a share is out of range or cannot be met; see `shrink`.
     """
-    check([_GROUPS_OF_BUDGET], budget=budget, groups=rules)
+    if budget is None and rules not in ALL:
+        raise ValueError(
+            f"groups are those that a budget is met with, got {rules} and no budget; "
+            "say it of the sparsity: sparsity={glob or name: share}"
+        )
     allowed = choice.allowed_sizes(groups, sizes)
     if budget is not None:
         return _within_budget(groups, budget, measure, rules, allowed)
@@ -189,30 +192,22 @@ def as_budget(budget: Budget | None) -> tuple[float | None, Measure]:
     """
     if not isinstance(budget, Mapping):
         budget = {"parameters": budget} if budget is not None else {}
-    check(
-        _BUDGET,
-        shares=list(budget.values()),
-        asked=", ".join(map(str, budget.values())),
-        measures=list(budget),
-        known=get_args(Measure),
-        names=", ".join(get_args(Measure)),
-    )
+    shares = list(budget.values())
+    measures = list(budget)
+    if not all(measure in get_args(Measure) for measure in measures):
+        raise ValueError(
+            f"the measure of a budget must be one of {', '.join(get_args(Measure))}, "
+            f"got {measures}"
+        )
+    if len(shares) > 1:
+        raise ValueError(f"a budget has one measure, got {measures}")
+    if not all(0 < share < 1 for share in shares):
+        raise ValueError(
+            f"a budget is a share in (0, 1), got {', '.join(map(str, budget.values()))}"
+        )
     for measure, share in budget.items():
         return share, measure
     return None, "parameters"
-
-
-_BUDGET = [
-    Rule(
-        lambda v: all(measure in v.known for measure in v.measures),
-        "the measure of a budget must be one of {names}, got {measures}",
-    ),
-    Rule(lambda v: len(v.shares) <= 1, "a budget has one measure, got {measures}"),
-    Rule(
-        lambda v: all(0 < share < 1 for share in v.shares),
-        "a budget is a share in (0, 1), got {asked}",
-    ),
-]
 
 
 def _within_budget(
@@ -248,7 +243,11 @@ def _within_budget(
     share = share_within(cost, budget * dense, ascending)
     if share is None:
         least = cost(most)
-        raise error(_REACH, budget=budget, dense=dense, measure=measure, least=least)
+        raise OutOfReach(
+            f"a budget must be within reach, but {budget:g} of {dense:,} {measure} is "
+            f"not: the smallest model that groups and sizes allow has {least:,}; raise "
+            "the budget, or let more groups lose units"
+        )
     if allowed:
         # What a coarse group lost beyond the share, the finest need not lose.
         fixed.update(_coarse_counts(movable, allowed, lost(share)))
@@ -272,7 +271,11 @@ def _relative_shares(groups: AxisGroups, rules: Rules) -> dict[str, float]:
     rules = [rules] if isinstance(rules, str) else rules
     relative = dict(rules) if isinstance(rules, Mapping) else dict.fromkeys(rules, 1.0)
     most = max(relative.values(), default=0.0)
-    check([_RELATIVE], relative=relative, most=most)
+    if not (0 < most < math.inf and min(relative.values()) >= 0):
+        raise ValueError(
+            "groups must map each group to its share relative to the others, none "
+            f"negative and at least one positive, got {relative}"
+        )
     # Halved, since the shares of a sparsity are under 1.
     halves = {rule: share / most / 2 for rule, share in relative.items()}
     by_group = choice.shares_of_groups(groups, halves)
@@ -309,22 +312,3 @@ def _report(
 def _uncut(leaf: LeafAxes) -> LeafCut:
     kept = tuple((None,) * len(leaf.shape) for _ in leaf.parts)
     return LeafCut(leaf.shape, leaf.shape, leaf.stacked, kept)
-
-
-_GROUPS_OF_BUDGET = Rule(
-    lambda v: v.budget is not None or v.groups in ALL,
-    "groups are those that a budget is met with, got {groups} and no budget",
-    "say it of the sparsity: sparsity={{glob or name: share}}",
-)
-_RELATIVE = Rule(
-    lambda v: 0 < v.most < math.inf and min(v.relative.values()) >= 0,
-    "groups must map each group to its share relative to the others, none negative and "
-    "at least one positive, got {relative}",
-)
-_REACH = Rule(
-    lambda v: False,
-    "a budget must be within reach, but {budget:g} of {dense:,} {measure} is not: the "
-    "smallest model that groups and sizes allow has {least:,}",
-    "raise the budget, or let more groups lose units",
-    error=OutOfReach,
-)

@@ -8,7 +8,6 @@ import numpy as np
 
 from jaxprune.arrays import lazy
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.axis_dims import Dim, atoms, kept_positions, root, sum_by_unit
 from jaxprune.graph.axis_trace import UNUSED, AxisTrace, LeafAxes, trace_axes
 from jaxprune.structured import cut
@@ -62,7 +61,11 @@ class ShrunkFunction:
           ValueError: the parameters have other shapes.
         """
         leaves, structure = jax.tree.flatten(params)
-        check([_CONTAINERS], structure=structure, expected=self._structure)
+        if structure != self._structure:
+            raise ValueError(
+                "a shrunk function needs parameters in the containers that shrink "
+                f"returned, got {structure} for {self._structure}"
+            )
         self._check_shapes(leaves)
         key = self._key(leaves, batch)
         if key not in self._known:
@@ -86,7 +89,11 @@ class ShrunkFunction:
             for name, leaf in zip(self._names, leaves, strict=True)
             if np.shape(leaf) != self._cuts[name].after
         ]
-        check([_SMALLER], misshapen=", ".join(misshapen[:6]))
+        if misshapen:
+            raise ValueError(
+                "a shrunk function needs the smaller parameters, but shapes differ at "
+                f"{', '.join(misshapen[:6])}; give ShrinkResult.params, or cut() others"
+            )
 
     def _traced(self, leaves: Sequence[Any], batch: Any) -> Resized:
         """The program for a batch of another shape or parameters of another dtype."""
@@ -134,7 +141,12 @@ def atom_masks(trace: AxisTrace, cuts: Mapping[str, LeafCut]) -> dict[Dim, np.nd
     # A leaf that this batch does not need may have any size.
     reasons = [atom.why for atom, mask in masks.items() if not mask.all()]
     frozen = [why for why in reasons if why and why != UNUSED]
-    check([_SAME_UNITS], differing=listed(differing) or next(iter(frozen), ""))
+    if others := [*differing, *list(frozen)[:1]]:
+        raise ValueError(
+            "a shrunk function must remove the same units for every batch, but with a "
+            f"batch of this shape {listed(others)} would keep others; call jp.shrink "
+            "with such a batch"
+        )
     return {atom: mask for atom, mask in masks.items() if not mask.all()}
 
 
@@ -153,21 +165,3 @@ def _axis_masks(trace: AxisTrace, cuts: Mapping[str, LeafCut]) -> list[Any]:
                     mask = np.isin(np.arange(dim.size), positions)
                 rows.append((leaf, root(dim), mask))
     return rows
-
-
-_CONTAINERS = Rule(
-    lambda v: v.structure == v.expected,
-    "a shrunk function needs parameters in the containers that shrink returned, "
-    "got {structure} for {expected}",
-)
-_SMALLER = Rule(
-    lambda v: not v.misshapen,
-    "a shrunk function needs the smaller parameters, but shapes differ at {misshapen}",
-    "give ShrinkResult.params, or cut() others",
-)
-_SAME_UNITS = Rule(
-    lambda v: not v.differing,
-    "a shrunk function must remove the same units for every batch, but with a batch of "
-    "this shape {differing} would keep others",
-    "call jp.shrink with such a batch",
-)

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule, check, finds_none
 from jaxprune.torch import conversion
 from jaxprune.torch.environment import torch
 
@@ -46,9 +45,19 @@ def settings(example: Any) -> dict[str, Any]:
             *(name for name in arrays if _strange(example[name])),
             *(name for name, value in others.items() if _has_arrays(value)),
         ]
-        check([_ENTRIES], mixed=mixed)
+        if mixed:
+            raise TypeError(
+                "an entry of an example must hold tensors alone, or none, but "
+                f"{listed(mixed)} has both; give what is no tensor as an entry of its "
+                "own, or bind it in the module"
+            )
         return others
-    check(_EXAMPLE, strange=listed(map(repr, _strange(example))))
+    strange = listed(map(repr, _strange(example)))
+    if strange:
+        raise TypeError(
+            f"an example by position must hold tensors alone, got {strange}; give the "
+            "arguments by name, in a dictionary"
+        )
     return {}
 
 
@@ -137,17 +146,3 @@ def running_parts(module: Any) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-_EXAMPLE = Rule(
-    lambda v: not v.strange,
-    "an example by position must hold tensors alone, got {strange}",
-    "give the arguments by name, in a dictionary",
-    error=TypeError,
-)
-_ENTRIES = finds_none(
-    lambda v: v.mixed,
-    "an entry of an example must hold tensors alone, or none, but {names} has both",
-    "give what is no tensor as an entry of its own, or bind it in the module",
-    error=TypeError,
-)

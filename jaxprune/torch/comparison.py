@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from jaxprune.arrays.messages import first_line, listed
-from jaxprune.arrays.rules import Rule, error
 from jaxprune.graph.axis_groups import AxisGroup
 from jaxprune.structured.output_difference import relative_difference
 from jaxprune.torch import conversion
@@ -187,11 +186,11 @@ def _refusal(trouble: _Trouble, groups: Iterable[AxisGroup]) -> Exception:
     while part and not near:
         part = part.rpartition(".")[0]
         near = _kinds_inside(part, groups)
-    return error(
-        _SETTABLE,
-        part=trouble.part or "the module itself",
-        reason=trouble.reason,
-        near=listed(near),
+    return ValueError(
+        "a smaller module needs its sizes in attributes that can be set, but "
+        f"{trouble.part or 'the module itself'!r} cannot have them ({trouble.reason}); "
+        f"give the share 0 to {listed(near)}, before other rules of sparsity=, or "
+        "shrink the function with jp.shrink, which needs no class"
     )
 
 
@@ -203,12 +202,3 @@ def _kinds_inside(part: str, groups: Iterable[AxisGroup]) -> list[str]:
         if any(member.leaf.startswith(prefix) for member in group.members)
     ]
     return list(dict.fromkeys(kinds))
-
-
-_SETTABLE = Rule(
-    lambda v: False,
-    "a smaller module needs its sizes in attributes that can be set, but {part!r} "
-    "cannot have them ({reason})",
-    "give the share 0 to {near}, before other rules of sparsity=, or shrink the "
-    "function with jp.shrink, which needs no class",
-)

@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 
-from jaxprune.arrays.rules import Rule
 from jaxprune.torch import views
 from jaxprune.torch.operations import OPERATIONS, REPAIRS
 from jaxprune.torch.views import Limit
@@ -212,7 +211,11 @@ class Environment(_Environment):
         Raises:
           TypeError: always.
         """
-        raise Limit(_RANDOM)
+        raise Limit(
+            "a module must give the same for the same inputs, but {operation} in "
+            "{place!r} draws random numbers; draw them outside, and give them as an "
+            "argument"
+        )
 
     def _is_same_device(self, the_tensor: Any, new_device: Any) -> bool:
         # As torchax has it for the name "jax": modes run on tensors without memory.
@@ -265,13 +268,20 @@ class Environment(_Environment):
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         traced = [isinstance(leaf, TracedTensor | TracedView) for leaf in tensors]
         if any(traced) and operands[1].get("out") is not None:
-            raise Limit(_WRITTEN_OUT)
+            raise Limit(
+                "a module must not have results written to out=, but {operation} in "
+                "{place!r} has; take the result that the operation returns"
+            )
         if not any(traced) or all(traced):
             return operands
         schema = getattr(func, "_schema", None)
         if schema is not None and schema.is_mutable and not traced[0]:
             # The constant's copy would change, and the module would never see it.
-            raise Limit(_WRITTEN_CONSTANT)
+            raise Limit(
+                "a module must not write into a tensor that it made on the CPU, but "
+                "{operation} in {place!r} does; make it on the device of the inputs "
+                "(device=x.device)"
+            )
         return torch_tree.tree_map_only(torch.Tensor, self._as_traced, operands)
 
     def _as_traced(self, tensor: Any) -> Any:
@@ -345,25 +355,3 @@ def slow_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
-
-
-_WRITTEN_CONSTANT = Rule(
-    lambda v: False,
-    "a module must not write into a tensor that it made on the CPU, but {operation} in "
-    "{place!r} does",
-    "make it on the device of the inputs (device=x.device)",
-    error=TypeError,
-)
-_WRITTEN_OUT = Rule(
-    lambda v: False,
-    "a module must not have results written to out=, but {operation} in {place!r} has",
-    "take the result that the operation returns",
-    error=TypeError,
-)
-_RANDOM = Rule(
-    lambda v: False,
-    "a module must give the same for the same inputs, but {operation} in {place!r} "
-    "draws random numbers",
-    "draw them outside, and give them as an argument",
-    error=TypeError,
-)

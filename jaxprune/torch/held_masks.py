@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from jaxprune.arrays.rules import check, finds_none
+from jaxprune.arrays.messages import listed
 from jaxprune.torch import conversion
 from jaxprune.torch.environment import torch
 from jaxprune.torch.loading import misshapen
@@ -62,12 +62,19 @@ def hold(module: Any, masks: Mapping[str, Any]) -> "HeldMasks":
         for name, mask in masks.items()
         if mask is not None and not isinstance(mask, optax.MaskedNode)
     }
-    check(
-        HOLDABLE,
-        unknown=sorted(arrays.keys() - parameters.keys()),
-        not_masks=sorted(n for n, a in arrays.items() if a.dtype != np.bool_),
-        misshapen=misshapen(arrays, parameters),
-    )
+    unknown = sorted(arrays.keys() - parameters.keys())
+    others = sorted(n for n, a in arrays.items() if a.dtype != np.bool_)
+    problems = [
+        *(f"{name} is no parameter" for name in unknown),
+        *(f"{name} is not boolean" for name in others),
+        *misshapen(arrays, parameters),
+    ]
+    if problems:
+        raise ValueError(
+            "hold takes boolean masks by the names and shapes of the parameters, but "
+            f"{listed(problems)}; make them of the parameters of "
+            "jp.torch.function(module, example)"
+        )
     # Tensors of their own: the caller may change the masks afterwards.
     return HeldMasks(module, {name: torch.tensor(arrays[name]) for name in arrays})
 
@@ -168,22 +175,3 @@ def _as_boolean(mask: Any) -> np.ndarray:
     if isinstance(mask, torch.Tensor):
         return conversion.as_numpy(mask)
     return np.asarray(jax.device_get(mask))
-
-
-def _problems(values: Any) -> list[str]:
-    return [
-        *(f"{name} is no parameter" for name in values.unknown),
-        *(f"{name} is not boolean" for name in values.not_masks),
-        *values.misshapen,
-    ]
-
-
-HOLDABLE = [
-    finds_none(
-        _problems,
-        "hold takes boolean masks by the names and shapes of the parameters, but "
-        "{names}",
-        "make them of the parameters of jp.torch.function(module, example)",
-    )
-]
-"""What must hold of masks for training."""

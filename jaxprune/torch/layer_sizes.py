@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.structured.cut import LeafCut
 from jaxprune.torch.environment import torch
 
@@ -233,7 +232,12 @@ def _groups_left(owner: str, cut: LeafCut, axis: int, groups: int) -> int:
     kept = np.arange(cut.before[axis]) if positions is None else positions
     # (groups left,): how many channels each keeps
     _, counts = np.unique(kept // size, return_counts=True)
-    check([_EVEN_GROUPS], owner=owner, counts=sorted(set(counts.tolist())))
+    if len(sorted(set(counts.tolist()))) != 1:
+        raise ValueError(
+            f"a grouped layer must keep as many channels in each group, but {owner!r} "
+            f"would keep {sorted(set(counts.tolist()))}; leave its channels out of "
+            "sparsity="
+        )
     return len(counts)
 
 
@@ -292,11 +296,3 @@ def _integers(part: Any) -> dict[str, int]:
     # layers share: then each layer must lose as many, or the forward pass differs.
     values = {**vars(part), **{f"config.{name}": n for name, n in shared.items()}}
     return {path: value for path, value in values.items() if type(value) is int}
-
-
-_EVEN_GROUPS = Rule(
-    lambda v: len(v.counts) == 1,
-    "a grouped layer must keep as many channels in each group, but {owner!r} would "
-    "keep {counts}",
-    "leave its channels out of sparsity=",
-)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.arrays.rules import check, finds_none
+from jaxprune.arrays.messages import listed
 from jaxprune.torch import conversion
 from jaxprune.torch.environment import torch
 
@@ -41,12 +41,18 @@ def load(module: Any, params: Mapping[str, Any]) -> None:
     """
     parameters = dict(module.named_parameters())
     tensors = {**dict(module.named_buffers()), **parameters}
-    check(
-        WRITABLE,
-        missing=sorted(parameters.keys() - params.keys()),
-        unknown=sorted(params.keys() - tensors.keys()),
-        misshapen=[*misshapen(params, tensors), *_foreign(params)],
-    )
+    problems = [
+        *(f"{name} is missing" for name in sorted(parameters.keys() - params.keys())),
+        *(f"{name} is no parameter" for name in sorted(params.keys() - tensors.keys())),
+        *misshapen(params, tensors),
+        *_foreign(params),
+    ]
+    if problems:
+        raise ValueError(
+            "a module takes parameters of its own names and shapes, but "
+            f"{listed(problems)}; give the parameters of "
+            "jp.torch.function(module, example), tied ones once"
+        )
     # Tied parameters share their memory, so one write serves all their names.
     with torch.no_grad():
         for name, array in params.items():
@@ -84,21 +90,3 @@ def misshapen(arrays: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str
         for name, (shape, expected) in shapes.items()
         if shape != expected
     ]
-
-
-def _differences(values: Any) -> list[str]:
-    return [
-        *(f"{name} is missing" for name in values.missing),
-        *(f"{name} is no parameter" for name in values.unknown),
-        *(f"{entry}" for entry in values.misshapen),
-    ]
-
-
-WRITABLE = [
-    finds_none(
-        _differences,
-        "a module takes parameters of its own names and shapes, but {names}",
-        "give the parameters of jp.torch.function(module, example), tied ones once",
-    )
-]
-"""What must hold of parameters that a module takes."""

@@ -14,8 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune.arrays.messages import first_line
-from jaxprune.arrays.rules import Rule, check, error, finds_none
+from jaxprune.arrays.messages import first_line, listed
 from jaxprune.torch import conversion
 from jaxprune.torch.calls import (
     arguments,
@@ -93,18 +92,27 @@ class ModuleFunction:
 
     def __init__(self, module: Any, example: Any) -> None:
         """Keeps the module, its buffers and the settings among the arguments."""
-        check(
-            _MODULE,
-            module=module,
-            is_module=isinstance(module, torch.nn.Module),
-            recorded=_recorded_parts(module),
-        )
+        if wrong := _recorded_parts(module):
+            raise TypeError(
+                "a module must consist of its layers, but torch.jit or torch.export "
+                f"has recorded {listed(wrong)} as a program; give the module that it "
+                "was made of"
+            )
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"jp.torch takes a torch.nn.Module, got {module!r}")
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        check(
-            _DTYPES,
-            wide=[n for n, t in tensors.items() if conversion.is_too_wide(t)],
-            abstract=[n for n, t in tensors.items() if t.device.type == "meta"],
-        )
+        wide = [n for n, t in tensors.items() if conversion.is_too_wide(t)]
+        if wide:
+            raise ValueError(
+                "JAX rounds 64-bit floats to 32 bits unless jax_enable_x64 is set, "
+                f"and {listed(wide)} have 64; call module.float(), or set "
+                "jax_enable_x64"
+            )
+        if wrong := [n for n, t in tensors.items() if t.device.type == "meta"]:
+            raise ValueError(
+                f"parameters and buffers must have values, but {listed(wrong)} are on "
+                "the device 'meta'; load the weights first"
+            )
         environment()  # made outside of any trace
         self.module = module
         by_tensor: dict[int, list[str]] = {}
@@ -150,11 +158,15 @@ class ModuleFunction:
 
     def _check_names(self, params: Mapping[str, Any]) -> None:
         known = self.buffers.keys() | {*itertools.chain(*self._tied)}
-        check(
-            [_NAMES],
-            missing=[names[0] for names in self._tied if not params.keys() & {*names}],
-            unknown=sorted(params.keys() - known),
-        )
+        missing = [names[0] for names in self._tied if not params.keys() & {*names}]
+        if wrong := [
+            *(f"{name} is missing" for name in missing),
+            *(f"{name} is unknown" for name in sorted(params.keys() - known)),
+        ]:
+            raise ValueError(
+                f"the parameters of a module go by its own names, but {listed(wrong)}; "
+                "give those that jp.torch.function returned"
+            )
 
     def check_traceable(self, params: Mapping[str, Any], example: Any) -> None:
         """Traces the function once, abstractly.
@@ -173,8 +185,8 @@ class ModuleFunction:
         except Exception as failure:
             # Hooks cost time, so they are set only where there is something to find.
             place = _failing_module(self, params, batch)
-            explained, rule = _explained(failure, place)
-            if rule is _UNTRACEABLE:
+            explained, is_known = _explained(failure, place)
+            if not is_known:
                 # JAX's reason is a riddle where the example fits not the module.
                 check_in_torch(self.module, example)
             raise explained from failure
@@ -264,12 +276,14 @@ def check_in_torch(module: Any, example: Any) -> None:
             module(*args, **kwargs)
     except Exception as failure:
         reason = f"{type(failure).__name__}: {first_line(failure)}"
-        raise error(_IN_TORCH, reason=reason) from failure
+        raise TypeError(
+            f"the module must run in torch on the example, but it does not ({reason}); "
+            "give what module(...) takes, in its dtype"
+        ) from failure
 
 
-def _explained(failure: Exception, place: str) -> tuple[Exception, Rule]:
-    """The sentence for a failed trace: operation, submodule, reason, way out."""
-    missing = isinstance(failure, torchax.tensor.OperatorNotFound)
+def _explained(failure: Exception, place: str) -> tuple[TypeError, bool]:
+    """The error for a failed trace, and whether its reason is known."""
     by_values = isinstance(
         failure,
         jax.errors.ConcretizationTypeError
@@ -277,75 +291,28 @@ def _explained(failure: Exception, place: str) -> tuple[Exception, Rule]:
         | jax.errors.TracerArrayConversionError,
     )
     # JAX names its own reasons, and torchax an operation that it has not.
-    rule = _LACKING if missing else _BY_VALUES if by_values else _UNTRACEABLE
-    rule = failure.rule if isinstance(failure, Limit) else rule
-    explained = error(
-        rule,
-        operation=getattr(failure, "operation", "its Python code"),
-        place=place or "the module itself",
-        reason=f"{type(failure).__name__}: {first_line(failure)}",
-    )
-    return explained, rule
-
-
-_MODULE = [
-    finds_none(
-        lambda v: v.recorded,
-        "a module must consist of its layers, but torch.jit or torch.export has "
-        "recorded {names} as a program",
-        "give the module that it was made of",
-        error=TypeError,
-    ),
-    Rule(
-        lambda v: v.is_module,
-        "jp.torch takes a torch.nn.Module, got {module!r}",
-        error=TypeError,
-    ),
-]
-_IN_TORCH = Rule(
-    lambda v: False,
-    "the module must run in torch on the example, but it does not ({reason})",
-    "give what module(...) takes, in its dtype",
-    error=TypeError,
-)
-_DTYPES = [
-    finds_none(
-        lambda v: v.wide,
-        "JAX rounds 64-bit floats to 32 bits unless jax_enable_x64 is set, and {names} "
-        "have 64",
-        "call module.float(), or set jax_enable_x64",
-    ),
-    finds_none(
-        lambda v: v.abstract,
-        "parameters and buffers must have values, but {names} are on the device 'meta'",
-        "load the weights first",
-    ),
-]
-_NAMES = finds_none(
-    lambda v: [
-        *(f"{name} is missing" for name in v.missing),
-        *(f"{name} is unknown" for name in v.unknown),
-    ],
-    "the parameters of a module go by its own names, but {names}",
-    "give those that jp.torch.function returned",
-)
-_LACKING = Rule(
-    lambda v: False,
-    "every operation of a module must be one that torchax has, but {operation} in "
-    "{place!r} is not",
-    "write that part with other operations",
-    error=TypeError,
-)
-_BY_VALUES = Rule(
-    lambda v: False,
-    "a traced module's Python code must not depend on values, but {operation} in "
-    "{place!r} reads one",
-    "give what decides as a setting, or write that part without the question",
-    error=TypeError,
-)
-_UNTRACEABLE = Rule(
-    lambda v: False,
-    "JAX cannot trace {operation} in {place!r} ({reason})",
-    "write that part with other operations",
-    error=TypeError,
-)
+    known = True
+    if isinstance(failure, Limit):
+        sentence = failure.sentence
+    elif isinstance(failure, torchax.tensor.OperatorNotFound):
+        sentence = (
+            "every operation of a module must be one that torchax has, but {operation} "
+            "in {place!r} is not; write that part with other operations"
+        )
+    elif by_values:
+        sentence = (
+            "a traced module's Python code must not depend on values, but {operation} "
+            "in {place!r} reads one; give what decides as a setting, or write that "
+            "part without the question"
+        )
+    else:
+        known = False
+        reason = f"{type(failure).__name__}: {first_line(failure)}"
+        reason = reason.replace("{", "{{").replace("}", "}}")
+        sentence = (
+            f"JAX cannot trace {{operation}} in {{place!r}} ({reason}); write that "
+            "part with other operations"
+        )
+    operation = getattr(failure, "operation", "its Python code")
+    place = place or "the module itself"
+    return TypeError(sentence.format(operation=operation, place=place)), known

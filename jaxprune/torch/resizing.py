@@ -8,7 +8,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from jaxprune.arrays.rules import Rule, check, finds_none
+from jaxprune.arrays.messages import listed
 from jaxprune.torch import conversion
 from jaxprune.torch.environment import torch
 from jaxprune.torch.layer_sizes import Attributes
@@ -42,17 +42,25 @@ def resize(module: Any, state_dict: Mapping[str, Any], attributes: Attributes) -
     """
     tensors = _state_tensors(module)
     parts = dict(module.named_modules(remove_duplicate=False))
-    check(
-        RESIZABLE,
-        missing=sorted(tensors.keys() - state_dict.keys()),
-        unknown=sorted(state_dict.keys() - tensors.keys()),
-        strange=[
-            f"{name}.{attribute}"
-            for name, values in attributes.items()
-            for attribute in values
-            if not _has_attribute(parts.get(name), attribute)
-        ],
-    )
+    strange = [
+        f"{name}.{attribute}"
+        for name, values in attributes.items()
+        for attribute in values
+        if not _has_attribute(parts.get(name), attribute)
+    ]
+    if wrong := [
+        *(f"{name} is missing" for name in sorted(tensors.keys() - state_dict.keys())),
+        *(f"{name} is unknown" for name in sorted(state_dict.keys() - tensors.keys())),
+    ]:
+        raise ValueError(
+            "a state dictionary must have the names of the module, but "
+            f"{listed(wrong)}; make the module as the one that was shrunk was made"
+        )
+    if strange:
+        raise ValueError(
+            f"attributes are those of the module's parts, but it has no {strange}; "
+            'give the entry "attributes" of the report'
+        )
     # Buffers outside the state dictionary have no units: tables of positions. Empty
     # tensors, since those of the dictionary would be shared with the saved module.
     changed = {
@@ -138,21 +146,3 @@ def as_tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
       {name: tensor on the CPU}.
     """
     return {name: conversion.as_tensor(array) for name, array in arrays.items()}
-
-
-RESIZABLE = [
-    finds_none(
-        lambda v: [
-            *(f"{name} is missing" for name in v.missing),
-            *(f"{name} is unknown" for name in v.unknown),
-        ],
-        "a state dictionary must have the names of the module, but {names}",
-        "make the module as the one that was shrunk was made",
-    ),
-    Rule(
-        lambda v: not v.strange,
-        "attributes are those of the module's parts, but it has no {strange}",
-        'give the entry "attributes" of the report',
-    ),
-]
-"""What must hold of a saved smaller module."""

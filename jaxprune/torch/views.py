@@ -9,8 +9,6 @@ write that nobody reads, such as that into a fresh activation, passes. Views by 
 
 from typing import Any, NamedTuple
 
-from jaxprune.arrays.rules import Rule
-
 _NAMES = {
     *("view", "view_as", "transpose", "t", "permute", "squeeze", "unsqueeze"),
     *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "select"),
@@ -32,8 +30,7 @@ class Limit(RuntimeError):  # of a TypeError torch makes another operator's
     """What torchax cannot do, or would do otherwise than torch.
 
     Attributes:
-      rule: rule that is broken; its sentence has places for the operation and the
-        submodule.
+      sentence: what it is, with places for the operation and the submodule.
       operation: name of the operation, once it is known.
       place: submodule that it is in, where that is not the one that fails.
     """
@@ -41,10 +38,10 @@ class Limit(RuntimeError):  # of a TypeError torch makes another operator's
     operation: str
     place: str | None = None
 
-    def __init__(self, rule: Rule) -> None:
-        """Keeps the rule, whose sentence is filled in where the submodule is known."""
-        super().__init__(rule.sentence)
-        self.rule = rule
+    def __init__(self, sentence: str) -> None:
+        """Keeps the sentence, which is filled in where the submodule is known."""
+        super().__init__(sentence)
+        self.sentence = sentence
 
 
 class _Link(NamedTuple):
@@ -127,7 +124,11 @@ def check_views(tensors: list[Any]) -> None:
     for tensor in tensors:
         for link in getattr(tensor, _VIEWS, ()):
             if link.tensor._elem is not link.value:
-                failure = Limit(_WRITTEN_VIEW)
+                failure = Limit(
+                    "a view that is written to must not share memory with what is read "
+                    "later, but {operation} in {place!r} writes to one; write it "
+                    "without the underscore (x = x.mul(2)), or copy the view first"
+                )
                 # Not the operation that reads: it would be right without the write.
                 unknown = ("a write in place", None)
                 writer = getattr(link.tensor, _WRITER, unknown)
@@ -140,12 +141,3 @@ def _links(tensor: Any) -> list[_Link]:
         setattr(tensor, _VIEWS, [])
     links: list[_Link] = getattr(tensor, _VIEWS)
     return links
-
-
-_WRITTEN_VIEW = Rule(
-    lambda v: False,
-    "a view that is written to must not share memory with what is read later, but "
-    "{operation} in {place!r} writes to one",
-    "write it without the underscore (x = x.mul(2)), or copy the view first",
-    error=TypeError,
-)

@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.arrays.topk.count_search import Count
 from jaxprune.masking import counts, patterns
 from jaxprune.masking.allocation import PerMatrix
@@ -85,7 +84,12 @@ class EventTable:
 
     def __post_init__(self) -> None:
         """Refuses what can be refused before there are parameters."""
-        check(_ALLOCATION, allocation=self.allocation)
+        if isinstance(self.allocation, Mapping):
+            raise ValueError(
+                "an allocation must share out the schedule's sparsity, but "
+                f"{self.allocation} gives shares by leaf; take 'global', 'layer' or "
+                "'erk'"
+            )
         for event in self.events:
             _check_event(event, self.allocation, self.grow)
 
@@ -98,7 +102,12 @@ class EventTable:
             # A pattern in the place of a sparsity, such as "2:4", fixes the sparsity.
             if isinstance(target, str) or hasattr(target, "units"):
                 return Event(step, None, patterns.parse(target))
-            check(_TARGET, step=step, target=target)
+            if isinstance(target, Mapping):
+                raise TypeError(
+                    f"a schedule gives one sparsity a step, got {target} at step "
+                    f"{step}; for a schedule for each layer, put a jp.gradual into "
+                    "each label of optax.partition"
+                )
             return Event(
                 step, counts.checked_sparsity(target, f" at step {step}"), default
             )
@@ -220,38 +229,13 @@ def _check_event(
         _, rule = counts.agreed(event.sparsity, event.pattern, allocation)
     except ValueError as error:
         raise ValueError(f"{error} (at step {event.step}{way_out})") from error
-    check(_EVENT, rule=rule, pattern=event.pattern, fixed=fixed, grow=grow)
-
-
-_ALLOCATION = [
-    Rule(
-        lambda v: not isinstance(v.allocation, Mapping),
-        "an allocation must share out the schedule's sparsity, but {allocation} gives "
-        "shares by leaf",
-        "take 'global', 'layer' or 'erk'",
-    )
-]
-_TARGET = [
-    Rule(
-        lambda v: not isinstance(v.target, Mapping),
-        "a schedule gives one sparsity a step, got {target} at step {step}",
-        "for a schedule for each layer, put a jp.gradual into each label of "
-        "optax.partition",
-        error=TypeError,
-    )
-]
-_EVENT = [
-    Rule(
-        lambda v: not isinstance(v.rule, PerMatrix),
-        "allocation='matrix' ranks each matrix of a stack, of which a schedule has no "
-        "table",
-        "take 'layer', 'global' or 'erk'",
-    ),
-    Rule(
-        lambda v: (
-            v.grow is None or not (v.fixed or isinstance(v.pattern, patterns.PerOutput))
-        ),
-        "grow={grow} needs a pattern whose units are ranked by one cut, got {pattern}",
-        "take 'unstructured', a block or 'channel'",
-    ),
-]
+    if isinstance(rule, PerMatrix):
+        raise ValueError(
+            "allocation='matrix' ranks each matrix of a stack, of which a schedule "
+            "has no table; take 'layer', 'global' or 'erk'"
+        )
+    if grow is not None and (fixed or isinstance(event.pattern, patterns.PerOutput)):
+        raise ValueError(
+            f"grow={grow} needs a pattern whose units are ranked by one cut, got "
+            f"{event.pattern}; take 'unstructured', a block or 'channel'"
+        )

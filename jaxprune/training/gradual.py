@@ -16,7 +16,6 @@ import optax
 from jaxprune import leaves, scores
 from jaxprune.arrays import placement
 from jaxprune.arrays.axes import Axes
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.masking.counts import Allocation
 from jaxprune.masking.patterns import Block, Channel
 from jaxprune.scores.names import parse_criterion
@@ -187,27 +186,16 @@ def _check_events(events: Sequence[Event], grow: Grow | None) -> None:
     distinct = dict.fromkeys(event.pattern for event in events)
     fixed = [pattern for pattern in distinct if pattern.sparsity is not None]
     pooled = [pattern for pattern in distinct if isinstance(pattern, Block | Channel)]
-    check(_PATTERNS, fixed=fixed, pooled=pooled)
+    if fixed and pooled:
+        raise ValueError(
+            f"{fixed[0]} and {pooled[0]} prune other weights together, so a schedule "
+            "cannot have both; take pattern='unstructured' beside n:m"
+        )
     for before, after in itertools.pairwise(events):
-        check(_SHARES, before=before, after=after, grow=grow)
-
-
-_PATTERNS = [
-    Rule(
-        # n:m would prune a part of a block or of a channel.
-        lambda v: not (v.fixed and v.pooled),
-        "{fixed[0]} and {pooled[0]} prune other weights together, so a schedule cannot "
-        "have both",
-        "take pattern='unstructured' beside n:m",
-    )
-]
-_SHARES = [
-    Rule(
-        # Without growth nothing says which weights would return.
-        lambda v: v.grow is not None or v.after.share >= v.before.share,
-        "gradual keeps pruned weights pruned, but the schedule falls from "
-        "{before.share:g} at step {before.step} to {after.share:g} at step "
-        "{after.step}",
-        "give grow=jp.grow.gradient(), or take jp.straight_through",
-    )
-]
+        if grow is None and not after.share >= before.share:
+            raise ValueError(
+                "gradual keeps pruned weights pruned, but the schedule falls from "
+                f"{before.share:g} at step {before.step} to {after.share:g} at step "
+                f"{after.step}; give grow=jp.grow.gradient(), or take "
+                "jp.straight_through"
+            )

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from jaxprune.arrays import placement
-from jaxprune.arrays.rules import Rule, check, is_between
+from jaxprune.arrays.rules import is_between
 
 __all__ = ["gradient", "random"]
 
@@ -59,12 +59,15 @@ class _Part:
 
     def __post_init__(self) -> None:
         """Refuses what is out of range."""
-        check(
-            _RULES,
-            name=type(self).__name__,
-            fraction=self.fraction,
-            decay=self.decay,
-        )
+        name = type(self).__name__
+        if not is_between(self.fraction, 0, 1):
+            raise ValueError(
+                f"grow.{name} needs a fraction in [0, 1], got {self.fraction}"
+            )
+        if self.decay not in ("cosine", "constant"):
+            raise ValueError(
+                f"grow.{name} needs decay='cosine' or 'constant', got {self.decay!r}"
+            )
 
     def part(self, step: int, first: int, last: int) -> float:
         """The part of what is kept that is exchanged at an event, in [0, 1]."""
@@ -150,18 +153,6 @@ class random(_Part):
         return placement.placed(uniform, gradient)
 
 
-_RULES = [
-    Rule(
-        lambda v: is_between(v.fraction, 0, 1),
-        "grow.{name} needs a fraction in [0, 1], got {fraction}",
-    ),
-    Rule(
-        lambda v: v.decay in ("cosine", "constant"),
-        "grow.{name} needs decay='cosine' or 'constant', got {decay!r}",
-    ),
-]
-
-
 def parse_growth(growth: Any) -> Grow | None:
     """A growth from its name, "rigl" or "set", or the value itself.
 
@@ -175,25 +166,19 @@ def parse_growth(growth: Any) -> Grow | None:
       ValueError: the name is unknown.
       TypeError: it is no growth; a class that was not called, say.
     """
-    check(_GROWTH, growth=growth)
+    if isinstance(growth, str) and growth not in ("rigl", "set"):
+        raise ValueError(
+            f"grow must be 'rigl', 'set' or a value of jp.grow, got {growth!r}"
+        )
+    if (
+        growth is not None
+        and not isinstance(growth, str)
+        and (not (hasattr(growth, "scores") and not isinstance(growth, type)))
+    ):
+        raise TypeError(
+            f"grow must be a value of jp.grow, got {growth!r}; call it, as in "
+            "grow=jp.grow.gradient()"
+        )
     if isinstance(growth, str):
         return {"rigl": gradient, "set": random}[growth]()
     return growth
-
-
-_GROWTH = (
-    Rule(
-        lambda v: not isinstance(v.growth, str) or v.growth in ("rigl", "set"),
-        "grow must be 'rigl', 'set' or a value of jp.grow, got {growth!r}",
-    ),
-    Rule(
-        lambda v: (
-            v.growth is None
-            or isinstance(v.growth, str)
-            or (hasattr(v.growth, "scores") and not isinstance(v.growth, type))
-        ),
-        "grow must be a value of jp.grow, got {growth!r}",
-        "call it, as in grow=jp.grow.gradient()",
-        error=TypeError,
-    ),
-)

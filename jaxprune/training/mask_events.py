@@ -21,7 +21,6 @@ from optax import MaskedNode
 
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.messages import check_steps, listed
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.leaves import as_rule, checked_rule
 from jaxprune.masking import packing, selection
 from jaxprune.training.event_table import EventTable, PatternCounts
@@ -62,7 +61,12 @@ class MaskEvents:
         every = 1 if self.every is None else self.every
         check_steps(self.name, every=every, freeze=self.freeze_step)
         check_packed(self.packed, self.name)
-        check(_STEPS, masking=self, every=every, last=int(self.table.steps[-1]))
+        last = int(self.table.steps[-1])
+        if not (every >= 1 and self.freeze_step >= last):
+            raise ValueError(
+                f"{self.name} needs every >= 1 and a freeze at or after the schedule's "
+                f"last event at step {last}, got every={every}, freeze={self.freeze}"
+            )
 
     @property
     def revive(self) -> bool:
@@ -78,7 +82,13 @@ class MaskEvents:
         """Masks that keep everything, after all checks of these parameters."""
         if tree.is_placeholder(params):
             return params
-        check(_LEAVES, params=params, name=self.name)
+        if isinstance(params, optax.LookaheadParams):
+            raise ValueError(
+                f"{self.name} chooses masks of leaves, but the parameters of "
+                "optax.lookahead are pairs; choose masks before, and take "
+                "jp.keep_masks(optax.lookahead(...), optax.LookaheadParams(masks, "
+                "masks))"
+            )
         scores = tree.named_leaves(self._abstract_scores(params, importance))
         all_kept = [
             MaskedNode() if tree.is_excluded(scores[name]) else _all_kept(leaf)
@@ -217,13 +227,17 @@ class MaskEvents:
         scored = {name: x for name, x in named.items() if not tree.is_excluded(x)}
         scored = {name: x for name, x in scored.items() if name in prunable}
         integers = [name for name, x in scored.items() if not tree.is_floating(x)]
-        check(
-            _SCORES,
-            scored=scored,
-            integers=integers,
-            prunable_names=listed(sorted(prunable)),
-            integer_names=listed(integers),
-        )
+        if not scored:
+            raise ValueError(
+                "the criterion must score a leaf that may be pruned, but of "
+                f"{listed(sorted(prunable))} it scores none; give it no prunable rule "
+                "of its own, or the same one"
+            )
+        if integers:
+            raise TypeError(
+                "the criterion's scores must be floating, but those of "
+                f"{listed(integers)} are not; cast them with astype(jnp.float32)"
+            )
         structure = jax.tree.structure(params, is_leaf=tree.is_leaf)
         leaves = [scored.get(name, MaskedNode()) for name in named]
         return jax.tree.unflatten(structure, leaves)
@@ -259,7 +273,11 @@ class MaskEvents:
             for name, leaf in named.items()
             if not tree.is_excluded(leaf) and rule(name, leaf)
         }
-        check(_PRUNABLE, prunable=prunable, names=listed(named))
+        if not prunable:
+            raise ValueError(
+                f"some leaf must be prunable, but none of {listed(named)} is; give "
+                "prunable=lambda name, leaf: ... that is True for the leaves to prune"
+            )
         return prunable
 
 
@@ -282,42 +300,3 @@ def _call_criterion(
 def _all_kept(leaf: Any) -> jax.Array:
     # From zeros of the leaf: a mask of ones would lie on one device on Auto meshes.
     return jnp.logical_not(placement.zeros_like(leaf, bool))
-
-
-_STEPS = [
-    Rule(
-        lambda v: v.every >= 1 and v.masking.freeze_step >= v.last,
-        "{masking.name} needs every >= 1 and a freeze at or after the schedule's last "
-        "event at step {last}, got every={every}, freeze={masking.freeze}",
-    )
-]
-_LEAVES = [
-    Rule(
-        lambda v: not isinstance(v.params, optax.LookaheadParams),
-        "{name} chooses masks of leaves, but the parameters of optax.lookahead are "
-        "pairs",
-        "choose masks before, and take jp.keep_masks(optax.lookahead(...), "
-        "optax.LookaheadParams(masks, masks))",
-    )
-]
-_PRUNABLE = [
-    Rule(
-        lambda v: len(v.prunable) > 0,
-        "some leaf must be prunable, but none of {names} is",
-        "give prunable=lambda name, leaf: ... that is True for the leaves to prune",
-    )
-]
-_SCORES = [
-    Rule(
-        lambda v: len(v.scored) > 0,
-        "the criterion must score a leaf that may be pruned, but of {prunable_names} "
-        "it scores none",
-        "give it no prunable rule of its own, or the same one",
-    ),
-    Rule(
-        lambda v: not v.integers,
-        "the criterion's scores must be floating, but those of {integer_names} are not",
-        "cast them with astype(jnp.float32)",
-        error=TypeError,
-    ),
-]

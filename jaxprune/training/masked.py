@@ -9,7 +9,6 @@ import numpy as np
 import optax
 
 from jaxprune.arrays import placement, tree
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.masking import packing
 from jaxprune.masking.packed_mask import PackedMask
 from jaxprune.typing import Masks, Params
@@ -139,14 +138,8 @@ def wrapped_optimizer(
 
 def check_packed(packed: Any, name: str) -> None:
     """Refuses what is no yes or no for whether masks are held packed."""
-    check(_PACKED, packed=packed, name=name)
-
-
-_PACKED = Rule(
-    lambda v: isinstance(v.packed, bool | np.bool_),
-    "{name} needs packed=True or packed=False, got {packed!r}",
-    error=TypeError,
-)
+    if not isinstance(packed, bool | np.bool_):
+        raise TypeError(f"{name} needs packed=True or packed=False, got {packed!r}")
 
 
 def require_params(params: Params | None, name: str) -> Params:

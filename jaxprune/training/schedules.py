@@ -12,7 +12,6 @@ import numbers
 from collections.abc import Mapping
 from typing import Protocol, TypeAlias
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.masking.counts import checked_sparsity
 from jaxprune.typing import Pattern
 
@@ -48,7 +47,11 @@ class _Range(abc.ABC):
         checked_sparsity(self.final, f" for schedules.{name}")
         for field, least in (("begin", 0), ("end", 0), ("every", 1)):
             _check_step(f"schedules.{name}({field}=...)", getattr(self, field), least)
-        check(_RANGE, name=name, begin=self.begin, end=self.end)
+        if not self.begin <= self.end:
+            raise ValueError(
+                f"schedules.{name} needs begin <= end, got begin={self.begin}, "
+                f"end={self.end}; a single event is jp.schedules.once(step, final)"
+            )
 
     def table(self) -> dict[int, float]:
         """Step to the share that is pruned from then on, in ascending order."""
@@ -214,56 +217,29 @@ def sorted_events(schedule: Events) -> dict[int, float | str | Pattern]:
       >>> schedules.sorted_events({200: "2:4", 100: "4:8"})
       {100: '4:8', 200: '2:4'}
     """
-    check(_SCHEDULE, schedule=schedule)
+    if not isinstance(schedule, Mapping) and (
+        not (hasattr(schedule, "table") and not isinstance(schedule, type))
+    ):
+        raise TypeError(
+            "a schedule must be one of jp.schedules, such as jp.schedules.cubic(0.8, "
+            f"begin=500, end=1500), or {{step: sparsity}}, got {schedule!r}"
+        )
     table = schedule if isinstance(schedule, Mapping) else schedule.table()
-    check(_TABLE, table=table)
+    if not table:
+        raise ValueError(
+            "a schedule must have an event, but this has none; give {step: sparsity}"
+        )
     for step in table:
         _check_step("the steps of a schedule", step, 0)
     return dict(sorted(table.items()))
 
 
 def _check_step(name: str, value: object, least: int) -> None:
-    check(_STEP, name=name, value=value, least=least)
-
-
-_RANGE = [
-    Rule(
-        lambda v: v.begin <= v.end,
-        "schedules.{name} needs begin <= end, got begin={begin}, end={end}",
-        "a single event is jp.schedules.once(step, final)",
-    )
-]
-_SCHEDULE = [
-    Rule(
-        # The class alone has a `table` too, but no begin and end.
-        lambda v: (
-            isinstance(v.schedule, Mapping)
-            or (hasattr(v.schedule, "table") and not isinstance(v.schedule, type))
-        ),
-        "a schedule must be one of jp.schedules, such as jp.schedules.cubic(0.8, "
-        "begin=500, end=1500), or {{step: sparsity}}, got {schedule!r}",
-        error=TypeError,
-    )
-]
-_TABLE = [
-    Rule(
-        lambda v: len(v.table) > 0,
-        "a schedule must have an event, but this has none",
-        "give {{step: sparsity}}",
-    )
-]
-_STEP = [
-    Rule(
-        lambda v: (
-            isinstance(v.value, numbers.Integral) and not isinstance(v.value, bool)
-        ),
-        "{name} must be an integer from {least} on, got {value!r}",
-        "round it",
-        error=TypeError,
-    ),
-    # Steps are counted in int32 on the device.
-    Rule(
-        lambda v: v.least <= int(v.value) < 2**31,
-        "{name} must be an integer from {least} to 2^31 - 1, got {value}",
-    ),
-]
+    if not (isinstance(value, numbers.Integral) and not isinstance(value, bool)):
+        raise TypeError(
+            f"{name} must be an integer from {least} on, got {value!r}; round it"
+        )
+    if not least <= int(value) < 2**31:
+        raise ValueError(
+            f"{name} must be an integer from {least} to 2^31 - 1, got {value}"
+        )

@@ -25,7 +25,6 @@ import optax
 from jaxprune.arrays import low_bit, placement, tree
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.arrays.messages import check_steps, refuse_fractions
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.training import weightings
 from jaxprune.training.masked import require_params
 from jaxprune.training.running_average import Average, AverageLeaves, Memory, Statistic
@@ -245,7 +244,16 @@ class _Snapshots:
     def __post_init__(self) -> None:
         """Refuses what is out of range."""
         check_steps(self.name, every=self.every, start=self.first)
-        check(_SNAPSHOTS, snapshots=self)
+        if not callable(self.weighting):
+            raise TypeError(
+                f"{self.name} needs a weighting such as jp.weightings.power(0.5), got "
+                f"{self.weighting!r}"
+            )
+        if not (self.every >= 1 and self.first >= 0):
+            raise ValueError(
+                f"tracking needs every >= 1 and start >= 0, got every={self.every}, "
+                f"start={self.first}"
+            )
 
     def start(self, state: Any, params: Params, *, from_values: bool) -> Any:
         """The state with its averages before the first snapshot."""
@@ -297,16 +305,19 @@ def _averages(
 ) -> dict[str, Average]:
     """The averages by name, as they are taken and held."""
     statistics = _STATISTICS[name]
-    check(_NAMES, name=name, average=average, known=sorted(statistics))
+    if not (
+        isinstance(average, Collection)
+        and all(isinstance(name, str) for name in average)
+    ):
+        raise TypeError(
+            f"{name}(average=...) takes some of {sorted(statistics)}, got {average!r}"
+        )
     names = frozenset([average] if isinstance(average, str) else average)
-    check(
-        _AVERAGES,
-        name=name,
-        names=names,
-        known=sorted(statistics),
-        average=average,
-        memory=memory,
-    )
+    known = sorted(statistics)
+    if not (names and names <= set(known)):
+        raise ValueError(f"{name}(average=...) takes some of {known}, got {average!r}")
+    if memory not in ("device", "pinned_host"):
+        raise ValueError(f"memory must be 'device' or 'pinned_host', got {memory!r}")
     low_bit.checked_storage(storage)
     refuse_fractions(name, seed=seed)
     # Each average has a stream of random numbers of its own, whichever are asked for.
@@ -336,34 +347,3 @@ _STATISTICS = {
         ),
     },
 }
-_NAMES = Rule(
-    lambda v: (
-        isinstance(v.average, Collection)
-        and all(isinstance(name, str) for name in v.average)
-    ),
-    "{name}(average=...) takes some of {known}, got {average!r}",
-    error=TypeError,
-)
-_AVERAGES = [
-    Rule(
-        lambda v: v.names and v.names <= set(v.known),
-        "{name}(average=...) takes some of {known}, got {average!r}",
-    ),
-    Rule(
-        lambda v: v.memory in ("device", "pinned_host"),
-        "memory must be 'device' or 'pinned_host', got {memory!r}",
-    ),
-]
-_SNAPSHOTS = [
-    Rule(
-        lambda v: callable(v.snapshots.weighting),
-        "{snapshots.name} needs a weighting such as jp.weightings.power(0.5), got "
-        "{snapshots.weighting!r}",
-        error=TypeError,
-    ),
-    Rule(
-        lambda v: v.snapshots.every >= 1 and v.snapshots.first >= 0,
-        "tracking needs every >= 1 and start >= 0, got every={snapshots.every}, "
-        "start={snapshots.first}",
-    ),
-]

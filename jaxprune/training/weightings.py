@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int
 
-from jaxprune.arrays.rules import Rule, check, is_between
+from jaxprune.arrays.rules import is_between
 
 __all__ = ["exponential", "power", "uniform"]
 
@@ -78,7 +78,10 @@ class power:
 
     def __post_init__(self) -> None:
         """Refuses powers outside of 0 to 8."""
-        check(_POWER, p=self.p)
+        if not is_between(self.p, 0, 8):
+            raise ValueError(
+                f"power(p) needs p from 0 to 8, got {self.p}; the authors use 0.5"
+            )
 
     def __call__(self, n: Int[Array, ""] | int) -> Float32[Array, ""]:
         """The gain of snapshot n, float32."""
@@ -114,7 +117,11 @@ class exponential:
 
     def __post_init__(self) -> None:
         """Refuses a decay outside of (0, 1)."""
-        check(_EXPONENTIAL, decay=self.decay)
+        if not (is_between(self.decay, 0, 1) and 0 < self.decay < 1):
+            raise ValueError(
+                f"exponential(decay) needs 0 < decay < 1, got {self.decay}; use "
+                "uniform() to forget nothing"
+            )
 
     def __call__(self, n: Int[Array, ""] | int) -> Float32[Array, ""]:
         """The gain of snapshot n, float32."""
@@ -135,19 +142,3 @@ def _euler_maclaurin(p: float, n: float | jax.Array) -> jax.Array:
     """S(n) / n^p less its constant term zeta(-p) / n^p, for large n."""
     series = n / (p + 1) + 0.5 + p / (12 * n) - p * (p - 1) * (p - 2) / (720 * n**3)
     return cast(jax.Array, series)
-
-
-_POWER = [
-    Rule(
-        lambda v: is_between(v.p, 0, 8),
-        "power(p) needs p from 0 to 8, got {p}",
-        "the authors use 0.5",
-    )
-]
-_EXPONENTIAL = [
-    Rule(
-        lambda v: is_between(v.decay, 0, 1) and 0 < v.decay < 1,
-        "exponential(decay) needs 0 < decay < 1, got {decay}",
-        "use uniform() to forget nothing",
-    )
-]

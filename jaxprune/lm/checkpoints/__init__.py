@@ -3,8 +3,6 @@
 __all__ = [
     "checkpoint_dir",
     "compact",
-    "compact_archive",
-    "compact_codecs",
     "compact_sizes",
     "compact_source",
     "directory_rules",

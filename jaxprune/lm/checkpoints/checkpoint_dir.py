@@ -108,11 +108,9 @@ class CheckpointDir:
         info = self.tensors[name]
         return view(self.path / info.file, info)
 
-    def meter(
-        self, progress: Progress | None, passes: int = 1
-    ) -> Callable[[str, int], None]:
-        """What adds up the bytes that are done, over so many passes, for `progress`."""
-        total, done = passes * self.size, 0
+    def meter(self, progress: Progress | None) -> Callable[[str, int], None]:
+        """What adds up the bytes that are done, for `progress`."""
+        total, done = self.size, 0
 
         def advance(what: str, size: int) -> None:
             nonlocal done

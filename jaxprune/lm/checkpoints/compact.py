@@ -1,63 +1,56 @@
 """A pruned model in one file: a bit for each weight, then the weights that are left.
 
-For storage and transfer; `expand` gives back the directory byte for byte. The file is a
-safetensors file. Its `__metadata__` has "format", "version" and "contents", a JSON
-object:
+For storage and transfer; `expand` gives the directory back. The file is a safetensors
+file. Its `__metadata__` has "format", "version" and "contents", a JSON object:
 
     {"tensors": {NAME: {"file": FILE, "dtype": CODE, "shape": [...],
-                        "encoding": "mask", "levels" or "dense", "sha256": SHA-256}},
-     "files": {FILE: SHA-256}}
+                        "sha256": SHA-256}},
+     "weights": {FILE: the __metadata__ of a file of weights},
+     "files": {FILE: SHA-256 of each other file}}
 
 FILE is a path in the directory, with "/" where it lies in a sub-directory.
 
-Its tensors are, for each NAME of encoding "mask", `mask/NAME` (uint8: one bit a weight
-of the flat tensor in C order, the first weight is the lowest bit, 1 where the weight's
-own bits are not all zero) and `values/NAME` (the weights with bit 1, in that order);
-for each of encoding "levels", whose entry also has "bits", "group" and "axis", the same
-`mask/NAME`, `levels/NAME` (uint8: those weights as whole numbers of their scale, two's
-complement, of 4 bits two a byte, the first in the low half) and `scales/NAME`
-(bfloat16, see `levels`); for each of encoding "dense" `dense/NAME`; for each weights'
-FILE `header/FILE` (uint8: its length and header as they were); for each other FILE
-`file/FILE` (uint8). A mask is
-used where it makes the tensor smaller, levels where the directory's jaxprune.json says
-that it was rounded and every bit comes back. Minus zero and NaN are weights like
-others.
+Its tensors are `file/FILE` (uint8) for each other FILE, and for each NAME either
+`dense/NAME`, or `mask/NAME` (uint8: one bit a weight of the flat tensor in C order, the
+first weight is the lowest bit, 1 where the weight's own bits are not all zero) with
+`values/NAME` (the weights with bit 1, in that order), or `mask/NAME` with `levels/NAME`
+(uint8: those weights as whole numbers of their scale, two's complement, of 4 bits two a
+byte, the first in the low half) and `scales/NAME` (bfloat16; see `levels`). An entry of
+levels also has "bits", "group" and "axis". A mask is used where it makes the tensor
+smaller, levels where the directory's jaxprune.json says that it was rounded and every
+bit comes back. Minus zero and NaN are weights like others.
 """
 
+import functools
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.files import atomic
-from jaxprune.files.safetensors_file import DTYPES, TensorInfo, damaged, write_header
-from jaxprune.files.sink import Sink, naming_path
+from jaxprune.files import atomic, safetensors_file
+from jaxprune.files.safetensors_file import (
+    DTYPES,
+    TensorInfo,
+    Unknown,
+    damaged,
+    is_inside,
+    is_text,
+    parse_json,
+    read_header,
+    view,
+)
 from jaxprune.lm.checkpoints import compact_sizes, levels
-from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, Progress
-from jaxprune.lm.checkpoints.compact_archive import (
-    FORMAT,
-    VERSION,
-    checked_tensor,
-    open_archive,
-    packed_files,
-)
-from jaxprune.lm.checkpoints.compact_codecs import (
-    CODECS,
-    Archive,
-    Layout,
-    Target,
-    chunks,
-    decode_tensor,
-    tensor_layout,
-)
+from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, Progress, leads_out
 from jaxprune.lm.checkpoints.levels import Grid, Scales
 
-_PART = 1 << 24  # bytes of a file that are copied at a time
+FORMAT, VERSION = "jaxprune.compact", "2"
+Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]
+"""Name to dtype and shape."""
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -76,6 +69,67 @@ class Result(NamedTuple):
     omitted: tuple[str, ...] = ()
 
 
+class Archive(NamedTuple):
+    """An opened compact file.
+
+    Attributes:
+      path: path of the file.
+      entries: tensors of the file, by prefix and name.
+      tensors: name to what its contents say of the directory's tensor.
+      weights: name of each file of weights to its `__metadata__`.
+      files: name of each other file to its SHA-256.
+    """
+
+    path: Path
+    entries: dict[str, TensorInfo]
+    tensors: dict[str, dict[str, Any]]
+    weights: dict[str, dict[str, str]]
+    files: dict[str, str]
+
+    def look(self, name: str) -> np.ndarray:
+        """An entry, a view of the file."""
+        return view(self.path, self.entries[name])
+
+    def layout(self, file: str) -> Layout:
+        """Dtype and shape of the tensors of a file of weights, by name."""
+        return {
+            name: (DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            for name, entry in self.tensors.items()
+            if entry["file"] == file
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, dense, held against its SHA-256."""
+        try:
+            tensor = self._decoded(name)
+            if _digest(tensor) == self.tensors[name]["sha256"]:
+                return tensor
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            pass  # its contents and its arrays do not fit each other
+        raise damaged(self.path, f"'{name}' in it is not what went in")
+
+    def _decoded(self, name: str) -> np.ndarray:
+        if f"dense/{name}" in self.entries:
+            return self.look(f"dense/{name}")
+        entry = self.tensors[name]
+        shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+        mask, size = self.look(f"mask/{name}"), math.prod(shape)
+        if mask.size != -(-size // 8) or (size % 8 and mask[-1] >> size % 8):
+            raise ValueError("a bit past the last weight is one that nobody wrote")
+        kept = np.unpackbits(mask, count=size, bitorder="little").view(bool)
+        flat = np.zeros(size, dtype)
+        if f"values/{name}" in self.entries:
+            flat[kept] = self.look(f"values/{name}")
+        else:
+            grid = Grid(entry["bits"], entry["group"])
+            stored = self.look(f"scales/{name}")
+            scales = Scales(grid, entry["axis"], shape, stored).spread().reshape(-1)
+            packed, count = self.look(f"levels/{name}"), int(np.count_nonzero(kept))
+            numbers: Any = levels.unpack_levels(packed, grid.bits, count)
+            flat[kept] = levels.from_levels(numbers, scales[kept], dtype)
+        return flat.reshape(shape)
+
+
 def compact(
     source: CheckpointDir,
     path: str | os.PathLike[str],
@@ -89,8 +143,7 @@ def compact(
       source: directory, all of whose files are packed, sub-directories' too.
       path: path of the compact file, outside of the directory.
       overwrite: whether an earlier compact file may be replaced.
-      progress: function that is called when a tensor is counted, and again when it is
-        written.
+      progress: function that is called when a tensor is counted.
 
     Returns:
       The sizes.
@@ -119,133 +172,120 @@ def compact(
       np.False_
     """
     place = atomic.apart(path, source.path)
+    advance, grid = source.meter(progress), compact_sizes.provenance_grid(source)
+    omitted = tuple(
+        name
+        for name in source.uncopied
+        if not (source.path / name).is_file() or leads_out(source.path, name)
+    )
+    others = [*source.others, *(n for n in source.uncopied if n not in omitted)]
+    stamps = {name: _stamp(source.path / name) for name in (*source.metadata, *others)}
+    tensors: dict[str, Any] = {}
+    layout: Layout = {}
+    scales: dict[str, Scales | None] = {}
+    # All tensors are read once more when they are written: the header, which comes
+    # first, needs every size.
+    for name, info in source.tensors.items():
+        tensor = source.read(name)
+        scales[name] = None if grid is None else levels.find_scales(tensor, grid)
+        entry = {"file": info.file, "dtype": _CODES[info.dtype], "shape": info.shape}
+        tensors[name] = entry | {"sha256": _digest(tensor)}
+        if (found := scales[name]) is not None:
+            tensors[name] |= {"axis": found.axis, **found.grid._asdict()}
+        for prefix, array in _encoded(tensor, scales[name]).items():
+            layout[f"{prefix}/{name}"] = array.dtype, array.shape
+        advance(name, info.size)
+    digests = {name: atomic.digest(source.path / name) for name in others}
+    for name in others:
+        layout[f"file/{name}"] = np.dtype(np.uint8), (stamps[name][1],)
+
+    @functools.lru_cache(1)
+    def encoded(name: str) -> dict[str, np.ndarray]:
+        return _encoded(source.read(name), scales[name])
+
+    def part(entry: str) -> np.ndarray:
+        prefix, _, name = entry.partition("/")
+        if prefix == "file":
+            return np.fromfile(source.path / name, np.uint8)
+        return encoded(name)[prefix]
+
+    contents = {"tensors": tensors, "weights": source.metadata, "files": digests}
+    about = {"format": FORMAT, "version": VERSION, "contents": json.dumps(contents)}
     replaceable = _why_not_ours if overwrite else None
-    # Everything is read twice: the header, which comes first, needs every size.
-    advance = source.meter(progress, passes=2)
-    stamps = _stamps(source)
     with atomic.staged_file(place, replaceable=replaceable) as partial:
-        plan = _plan(source, advance)
-        # Bytes of each entry.
-        stored = (math.prod(n) * DTYPES[c].itemsize for c, n in plan.entries.values())
-        atomic.check_room(place, sum(stored))
-        with naming_path(partial), open(partial, "wb") as file:
-            entries = write_header(file, plan.entries, plan.metadata)
-            target = Target(file, entries)
-            for name, info in source.tensors.items():
-                write = CODECS[plan.encodings[name]].write
-                if not write(target, name, source.read(name), plan.scales[name]):
-                    raise _changed(source.path / info.file)
-                advance(name, info.size)
-            for name, size in plan.embedded.items():
-                origin = source.path / name.partition("/")[2]
-                _put_bytes(file, origin, size, entries[name])
-            # Its digests are of the first reading, its contents of the second.
-            for path, stamp in stamps.items():
-                if _stamp(path) != stamp:
-                    raise _changed(path)
-            file.flush()  # fsync sees only what has left the buffer
-            os.fsync(file.fileno())
-    return Result(plan.dense_bytes, place.stat().st_size, packed_files(source)[1])
+        atomic.check_room(place, _bytes(layout))
+        safetensors_file.write(partial, layout, part, about)
+        # Its digests are of the first reading, its contents of the second.
+        for name, stamp in stamps.items():
+            if _stamp(source.path / name) != stamp:
+                raise ValueError(
+                    "a directory must stay as it is while it is read, but "
+                    f"'{source.path / name}' changed; begin again"
+                )
+    dense = sum(size for _, size, _ in stamps.values())
+    return Result(dense, place.stat().st_size, omitted)
 
 
-def _stamps(source: CheckpointDir) -> dict[Path, Any]:
-    """What tells of each file of a directory whether it was written to."""
-    names = (*source.metadata, *packed_files(source)[0])
-    return {source.path / name: _stamp(source.path / name) for name in names}
+def _encoded(tensor: np.ndarray, scales: Scales | None) -> dict[str, np.ndarray]:
+    """What the file holds of a tensor, by prefix."""
+    flat = tensor.reshape(-1)
+    kept = flat.view(f"u{tensor.dtype.itemsize}") != 0
+    mask = np.packbits(kept, bitorder="little")
+    if scales is not None:
+        numbers = levels.to_levels(flat[kept], scales.spread().reshape(-1)[kept])
+        packed = levels.pack_levels(numbers, scales.grid.bits)
+        return {"mask": mask, "levels": packed, "scales": scales.values}
+    values = flat[kept]
+    if mask.nbytes + values.nbytes >= tensor.nbytes:
+        return {"dense": tensor}
+    return {"mask": mask, "values": values}
 
 
-def _stamp(path: Path) -> Any:
+def _bytes(layout: Layout) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """What tells of a file whether it was written to, its size second."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-class _Plan(NamedTuple):
-    """All that is known before the first byte is written.
-
-    Attributes:
-      encodings: name of a tensor to its encoding.
-      scales: name to the scales of a tensor that is stored as levels, else None.
-      entries: name to (code, shape) of what the file will hold.
-      metadata: its `__metadata__`.
-      embedded: "header/FILE" and "file/FILE" to how many bytes of FILE they hold.
-      dense_bytes: bytes of the source's files.
-    """
-
-    encodings: dict[str, str]
-    scales: dict[str, Scales | None]
-    entries: Layout
-    metadata: dict[str, str]
-    embedded: dict[str, int]
-    dense_bytes: int
-
-
-def _plan(source: CheckpointDir, advance: Callable[[str, int], None]) -> _Plan:
-    tensors: dict[str, Any] = {}
-    scales: dict[str, Scales | None] = {}
-    grid = compact_sizes.provenance_grid(source)
-    entries: Layout = {}
-    others, _ = packed_files(source)
-    paths = {name: source.path / name for name in (*source.metadata, *others)}
-    sizes = {name: path.stat().st_size for name, path in paths.items()}
-    embedded, digests = {}, {}
-    for file in source.metadata:
-        in_file = {k: info for k, info in source.tensors.items() if info.file == file}
-        # The length and the header are all that is no tensor.
-        head = sizes[file] - sum(info.size for info in in_file.values())
-        embedded[f"header/{file}"] = head
-        sink = hashlib.sha256(_head(paths[file], head))  # of the file as it was
-        for name, info in in_file.items():
-            tensors[name], nonzero, scales[name] = _scan(source, name, info, sink, grid)
-            entries |= tensor_layout(name, tensors[name], nonzero)
-            advance(name, info.size)
-        # The header, then all tensors in the file's order: the digest of the file.
-        digests[file] = sink.hexdigest()
-    for name in others:
-        embedded[f"file/{name}"] = sizes[name]
-        digests[name] = atomic.digest(paths[name])
-    # Whole files and headers are bytes.
-    entries |= {name: ("U8", (size,)) for name, size in embedded.items()}
-    contents = json.dumps({"tensors": tensors, "files": digests})
-    metadata = {"format": FORMAT, "version": VERSION, "contents": contents}
-    encodings = {name: entry["encoding"] for name, entry in tensors.items()}
-    return _Plan(encodings, scales, entries, metadata, embedded, sum(sizes.values()))
+def open_archive(path: Path) -> Archive:
+    """Opens a compact file; its tensors are checked when they are read."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no compact file '{path}'; make it first")
+    entries, metadata = read_header(path)
+    written_as = metadata.get("format"), metadata.get("version")
+    if written_as != (FORMAT, VERSION):
+        raise Unknown(
+            f"'{path}' must be of format {FORMAT} version {VERSION}, got "
+            f"{written_as[0]} version {written_as[1]}; give a file that `compact` wrote"
+        )
+    match parse_json(metadata.get("contents", "").encode(), path):
+        case {"tensors": dict(tensors), "weights": dict(weights), "files": dict(files)}:
+            archive = Archive(path, entries, tensors, weights, files)
+        case _:
+            raise damaged(path, "its contents list no tensors, weights and files")
+    texts = all(map(is_text, (files, *weights.values())))
+    if not texts or not all(map(is_inside, (*weights, *files))):
+        raise damaged(path, "it holds files whose names lead elsewhere")
+    for name, entry in tensors.items():
+        match entry:
+            case {"file": str(file), "dtype": str(code), "shape": [*shape]} if (
+                file in weights and code in DTYPES and all(map(_is_count, shape))
+            ):
+                continue
+        raise damaged(path, f"its contents say nothing sound of '{name}'")
+    return archive
 
 
-def _scan(
-    source: CheckpointDir, name: str, info: TensorInfo, sink: Any, grid: Grid | None
-) -> tuple[dict[str, Any], int, Scales | None]:
-    """What the contents say of a tensor, its nonzero elements, its scales."""
-    tensor, nonzero, digest = source.read(name), 0, hashlib.sha256()
-    for bits in chunks(tensor):
-        sink.update(bits)
-        digest.update(bits.data)
-        nonzero += int(np.count_nonzero(bits))
-    size, itemsize = math.prod(info.shape), info.dtype.itemsize
-    # Where a mask saves nothing.
-    dense = compact_sizes.stored_bytes(nonzero, size, itemsize) == info.size
-    entry: dict[str, Any] = {"file": info.file, "dtype": _CODES[info.dtype]}
-    entry |= {"shape": info.shape, "encoding": "dense" if dense else "mask"}
-    entry["sha256"] = digest.hexdigest()
-    # Levels go before both: they take fewer bits than the values.
-    scales = None if grid is None else levels.find_scales(tensor, grid)
-    if scales is not None:
-        entry |= {"encoding": "levels", "axis": scales.axis, **scales.grid._asdict()}
-    return entry, nonzero, scales
-
-
-def _head(path: Path, size: int) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(size)
-
-
-def _put_bytes(file: BinaryIO, path: Path, size: int, entry: TensorInfo) -> None:
-    file.seek(entry.offset)
-    with open(path, "rb") as origin:
-        while size:
-            part = origin.read(min(size, _PART))
-            if not part:
-                raise _changed(path)
-            size -= file.write(part)
+def _is_count(number: Any) -> bool:
+    return type(number) is int and number >= 0
 
 
 def dense_tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -267,13 +307,16 @@ def dense_tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarra
     """
     archive = open_archive(Path(path))
     for name in archive.tensors:
-        yield name, checked_tensor(archive, name)
+        yield name, archive.read(name)
 
 
 def expand(
     path: str | os.PathLike[str], directory: str | os.PathLike[str]
 ) -> list[Path]:
-    """Writes the directory that a compact file was made of, byte for byte.
+    """Writes the directory that a compact file was made of.
+
+    Tensors and all other files are bit for bit what went in; so are the files of
+    weights that this package wrote. Headers of others are written anew.
 
     Args:
       path: path of the compact file.
@@ -285,52 +328,33 @@ def expand(
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: `directory` is taken.
-      Damaged: the file is not what its header says, or a file that comes out of it is
-        not the one that went in; nothing is left of the directory.
+      Damaged: the file is not what its header says, or a tensor or file that comes out
+        of it is not the one that went in; nothing is left of the directory.
       Unknown: it is another kind of file.
       OSError: the directory could not be written; nothing is left of it.
     """
     archive = open_archive(Path(path))
     place = atomic.apart(directory, archive.path)
-    sizes = [
-        math.prod(e["shape"]) * DTYPES[e["dtype"]].itemsize
-        for e in archive.tensors.values()
-    ]
-    # Files and headers are stored as they are.
-    sizes += [
-        info.size
-        for name, info in archive.entries.items()
-        if name.startswith(("file/", "header/"))
-    ]
-    atomic.check_room(place, sum(sizes))
+    atomic.check_room(place, sum(_bytes(archive.layout(f)) for f in archive.weights))
     with atomic.staged(place, replaceable=_is_taken) as partial:
-        for name, digest in archive.files.items():
+        for name, metadata in archive.weights.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            with Sink(partial / name) as sink:
-                for part in _restored(archive, name):
-                    sink.put(part)
-            if sink.digest != digest:
-                raise damaged(archive.path, f"'{name}' in it is not what went in")
-    return [place / name for name in archive.files]
+            layout = archive.layout(name)
+            safetensors_file.write(partial / name, layout, archive.read, metadata)
+        for name in archive.files:
+            write_other(archive, name, partial / name)
+    return [place / name for name in (*archive.weights, *archive.files)]
 
 
-def _restored(archive: Archive, name: str) -> Iterator[np.ndarray]:
-    """The bytes of one file of the directory, chunk by chunk."""
-    if f"file/{name}" in archive.entries:
-        yield from chunks(archive.look(f"file/{name}"))
-        return
-    yield from chunks(archive.look(f"header/{name}"))
-    for tensor, entry in archive.tensors.items():
-        if entry["file"] == name:
-            for part in decode_tensor(archive, tensor):
-                yield part.view(np.uint8)
-
-
-def _changed(path: Path) -> ValueError:
-    return ValueError(
-        f"a directory must stay as it is while it is read, but '{path}' changed; "
-        f"begin again"
-    )
+def write_other(archive: Archive, name: str, path: Path) -> None:
+    """Writes a file that holds no weights, held against its SHA-256."""
+    if f"file/{name}" not in archive.entries:
+        raise damaged(archive.path, f"it lacks '{name}'")
+    content = archive.look(f"file/{name}")
+    if _digest(content) != archive.files[name]:
+        raise damaged(archive.path, f"'{name}' in it is not what went in")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.data)
 
 
 def _is_taken(path: Path) -> str:

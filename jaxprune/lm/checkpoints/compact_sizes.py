@@ -9,7 +9,6 @@ import numpy as np
 from jaxprune.files.safetensors_file import Damaged, Unknown
 from jaxprune.lm.checkpoints import levels, rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.checkpoints.compact_codecs import chunks
 from jaxprune.lm.checkpoints.finite import has_nonfinite
 from jaxprune.lm.checkpoints.levels import Grid
 
@@ -88,16 +87,16 @@ def directory_sizes(source: CheckpointDir) -> Sizes:
     grid, rounded = provenance_grid(source), {}
     nonfinite: dict[str, None] = {}
     for name, info in source.tensors.items():
-        size, filled = math.prod(info.shape), 0
+        size = math.prod(info.shape)
         tensor = source.read(name)
         if grid is not None and levels.find_scales(tensor, grid) is not None:
             rounded[name] = grid
-        for bits in chunks(tensor):
-            # Minus zero is a zero to who counts weights, and a value to the file.
-            filled += int(np.count_nonzero(bits.view(info.dtype)))
-            if has_nonfinite(bits.view(info.dtype)):
-                nonfinite[name] = None
-            blank[name] += bits.size - int(np.count_nonzero(bits))
+        # Minus zero is a zero to who counts weights, and a value to the file.
+        filled = int(np.count_nonzero(tensor))
+        bits = tensor.reshape(-1).view(f"u{info.dtype.itemsize}")
+        blank[name] = size - int(np.count_nonzero(bits))
+        if has_nonfinite(tensor):
+            nonfinite[name] = None
         by_tensor[name] = (size - filled, size)
     return Sizes(
         dense_bytes=source.size,

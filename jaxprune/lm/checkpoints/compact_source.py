@@ -7,7 +7,6 @@ reads directories reads compact files, but for the tensors, which come out of th
 
 import contextlib
 import dataclasses
-import hashlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +15,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxprune.arrays.rules import command_words
-from jaxprune.files.safetensors_file import DTYPES, damaged, view
+from jaxprune.files.safetensors_file import DTYPES, write_header
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
-from jaxprune.lm.checkpoints.compact_archive import (
-    checked_chunks,
-    checked_tensor,
-    open_archive,
-)
-from jaxprune.lm.checkpoints.compact_codecs import Archive, chunks
+from jaxprune.lm.checkpoints.compact import Archive, open_archive, write_other
+
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +35,7 @@ class CompactSource(CheckpointDir):
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, dense, held against its SHA-256."""
-        return checked_tensor(self.archive, name)
+        return self.archive.read(name)
 
     def stored(self, name: str) -> dict[str, np.ndarray]:
         """What the file holds of a tensor with a mask, held against its SHA-256.
@@ -50,19 +46,13 @@ class CompactSource(CheckpointDir):
         Returns:
           Views of the file: "mask", "values", and of levels "scales".
         """
-        for _ in checked_chunks(self.archive, name):
-            pass  # a chunk is dense at a time
-        archive, values = self.archive, f"values/{name}"
-        if values in archive.entries:
-            return {
-                "mask": archive.look(f"mask/{name}"),
-                "values": archive.look(values),
-            }
-        return {
-            "mask": archive.look(f"mask/{name}"),
-            "values": archive.look(f"levels/{name}"),
-            "scales": view(archive.path, archive.entries[f"scales/{name}"]),
-        }
+        archive = self.archive
+        archive.read(name)  # which checks it
+        values = "values" if f"values/{name}" in archive.entries else "levels"
+        parts = {"mask": f"mask/{name}", "values": f"{values}/{name}"}
+        if values == "levels":
+            parts["scales"] = f"scales/{name}"
+        return {part: archive.look(entry) for part, entry in parts.items()}
 
 
 @contextlib.contextmanager
@@ -86,8 +76,16 @@ def open_source(path: Path) -> Iterator[CheckpointDir]:
         return
     archive = open_archive(path)
     with tempfile.TemporaryDirectory() as scratch:
-        for name, digest in archive.files.items():
-            _write_small(archive, name, digest, Path(scratch) / name)
+        for name in archive.files:
+            write_other(archive, name, Path(scratch) / name)
+        for name, metadata in archive.weights.items():
+            layout = archive.layout(name)
+            entries = {n: (_CODES[d], shape) for n, (d, shape) in layout.items()}
+            (Path(scratch) / name).parent.mkdir(parents=True, exist_ok=True)
+            with open(Path(scratch) / name, "wb") as file:
+                places = write_header(file, entries, metadata)
+                ends = [info.offset + info.size for info in places.values()]
+                file.truncate(max(ends, default=file.tell()))
         try:
             opened = open_directory(scratch)
             yield CompactSource(**vars(opened), archive=archive)
@@ -99,25 +97,3 @@ def open_source(path: Path) -> Iterator[CheckpointDir]:
             refused: Any = type(error)(str(error).replace(place, str(path)))
             refused.command = command_words(error).replace(place, str(path))
             raise refused from None
-
-
-def _write_small(archive: Archive, name: str, digest: str, path: Path) -> None:
-    """Writes a file of the directory; of one with weights, all but the weights."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if f"file/{name}" in archive.entries:
-        content = b"".join(
-            part.tobytes() for part in chunks(archive.look(f"file/{name}"))
-        )
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise damaged(archive.path, f"'{name}' in it is not what went in")
-        path.write_bytes(content)
-        return
-    head = archive.look(f"header/{name}").tobytes()
-    entries = [e for e in archive.tensors.values() if e["file"] == name]
-    sizes = [
-        int(np.prod(e["shape"], dtype=np.int64)) * DTYPES[e["dtype"]].itemsize
-        for e in entries
-    ]
-    with open(path, "wb") as file:
-        file.write(head)
-        file.truncate(len(head) + sum(sizes))

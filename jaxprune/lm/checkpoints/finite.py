@@ -12,26 +12,21 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays import rules
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule
 from jaxprune.files.safetensors_file import TensorInfo
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.checkpoints.compact_codecs import bits_of
 
 _BLOCK = 1 << 22  # elements whose pages are mapped at a time
-
-_FINITE = Rule(
-    lambda v: not v.names,
-    "weights must be finite, but NaN or infinity is in {names}",
-    "give a checkpoint from before the training diverged, or bring the files back from "
-    "a copy",
-)
 
 
 def check_names(names: Iterable[str]) -> None:
     """Refuses a model by the names of its tensors that are not finite, if any."""
-    rules.check([_FINITE], names=listed(sorted(names)))
+    if broken := sorted(names):
+        raise ValueError(
+            "weights must be finite, but NaN or infinity is in "
+            f"{listed(broken)}; give a checkpoint from before the training "
+            "diverged, or bring the files back from a copy"
+        )
 
 
 def nonfinite_tensors(source: CheckpointDir) -> list[str]:
@@ -60,7 +55,7 @@ def has_nonfinite(array: np.ndarray) -> bool:
     mask = _exponent(array.dtype)
     if mask is None or not array.size:
         return False
-    bits = array.reshape(-1).view(bits_of(array.dtype))  # (size,)
+    bits = array.reshape(-1).view(f"u{array.dtype.itemsize}")  # (size,)
     # Ten times as fast as `isfinite` of 16 bits, which goes by way of float32.
     return bool(np.max(bits & mask) == mask)
 
@@ -70,4 +65,4 @@ def _exponent(dtype: np.dtype) -> Any:
     """The bits that are all set in NaN and infinity alone, or None without any."""
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize == 1:
         return None
-    return np.full(1, jnp.inf, dtype).view(bits_of(dtype))[0]
+    return np.full(1, jnp.inf, dtype).view(np.dtype(f"u{dtype.itemsize}"))[0]

@@ -50,16 +50,6 @@ class Scales(NamedTuple):
     shape: tuple[int, ...]
     values: np.ndarray
 
-    def of(self, start: int, count: int) -> np.ndarray:
-        """The scales of some elements of the flat tensor in C order, float32."""
-        size = self.shape[self.axis]
-        inner = 1 if self.axis == -1 else self.shape[-1]
-        # The tensor is (outer, size, inner) around the axis of the groups.
-        outer, remainder = np.divmod(np.arange(start, start + count), size * inner)
-        along, within = np.divmod(remainder, inner)
-        group = outer * self.values.shape[self.axis] + along // self.grid.group
-        return self.values.reshape(-1)[group * inner + within].astype(np.float32)
-
     def spread(self) -> np.ndarray:
         """The scale of each element, float32 of the tensor's shape."""
         ends = tuple(map(slice, self.shape))

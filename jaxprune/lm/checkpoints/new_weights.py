@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.arrays import rules
-from jaxprune.arrays.rules import Rule
 from jaxprune.files import atomic, safetensors_file
 from jaxprune.files.sink import Sink
 from jaxprune.lm.checkpoints import rewrite
@@ -158,20 +156,16 @@ def _write_weights(
 def _checked_tensor(name: str, tensor: NewTensor) -> np.ndarray:
     """A tensor in its dtype, one at a time in memory."""
     array, shape = np.asarray(tensor.read()), tuple(tensor.shape)
-    rules.check([_SHAPE], name=name, got=array.shape, shape=shape)
+    if array.shape != shape:
+        raise ValueError(
+            f"a tensor must have the shape that was announced, but '{name}' is "
+            f"{array.shape} and not {shape}"
+        )
     array = np.array(array, tensor.dtype, order="C")
     finite = bool(np.isfinite(array).all())
-    rules.check([_FINITE], name=name, finite=finite, dtype=tensor.dtype)
+    if not finite:
+        raise ValueError(
+            f"tensors must be finite, but '{name}' holds NaN or infinity as "
+            f"{tensor.dtype}; look at how it was made"
+        )
     return array
-
-
-_SHAPE = Rule(
-    lambda v: v.got == v.shape,
-    "a tensor must have the shape that was announced, but '{name}' is {got} and not "
-    "{shape}",
-)
-_FINITE = Rule(
-    lambda v: v.finite,
-    "tensors must be finite, but '{name}' holds NaN or infinity as {dtype}",
-    "look at how it was made",
-)

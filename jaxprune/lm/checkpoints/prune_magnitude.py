@@ -19,10 +19,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxprune import leaves
-from jaxprune.arrays import rules
 from jaxprune.arrays.axes import Axes
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule
+from jaxprune.arrays.rules import refusal
 from jaxprune.leaves import checked_rule
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import (
@@ -41,37 +40,6 @@ _STACKED_INPUT_FIRST = {
     *("qwen3_vl_moe", "qwen3_vl_moe_text"),
 }
 _FLOATS = tuple(map(np.dtype, ("f2", "f4", "f8", "bfloat16")))
-
-
-_PATTERN = Rule(
-    lambda v: isinstance(
-        v.pattern,
-        patterns.Unstructured | patterns.PerOutput | patterns.NM | patterns.Block,
-    ),
-    "directories are pruned by Unstructured, PerOutput, NM or Block, got {pattern}",
-    "load the model and use prune for other patterns",
-    error=TypeError,
-)
-_CHOSEN = (
-    Rule(
-        lambda v: v.chosen,
-        "'{path}' must have a tensor that may be pruned, but has none",
-        "give another rule for prunable",
-    ),
-    Rule(
-        lambda v: not v.narrow,
-        "weights to prune must be of two bytes or more, but {narrow} are {dtype}",
-        "save the model in bfloat16, or leave them out with "
-        "prunable=jp.tree.excluding('...')",
-        "save the model in bfloat16, or leave them out with --exclude '...'",
-    ),
-)
-_FITS = Rule(
-    lambda v: not v.problems,
-    "{problems}",
-    "leave such tensors out with prunable=jp.tree.excluding('...')",
-    "leave such tensors out with --exclude '...'",
-)
 
 
 class Pruned(NamedTuple):
@@ -148,7 +116,14 @@ def prune_directory(
       [[3.0, 0.0], [0.0, 4.0]]
     """
     pattern = patterns.parse(pattern)
-    rules.check([_PATTERN], pattern=pattern)
+    if not isinstance(
+        pattern,
+        patterns.Unstructured | patterns.PerOutput | patterns.NM | patterns.Block,
+    ):
+        raise TypeError(
+            "directories are pruned by Unstructured, PerOutput, NM or Block, got "
+            f"{pattern}; load the model and use prune for other patterns"
+        )
     chosen, first = to_prune(source, pattern, prunable)
     kept = _kept_counts(pattern, sparsity, chosen, first)
     replaced = {
@@ -219,13 +194,19 @@ def to_prune(
         if _is_matrix(name, info) and rule(name.replace(".", "/"), info)
     }
     narrow = [name for name, info in chosen.items() if info.dtype not in _FLOATS]
-    rules.check(
-        _CHOSEN,
-        path=source.path,
-        chosen=chosen,
-        narrow=listed(narrow),
-        dtype=chosen[narrow[0]].dtype if narrow else None,
-    )
+    if not chosen:
+        raise ValueError(
+            f"'{source.path}' must have a tensor that may be pruned, but has none; "
+            "give another rule for prunable"
+        )
+    if narrow:
+        raise refusal(
+            f"weights to prune must be of two bytes or more, but {listed(narrow)} are "
+            f"{chosen[narrow[0]].dtype if narrow else None}",
+            "save the model in bfloat16, or leave them out with "
+            "prunable=jp.tree.excluding('...')",
+            "save the model in bfloat16, or leave them out with --exclude '...'",
+        )
     first = {
         name: _input_first(source.config, name, info) for name, info in chosen.items()
     }
@@ -241,7 +222,12 @@ def _check_pattern(
         for name, info in chosen.items()
         if (problem := pattern.problem(info.shape, _matrix_axes(first[name])))
     ]
-    rules.check([_FITS], problems="; ".join(problems[:6]))
+    if problems:
+        raise refusal(
+            f"{'; '.join(problems[:6])}",
+            "leave such tensors out with prunable=jp.tree.excluding('...')",
+            "leave such tensors out with --exclude '...'",
+        )
 
 
 def _matrix_axes(input_first: bool) -> Axes:

@@ -18,9 +18,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arrays import rules
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule
 from jaxprune.files import atomic
 from jaxprune.files.safetensors_file import (
     Damaged,
@@ -54,37 +52,7 @@ _CHUNK = 1 << 20
 _OURS = ("format", "version", "achieved", "tensors", "files")
 
 # Of the new values of one tensor.
-_VALUES = (
-    Rule(
-        lambda v: v.shape == v.info.shape,
-        "replaced values must have the stored shape, but '{name}' is {info.shape} and "
-        "got {shape}",
-        "transpose them back",
-    ),
-    Rule(
-        lambda v: (
-            v.dtype == v.info.dtype
-            or (_is_floating(v.dtype) and _is_floating(v.info.dtype))
-        ),
-        "replaced values must be floating like what is stored, but '{name}' is "
-        "{info.dtype} and got {dtype}",
-        "cast them first",
-        error=TypeError,
-    ),
-)
 # Of all that `write_directory` is given.
-_RULES = (
-    Rule(
-        lambda v: not v.foreign,
-        "replaced tensors must be tensors of '{path}', but {foreign} are not; it has "
-        "{tensors}",
-    ),
-    Rule(
-        lambda v: not v.reserved,
-        "{reserved} are written by jaxprune itself",
-        "leave them out of the provenance",
-    ),
-)
 
 
 def write_directory(
@@ -225,13 +193,18 @@ def _checked_provenance(
     source: CheckpointDir, replaced: Mapping[str, Values], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The provenance as JSON, after all has been refused that can be at once."""
-    rules.check(
-        _RULES,
-        path=source.path,
-        tensors=listed(source.tensors),
-        foreign=listed([name for name in replaced if name not in source.tensors]),
-        reserved=listed([name for name in _OURS if name in provenance]),
-    )
+    foreign = listed([name for name in replaced if name not in source.tensors])
+    reserved = listed([name for name in _OURS if name in provenance])
+    if foreign:
+        raise ValueError(
+            f"replaced tensors must be tensors of '{source.path}', but {foreign} are "
+            f"not; it has {listed(source.tensors)}"
+        )
+    if reserved:
+        raise ValueError(
+            f"{reserved} are written by jaxprune itself; leave them out of the "
+            "provenance"
+        )
     for name, values in replaced.items():
         if not callable(values):
             _check_values(name, values, source.tensors[name])
@@ -246,7 +219,17 @@ def _checked_provenance(
 
 def _check_values(name: str, values: Any, info: TensorInfo) -> None:
     dtype = np.dtype(getattr(values, "dtype", None) or np.asarray(values).dtype)
-    rules.check(_VALUES, name=name, shape=np.shape(values), dtype=dtype, info=info)
+    shape = np.shape(values)
+    if shape != info.shape:
+        raise ValueError(
+            f"replaced values must have the stored shape, but '{name}' is {info.shape} "
+            f"and got {shape}; transpose them back"
+        )
+    if dtype != info.dtype and (not (_is_floating(dtype) and _is_floating(info.dtype))):
+        raise TypeError(
+            f"replaced values must be floating like what is stored, but '{name}' is "
+            f"{info.dtype} and got {dtype}; cast them first"
+        )
 
 
 def _is_floating(dtype: np.dtype) -> bool:

@@ -14,7 +14,7 @@ from jaxprune.lm.jobs.option_types import FilePath, ModelPath, OutPath, Switch
 class Compact(Options):
     """Packs a model's directory into one file: a bit for each weight, and what is left.
 
-    For storage and transfer. `jaxprune expand` gives the directory back byte for byte.
+    For storage and transfer. `jaxprune expand` gives the directory back.
 
     Attributes:
       model: the directory.
@@ -31,8 +31,7 @@ class Compact(Options):
     def run(self, console: Console, words: list[str]) -> dict[str, Any]:
         """Packs the directory; the sizes."""
         source = open_directory(self.model)
-        # Read once to count what each tensor needs, and once to write it.
-        with byte_progress(2 * source.size, "packing") as progress:
+        with byte_progress(source.size, "packing") as progress:
             result = compact(
                 source, self.file, overwrite=self.overwrite, progress=progress
             )
@@ -51,7 +50,7 @@ class Compact(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Expand(Options):
-    """Writes the directory that a compact file was made of, byte for byte.
+    """Writes the directory that a compact file was made of, every weight bit for bit.
 
     Attributes:
       file: the compact file.

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
-from jaxprune.arrays.rules import Rule, check
+from jaxprune.arrays.rules import refusal
 from jaxprune.files import atomic
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.export.gguf_shape import (
@@ -92,11 +92,20 @@ def export_gguf(
       ModuleNotFoundError: the package gguf is missing.
       OSError: the file could not be written.
     """
-    check(_TYPE, type=type, known=", ".join(get_args(GGUFType)))
+    if type not in get_args(GGUFType):
+        raise ValueError(
+            f"type must be one of {', '.join(get_args(GGUFType))}, got {type!r}"
+        )
     gguf = _package()
     loaded = hf.load(source, lazy=True, ignore_config=ignore_config)
     opened, config = open_directory(source), loaded.config
-    check(_DECODER, decoder=isinstance(config, DecoderConfig))
+    if not isinstance(config, DecoderConfig):
+        raise refusal(
+            "GGUF is written of language models that read text alone, but this one "
+            "reads pictures",
+            "",
+            "convert it with llama.cpp's convert_hf_to_gguf.py",
+        )
     architecture = check_shape(opened.config["model_type"], config)
     tokenizer = hf.load_tokenizer(source)  # refuses files that are not what they say
     content = json.loads((opened.path / "tokenizer.json").read_text(encoding="utf-8"))
@@ -204,12 +213,17 @@ def _write_data(
     writer.write_ti_data_to_file()
     for tensor in tensors:
         array, quantization = tensor.read(), gguf.GGMLQuantizationType[tensor.type]
-        check(
-            _STORABLE,
-            name=tensor.name,
-            type=tensor.type,
-            largest=float(np.abs(array).max(initial=0.0)),
-        )
+        largest = float(np.abs(array).max(initial=0.0))
+        if not math.isfinite(largest):
+            raise ValueError(
+                f"tensors must be finite, but '{tensor.name}' holds NaN or infinity; "
+                "look at how it was made"
+            )
+        if not largest <= _LARGEST.get(tensor.type, math.inf):
+            raise ValueError(
+                f"'{tensor.name}' holds {largest:g}, which is infinite as "
+                f"{tensor.type}; export as bf16 or f32"
+            )
         writer.write_tensor_data(gguf.quants.quantize(array, quantization))
         advance(tensor.name, tensor.bytes)
 
@@ -239,29 +253,6 @@ def _package() -> Any:
     return gguf
 
 
-_TYPE = Rule(
-    lambda v: v.type in get_args(GGUFType),
-    "type must be one of {known}, got {type!r}",
-)
-_DECODER = Rule(
-    lambda v: v.decoder,
-    "GGUF is written of language models that read text alone, but this one reads "
-    "pictures",
-    "",
-    "convert it with llama.cpp's convert_hf_to_gguf.py",
-)
 _F16 = float(np.finfo(np.float16).max)
 # Scales of whole levels are float16.
 _LARGEST = {"F16": _F16, "Q8_0": 127 * _F16, "Q4_0": 8 * _F16}
-_STORABLE = (
-    Rule(
-        lambda v: math.isfinite(v.largest),  # NaN is the largest of all
-        "tensors must be finite, but '{name}' holds NaN or infinity",
-        "look at how it was made",
-    ),
-    Rule(
-        lambda v: v.largest <= _LARGEST.get(v.type, math.inf),
-        "'{name}' holds {largest:g}, which is infinite as {type}",
-        "export as bf16 or f32",
-    ),
-)

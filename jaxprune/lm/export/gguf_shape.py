@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.arrays.rules import Rule, check
+from jaxprune.arrays.rules import refusal
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.decoder.rope import Rope
 
@@ -58,37 +58,75 @@ def check_shape(model_type: str, config: DecoderConfig) -> Architecture:
       ValueError: llama.cpp has none, or its constants are others.
     """
     known = ", ".join(ARCHITECTURES)
-    check(_FAMILY, model_type=model_type, known=known)
+    if model_type not in ARCHITECTURES:
+        raise refusal(
+            f"GGUF is written of model_type {known}, got {model_type}",
+            "",
+            "convert it with llama.cpp's convert_hf_to_gguf.py",
+        )
     architecture = ARCHITECTURES[model_type]
-    used = [rope for i in range(config.layers) if (rope := config.rope(i)) is not None]
-    plain = [r.switch is None and r.scale == 1 and not r.interleaved for r in used]
-    gemma = architecture.name == "gemma3"
-    full = [r for i, r in enumerate(used) if config.window(i) is None]
-    local = [r for i, r in enumerate(used) if gemma and config.window(i) is not None]
+    _check_ropes(architecture, config)
     scale = config.attention_scale
-    check(
-        _RULES,
-        name=architecture.name,
-        ropes=len(used) == config.layers
-        and all(plain)
-        and len({*full}) <= 1
-        and len({*local}) <= 1,
-        rotated=all(2 * len(r.frequencies) == config.head_dim for r in used),
-        factors=[x for r in full[:1] for x in np.unique(rope_factors(r)[1])],
-        local_factors=[x for r in local[:1] for x in np.unique(rope_factors(r)[1])],
-        by_factors=architecture.factors,
-        windows=not gemma and any(config.windows),
-        period=window_period(config.windows) if gemma else 0,
-        full=[i for i in range(config.layers) if config.window(i) is None],
-        activation=config.activation,
-        usual_activation=architecture.activation,
-        scale=scale,
-        same_scale=scale is None or np.isclose(scale, config.head_dim**-0.5),
-        biases=config.qkv_bias or config.out_bias or config.mlp_bias,
-        may_have_biases=architecture.biases,
-        head_bias=config.head_bias,
-    )
+    gemma = architecture.name == "gemma3"
+    if not gemma and any(config.windows):
+        raise ValueError(
+            f"llama.cpp's {architecture.name} sees all tokens in all layers, but this "
+            "model has windows"
+        )
+    if gemma and window_period(config.windows) is None:
+        raise ValueError(
+            f"llama.cpp's {architecture.name} has windows in all but each n-th layer, "
+            "but this model has none in layers "
+            f"{[i for i in range(config.layers) if config.window(i) is None]}; remove "
+            "layers so that it does"
+        )
+    if config.activation != architecture.activation:
+        raise ValueError(
+            f"llama.cpp's {architecture.name} has the nonlinearity "
+            f"{architecture.activation}, but this model has {config.activation}"
+        )
+    if scale is not None and not np.isclose(scale, config.head_dim ** (-0.5)):
+        raise ValueError(
+            f"llama.cpp's {architecture.name} scales scores by head_dim^(-1/2), but "
+            f"this model by {scale:g}"
+        )
+    if config.head_bias or (
+        (config.qkv_bias or config.out_bias or config.mlp_bias)
+        and not architecture.biases
+    ):
+        raise ValueError(
+            f"llama.cpp's {architecture.name} has no such biases, but this model has"
+        )
     return architecture
+
+
+def _check_ropes(architecture: Architecture, config: DecoderConfig) -> None:
+    """Refuses rotary schemes that the graph does not compute."""
+    used = [rope for i in range(config.layers) if (rope := config.rope(i)) is not None]
+    gemma = architecture.name == "gemma3"
+    full = {r for i, r in enumerate(used) if config.window(i) is None}
+    local = {r for i, r in enumerate(used) if gemma and config.window(i) is not None}
+    if (
+        len(used) < config.layers
+        or any(r.switch is not None or r.scale != 1 or r.interleaved for r in used)
+        or any(2 * len(r.frequencies) != config.head_dim for r in used)
+        or max(len(full), len(local)) > 1
+    ):
+        raise ValueError(
+            f"llama.cpp's {architecture.name} turns all features by one scheme for all "
+            "contexts, which this model does not"
+        )
+    uneven = any(len({*rope_factors(r)[1].tolist()}) > 1 for r in full)
+    if uneven and not architecture.factors:
+        raise ValueError(
+            f"llama.cpp's {architecture.name} stretches all rotary frequencies alike, "
+            "which this model does not"
+        )
+    if any((rope_factors(r)[1] != 1).any() for r in local):
+        raise ValueError(
+            f"llama.cpp's {architecture.name} stretches no rotary frequencies of "
+            "windows, which this model does"
+        )
 
 
 def window_period(windows: Sequence[int | None]) -> int | None:
@@ -176,52 +214,3 @@ def write_shape(writer: Any, architecture: Architecture, config: DecoderConfig) 
         writer.add_rope_freq_base_swa(theta)
     if config.logit_softcap is not None:
         writer.add_final_logit_softcapping(config.logit_softcap)
-
-
-_FAMILY = Rule(
-    lambda v: v.model_type in ARCHITECTURES,
-    "GGUF is written of model_type {known}, got {model_type}",
-    "",
-    "convert it with llama.cpp's convert_hf_to_gguf.py",
-)
-_RULES = (
-    Rule(
-        lambda v: v.ropes and v.rotated,
-        "llama.cpp's {name} turns all features by one scheme for all contexts, which "
-        "this model does not",
-    ),
-    Rule(
-        lambda v: len(v.factors) <= 1 or v.by_factors,
-        "llama.cpp's {name} stretches all rotary frequencies alike, which this model "
-        "does not",
-    ),
-    Rule(
-        lambda v: all(factor == 1 for factor in v.local_factors),
-        "llama.cpp's {name} stretches no rotary frequencies of windows, which this "
-        "model does",
-    ),
-    Rule(
-        lambda v: not v.windows,
-        "llama.cpp's {name} sees all tokens in all layers, but this model has windows",
-    ),
-    Rule(
-        lambda v: v.period is not None,
-        "llama.cpp's {name} has windows in all but each n-th layer, but this model has "
-        "none in layers {full}",
-        "remove layers so that it does",
-    ),
-    Rule(
-        lambda v: v.activation == v.usual_activation,
-        "llama.cpp's {name} has the nonlinearity {usual_activation}, but this model "
-        "has {activation}",
-    ),
-    Rule(
-        lambda v: v.same_scale,
-        "llama.cpp's {name} scales scores by head_dim^(-1/2), but this model by "
-        "{scale:g}",
-    ),
-    Rule(
-        lambda v: not v.head_bias and (not v.biases or v.may_have_biases),
-        "llama.cpp's {name} has no such biases, but this model has",
-    ),
-)

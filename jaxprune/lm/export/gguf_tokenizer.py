@@ -9,7 +9,7 @@ place of the first merge that makes the token.
 from collections.abc import Mapping
 from typing import Any
 
-from jaxprune.arrays.rules import Rule, check
+from jaxprune.arrays.rules import refusal
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.models import hf
 from jaxprune.lm.vocabulary.token_choice import merge_pairs, model_kind
@@ -47,7 +47,13 @@ def write_tokenizer(
     import gguf
 
     model = content["model"]
-    check(_BPE, model=model_kind(model))
+    if model_kind(model) != "BPE":
+        raise refusal(
+            "GGUF is written with tokenizers of the model BPE, got "
+            f"{model_kind(model)}",
+            "",
+            "convert it with llama.cpp's convert_hf_to_gguf.py",
+        )
     tokens, types = _tokens(content, rows)
     by_bytes = not model.get("byte_fallback")
     if by_bytes:
@@ -118,7 +124,14 @@ def _pre_tokenizer(content: Mapping[str, Any]) -> str:
         name = "gpt-2"
     elif shapes == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
         name = "smollm"
-    check(_SPLITS, name=name, shapes=", ".join(map(str, shapes)))
+    if name is None:
+        raise refusal(
+            "llama.cpp must have the splitting into words that tokenizer.json asks "
+            f"for, but {', '.join(map(str, shapes))} with these settings is none of "
+            "Llama 3's, Qwen 2's, GPT-2's and SmolLM's",
+            "",
+            "convert it with llama.cpp's convert_hf_to_gguf.py",
+        )
     return str(name)
 
 
@@ -131,18 +144,3 @@ def _begins_with_space(content: Mapping[str, Any]) -> bool:
     spaced = splitter.get("add_prefix_space", True)  # of older files
     scheme = splitter.get("prepend_scheme", "always" if spaced else "never")
     return prepended or (splitter.get("type") == "Metaspace" and scheme != "never")
-
-
-_BPE = Rule(
-    lambda v: v.model == "BPE",
-    "GGUF is written with tokenizers of the model BPE, got {model}",
-    "",
-    "convert it with llama.cpp's convert_hf_to_gguf.py",
-)
-_SPLITS = Rule(
-    lambda v: v.name is not None,
-    "llama.cpp must have the splitting into words that tokenizer.json asks for, but "
-    "{shapes} with these settings is none of Llama 3's, Qwen 2's, GPT-2's and SmolLM's",
-    "",
-    "convert it with llama.cpp's convert_hf_to_gguf.py",
-)

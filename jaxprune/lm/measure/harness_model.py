@@ -24,7 +24,6 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from jaxprune.arrays.console_progress import Progress
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.model import map_tokens
@@ -33,29 +32,6 @@ from jaxprune.lm.models.loaded_model import open_model
 from jaxprune.lm.packing.packed_decoder import pack_decoder
 
 _SHORTEST = 16
-_RULES = (
-    Rule(
-        lambda v: v.batch_size >= 1,
-        "batch_size must be at least 1, got {batch_size}",
-    ),
-    Rule(
-        lambda v: v.max_length is None or 2 <= v.max_length <= v.context,
-        "max_length must be 2 or more and at most the model's context of {context} "
-        "tokens, got {max_length}",
-    ),
-    Rule(
-        lambda v: v.prefix is not None,
-        "a text without a context needs BOS or EOS before it, but '{directory}' names "
-        "neither",
-        "name bos_token in tokenizer_config.json",
-    ),
-)
-_ROOM = Rule(
-    lambda v: v.room >= 1,
-    "a task asks for {steps} tokens, which leaves no room for its prompt in the "
-    "model's {longest} tokens",
-    'give gen_kwargs="max_gen_toks=..." less',
-)
 
 
 class Scored(NamedTuple):
@@ -101,14 +77,18 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         opened = open_model(source, dtype=dtype)
         words = hf.load_tokenizer(directory)
         prefix = words.bos if words.bos is not None else next(iter(words.eos), None)
-        check(
-            _RULES,
-            batch_size=batch_size,
-            max_length=max_length,
-            context=opened.config.context,
-            prefix=prefix,
-            directory=directory,
-        )
+        if not batch_size >= 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if max_length is not None and not 2 <= max_length <= opened.config.context:
+            raise ValueError(
+                "max_length must be 2 or more and at most the model's context of "
+                f"{opened.config.context} tokens, got {max_length}"
+            )
+        if prefix is None:
+            raise ValueError(
+                "a text without a context needs BOS or EOS before it, but "
+                f"'{directory}' names neither; name bos_token in tokenizer_config.json"
+            )
         self.directory, self.words = str(directory), words
         self.max_length = max_length or opened.config.context
         self.batch_size, self._prefix = batch_size, prefix
@@ -222,7 +202,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             until = handle_stop_sequences(settings["until"], eos=eos)
             steps = int(settings["max_gen_toks"])
             room = self.max_length - steps
-            check(_ROOM, room=room, steps=steps, longest=self.max_length)
+            if not room >= 1:
+                raise ValueError(
+                    f"a task asks for {steps} tokens, which leaves no room for its "
+                    f"prompt in the model's {self.max_length} tokens; give "
+                    'gen_kwargs="max_gen_toks=..." less'
+                )
             tokens = jnp.asarray([self.tok_encode(prompt)[-room:]])
             drawn = generate(
                 self.decoder,

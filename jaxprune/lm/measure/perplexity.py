@@ -19,39 +19,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from jaxprune.arrays import processes, rules
-from jaxprune.arrays.rules import Rule
+from jaxprune.arrays import processes
 from jaxprune.lm.models.decoder.model import Decoder, loss_per_token
 from jaxprune.lm.models.hf.tokenizer import Tokenizer
 from jaxprune.lm.texts.text_files import AnyText, Text
 
-_WINDOWS = (
-    Rule(
-        lambda v: v.limit is None or v.limit >= 1,
-        "windows need a limit of at least 1, got {limit}",
-    ),
-    Rule(
-        lambda v: v.context >= 2 and 1 <= v.stride <= v.context,
-        "windows need context >= 2 and 1 <= stride <= context, got context {context} "
-        "and stride {stride}",
-    ),
-)
-_TOKENS = Rule(
-    lambda v: v.size > v.first,
-    "a text must have a token to predict, got {size} tokens",
-    "give a longer text",
-)
-_CONTEXT = Rule(
-    lambda v: v.size <= v.longest,
-    "the model sees at most {longest} tokens, but a window of '{path}' has {size} "
-    "before its last",
-    "give a context of {longest} or less",
-)
-_BATCH = Rule(
-    lambda v: min(v.batch, v.number) >= 1,
-    "measure_perplexity needs at least one window and a batch of at least 1, got "
-    "{number} and {batch}",
-)
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"windows need a limit of at least 1, got {limit}")
 
 
 class Windows(NamedTuple):
@@ -109,10 +85,19 @@ def slide(
     """
     predictions = context - 1
     stride = predictions if stride is None else stride
-    rules.check(_WINDOWS, limit=limit, context=context, stride=stride)
+    _check_limit(limit)
+    if context < 2 or not 1 <= stride <= context:
+        raise ValueError(
+            "windows need context >= 2 and 1 <= stride <= context, got context "
+            f"{context} and stride {stride}"
+        )
     stride = min(stride, predictions)
     first = 0 if bos is not None else 1  # the first token that is predicted
-    rules.check([_TOKENS], size=tokens.size, first=first)
+    if not tokens.size > first:
+        raise ValueError(
+            f"a text must have a token to predict, got {tokens.size} tokens; give a "
+            "longer text"
+        )
     number = 1 + max(0, math.ceil((tokens.size - first - predictions) / stride))
     starts = first + stride * np.arange(min(number, limit or number))
     # (windows, context - 1): the position in the text of each predicted token.
@@ -159,7 +144,7 @@ def windows_of_text(
     Raises:
       ValueError: they do not fit the text or the model.
     """
-    rules.check(_WINDOWS[:1], limit=limit)
+    _check_limit(limit)
     if isinstance(text, Text) and text.is_rows:
         rows = text.tokens[:limit].astype(np.int32)
         counted = np.ones((len(rows), rows.shape[1] - 1), bool)
@@ -178,7 +163,11 @@ def windows_of_text(
         if tokenizer is not None:
             windows = _with_text(windows, tokens, tokenizer)
     size = windows.tokens.shape[1] - 1
-    rules.check([_CONTEXT], path=text.path, size=size, longest=longest)
+    if not size <= longest:
+        raise ValueError(
+            f"the model sees at most {longest} tokens, but a window of '{text.path}' "
+            f"has {size} before its last; give a context of {longest} or less"
+        )
     return windows
 
 
@@ -260,7 +249,11 @@ def measure_perplexity(
     """
     graphdef, params = nnx.split(model)
     number = len(windows.tokens)
-    rules.check([_BATCH], batch=batch, number=number)
+    if not min(batch, number) >= 1:
+        raise ValueError(
+            "measure_perplexity needs at least one window and a batch of at least 1, "
+            f"got {number} and {batch}"
+        )
     batch = min(batch, number)
     total = 0.0
     for start in range(0, number, batch):

@@ -19,28 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxprune.arrays import rules
-from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.decoder.model import Decoder
 
 PHASES = ("prefill", "decode")
 
 # With fewer rounds a spread says nothing.
 _LEAST_ROUNDS = 3
-
-_RULES = (
-    Rule(
-        lambda v: min(v.prompt, v.steps, v.batch, v.rounds) >= 1,
-        "prompt, steps, batch and rounds must be at least 1, got {prompt}, {steps}, "
-        "{batch} and {rounds}",
-    ),
-    Rule(
-        lambda v: v.prompt + v.steps <= v.context,
-        "a prompt of {prompt} and {steps} steps must fit the context of '{name}', got "
-        "{context}",
-        "take fewer",
-    ),
-)
 
 
 def measure_speed(
@@ -83,11 +67,16 @@ def measure_speed(
     """
     shortest = min(models, key=lambda name: models[name].config.context)
     context = models[shortest].config.context
-    rules.check(
-        _RULES,
-        **{"prompt": prompt, "steps": steps, "batch": batch, "rounds": rounds},
-        **{"name": shortest, "context": context},
-    )
+    if min(prompt, steps, batch, rounds) < 1:
+        raise ValueError(
+            "prompt, steps, batch and rounds must be at least 1, got "
+            f"{prompt}, {steps}, {batch} and {rounds}"
+        )
+    if prompt + steps > context:
+        raise ValueError(
+            f"a prompt of {prompt} and {steps} steps must fit the context of "
+            f"'{shortest}', got {context}; take fewer"
+        )
     split = {name: nnx.split(model, nnx.Param) for name, model in models.items()}
     # One prompt for all.
     vocab = min(model.config.vocab_size for model in models.values())

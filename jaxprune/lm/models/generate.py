@@ -18,9 +18,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxprune.arrays import rules
-from jaxprune.arrays.rules import Rule
-
 Pictures: TypeAlias = tuple[
     Float[Array, "crops height width 3"], Int[Array, "batch time"]
 ]
@@ -120,16 +117,24 @@ def generate(
         _check_pictures(model, prompt, pictures, sliding)
     _check_prompt(prompt, config.vocab_size, pictures)
     context = config.context
-    rules.check(
-        _OPTIONS,
-        steps=steps,
-        temperature=temperature,
-        top_k=top_k,
-        vocab_size=config.vocab_size,
-        time=prompt.shape[1],
-        context=context,
-        sliding=sliding,
-    )
+    time = prompt.shape[1]
+    if not steps >= 0:
+        raise ValueError(f"generate needs steps >= 0, got {steps}")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(
+            f"generate needs a finite temperature >= 0, got {temperature}; 0 takes the "
+            "likeliest token"
+        )
+    if top_k is not None and not 1 <= top_k <= config.vocab_size:
+        raise ValueError(
+            f"generate needs top_k in [1, {config.vocab_size}], got {top_k}; None "
+            "allows every token"
+        )
+    if not time + steps <= context and not sliding:
+        raise ValueError(
+            f"generate needs prompt + steps <= context, got {time} + {steps} > "
+            f"{context}; sliding=True goes on from the last {context} tokens"
+        )
     prompt = jnp.asarray(prompt, jnp.int32)
     if steps == 0:
         return prompt
@@ -276,22 +281,33 @@ def _check_pictures(
 ) -> None:
     pixels, sources = pictures
     known = not isinstance(sources, jax.core.Tracer) and sources.size > 0
-    rules.check(
-        _PICTURES,
-        model=type(model).__name__,
-        sees=hasattr(model, "decoder"),
-        sliding=sliding,
-        prompt=prompt,
-        sources=sources,
-        last=int(np.max(sources)) if known else -1,
-        views=len(pixels),
-        # The two separators, and the tokens of each view.
-        rows=2 + len(pixels) * getattr(model.config, "side", 0) ** 2,
-    )
+    last = int(np.max(sources)) if known else -1
+    rows = 2 + len(pixels) * getattr(model.config, "side", 0) ** 2
+    if not (hasattr(model, "decoder") and not sliding):
+        raise ValueError(
+            "generate takes pictures for a Phi3Vision and without sliding, got "
+            f"{type(model).__name__} and sliding={sliding}; leave them out"
+        )
+    if sources.shape != prompt.shape:
+        raise ValueError(
+            f"generate needs a source for each word of the prompt {prompt.shape}, got "
+            f"{sources.shape}; take both from one preprocess.Prompt"
+        )
+    if not last < rows:
+        raise ValueError(
+            f"generate needs sources under {rows}, the rows of {len(pixels)} views, "
+            f"got {last}; give the pixels of every prompt of the batch"
+        )
 
 
 def _check_prompt(prompt: Array, vocab_size: int, pictures: Pictures | None) -> None:
-    rules.check(_PROMPT, prompt=prompt)
+    if not jnp.issubdtype(prompt.dtype, jnp.integer):
+        raise TypeError(f"generate needs an integer prompt, got {prompt.dtype}")
+    if not (prompt.ndim == 2 and prompt.shape[1] > 0):
+        raise ValueError(
+            "generate needs a prompt of shape (batch, time) with time >= 1, got "
+            f"{prompt.shape}; start from one token, a newline say"
+        )
     if isinstance(prompt, jax.core.Tracer) or prompt.size == 0:
         return
     tokens = np.asarray(prompt)
@@ -299,61 +315,8 @@ def _check_prompt(prompt: Array, vocab_size: int, pictures: Pictures | None) -> 
         # Where a picture is any number may stand.
         tokens = np.where(np.asarray(pictures[1]) < 0, tokens, 0)
     for token in (int(tokens.min()), int(tokens.max())):
-        rules.check([_TOKEN], token=token, vocab_size=vocab_size)
-
-
-_PICTURES = (
-    Rule(
-        lambda v: v.sees and not v.sliding,
-        "generate takes pictures for a Phi3Vision and without sliding, got {model} and "
-        "sliding={sliding}",
-        "leave them out",
-    ),
-    Rule(
-        lambda v: v.sources.shape == v.prompt.shape,
-        "generate needs a source for each word of the prompt {prompt.shape}, got "
-        "{sources.shape}",
-        "take both from one preprocess.Prompt",
-    ),
-    Rule(
-        lambda v: v.last < v.rows,
-        "generate needs sources under {rows}, the rows of {views} views, got {last}",
-        "give the pixels of every prompt of the batch",
-    ),
-)
-_PROMPT = (
-    Rule(
-        lambda v: jnp.issubdtype(v.prompt.dtype, jnp.integer),
-        "generate needs an integer prompt, got {prompt.dtype}",
-        error=TypeError,
-    ),
-    Rule(
-        lambda v: v.prompt.ndim == 2 and v.prompt.shape[1] > 0,
-        "generate needs a prompt of shape (batch, time) with time >= 1, got "
-        "{prompt.shape}",
-        "start from one token, a newline say",
-    ),
-)
-_TOKEN = Rule(
-    lambda v: 0 <= v.token < v.vocab_size,
-    "generate needs prompt tokens in [0, {vocab_size}), got {token}",
-    "encode the prompt with the vocabulary that the model was trained on",
-)
-_OPTIONS = (
-    Rule(lambda v: v.steps >= 0, "generate needs steps >= 0, got {steps}"),
-    Rule(
-        lambda v: math.isfinite(v.temperature) and v.temperature >= 0,
-        "generate needs a finite temperature >= 0, got {temperature}",
-        "0 takes the likeliest token",
-    ),
-    Rule(
-        lambda v: v.top_k is None or 1 <= v.top_k <= v.vocab_size,
-        "generate needs top_k in [1, {vocab_size}], got {top_k}",
-        "None allows every token",
-    ),
-    Rule(
-        lambda v: v.time + v.steps <= v.context or v.sliding,
-        "generate needs prompt + steps <= context, got {time} + {steps} > {context}",
-        "sliding=True goes on from the last {context} tokens",
-    ),
-)
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"generate needs prompt tokens in [0, {vocab_size}), got {token}; "
+                "encode the prompt with the vocabulary that the model was trained on"
+            )

@@ -74,7 +74,8 @@ def _as_stored(source: CompactSource, name: str, dtype: Any) -> PackedMatrix | N
     # Of other dtypes, as float64, the leaf is a cast.
     is_stored = DTYPES[entry["dtype"]].name in encodings.DTYPES
     # Groups along the outputs are no groups of a row.
-    across = entry["encoding"] == "dense" or entry.get("axis") == -2
+    is_dense = f"dense/{name}" in source.archive.entries
+    across = is_dense or entry.get("axis") == -2
     if across or not whole_words or not is_stored:
         return None
     parts = source.stored(name)

@@ -21,30 +21,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxprune.arrays import rules
-from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.decoder.model import Decoder, cross_entropy, map_tokens
 from jaxprune.lm.recovery.retrain import Loss
 
-_RULES = (
-    Rule(
-        lambda v: (
-            0 < v.temperature < math.inf
-            and 0 <= v.text <= 1
-            and 0 <= v.hidden < math.inf
-        ),
-        "distillation needs a temperature over 0, a share of the text in [0, 1] and a "
-        "weight of the states of at least 0, got temperature={temperature}, "
-        "text={text} and hidden={hidden}",
-    ),
-)
 
-SAME_VOCABULARY = Rule(
-    lambda v: v.teacher == v.student,
-    "a teacher must have the vocabulary of its student, got {teacher} and {student} "
-    "tokens; distil from the model that was made smaller",
-)
-"""What any teacher and student keep, by the sizes of their vocabularies."""
+def check_vocabulary(teacher: int, student: int) -> None:
+    """Refuses a teacher whose vocabulary has another size than its student's."""
+    if teacher != student:
+        raise ValueError(
+            f"a teacher must have the vocabulary of its student, got {teacher} and "
+            f"{student} tokens; distil from the model that was made smaller"
+        )
 
 
 def divergence(
@@ -122,7 +109,12 @@ def from_teacher(
       ValueError: the temperature is not positive, `text` not in [0, 1], or `hidden`
         negative.
     """
-    rules.check(_RULES, temperature=temperature, text=text, hidden=hidden)
+    if not (0 < temperature < math.inf and 0 <= text <= 1 and (0 <= hidden < math.inf)):
+        raise ValueError(
+            "distillation needs a temperature over 0, a share of the text in [0, 1] "
+            f"and a weight of the states of at least 0, got temperature={temperature}, "
+            f"text={text} and hidden={hidden}"
+        )
     graphdef, params = nnx.split(teacher)
 
     def loss(student: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
@@ -183,7 +175,7 @@ def divergence_of_states(
       ValueError: the vocabularies differ.
     """
     vocab = teacher.config.vocab_size
-    rules.check(SAME_VOCABULARY, teacher=vocab, student=student.config.vocab_size)
+    check_vocabulary(vocab, student.config.vocab_size)
 
     def kl(t: Float[Array, "batch width"], s: Float[Array, "batch width"]) -> Array:
         log_p = jax.nn.log_softmax(teacher.logits(t) / temperature)  # (batch, vocab)

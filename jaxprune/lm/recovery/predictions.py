@@ -29,37 +29,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprune.arrays import rules
-from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.decoder.model import Decoder, map_tokens, sampled_logits
-from jaxprune.lm.recovery.distill import SAME_VOCABULARY
+from jaxprune.lm.recovery.distill import check_vocabulary
 from jaxprune.lm.recovery.retrain import Loss
 from jaxprune.lm.recovery.sampled_tokens import TokenSampler
 from jaxprune.posttraining import fingerprint
 from jaxprune.posttraining.progress import ProgressLog
-
-_RULES = (
-    Rule(
-        lambda v: v.top >= 1 and v.batch >= 1 and v.sequences >= 1 and v.length >= 2,
-        "keep_predictions needs at least one likeliest token, a batch of one, and one "
-        "sequence of 2 tokens, got top={top}, batch={batch} and {sequences} sequences "
-        "of {length}",
-    ),
-)
-_SHARES = Rule(
-    lambda v: (
-        v.shares.shape in ((), (v.sequences,))
-        and bool(np.all((v.shares >= 0) & (v.shares <= 1)))
-    ),
-    "from_predictions needs a share of the text in [0, 1], one or one for each of the "
-    "{sequences} sequences, got {shares}",
-)
-_PREDICTED = Rule(
-    lambda v: not v.missing,
-    "from_predictions needs what the teacher predicts of each sequence that is not "
-    "learned as text alone, but {missing} were not predicted; give keep_predictions "
-    "followed = text < 1",
-)
 
 
 class Predictions(NamedTuple):
@@ -142,7 +117,12 @@ def keep_predictions(
         other sequences or another number.
     """
     count, length = sequences.shape
-    rules.check(_RULES, top=top, batch=batch, sequences=count, length=length)
+    if not (top >= 1 and batch >= 1 and (count >= 1) and (length >= 2)):
+        raise ValueError(
+            "keep_predictions needs at least one likeliest token, a batch of one, and "
+            f"one sequence of 2 tokens, got top={top}, batch={batch} and {count} "
+            f"sequences of {length}"
+        )
     followed = np.ones(count, bool) if followed is None else followed
     distinct, inverse = np.unique(sequences[followed], axis=0, return_inverse=True)
     places = np.full(count, -1)
@@ -206,11 +186,21 @@ def from_predictions(
     """
     count = len(predictions.places)
     shares = np.asarray(text, np.float32)  # () or (sequences,)
-    rules.check(_SHARES, shares=shares, sequences=count)
+    if not (
+        shares.shape in ((), (count,)) and bool(np.all((shares >= 0) & (shares <= 1)))
+    ):
+        raise ValueError(
+            "from_predictions needs a share of the text in [0, 1], one or one for "
+            f"each of the {count} sequences, got {shares}"
+        )
     shares = np.broadcast_to(shares, count)
-    rules.check(
-        [_PREDICTED], missing=int(np.sum((predictions.places < 0) & (shares < 1)))
-    )
+    missing = int(np.sum((predictions.places < 0) & (shares < 1)))
+    if missing:
+        raise ValueError(
+            "from_predictions needs what the teacher predicts of each sequence that "
+            f"is not learned as text alone, but {missing} were not predicted; give "
+            "keep_predictions followed = text < 1"
+        )
 
     vocab = predictions.vocab_size
 
@@ -221,7 +211,7 @@ def from_predictions(
     def loss(student: Decoder, arrays: Any, tokens: jax.Array) -> jax.Array:
         # (batch, length - 1, k), (batch, length - 1, k + 1) and (batch,)
         sample, ids, log_p, share = arrays
-        rules.check(SAME_VOCABULARY, teacher=vocab, student=student.config.vocab_size)
+        check_vocabulary(vocab, student.config.vocab_size)
         states, _ = student.states(student.embed(tokens[:, :-1]), remat=True)
         targets, size = tokens[:, 1:], vocab
         if sample is not None:

@@ -21,9 +21,8 @@ import optax
 from flax import nnx
 from jaxtyping import Int
 
-from jaxprune.arrays import compiling, placement, rules, tree
+from jaxprune.arrays import compiling, placement, tree
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule
 from jaxprune.contrib.lora import lora
 from jaxprune.lm.models.decoder.model import Decoder, cross_entropy
 from jaxprune.lm.recovery.checkpoints import Checkpoints
@@ -33,24 +32,6 @@ from jaxprune.training.keep_masks import keep_masks
 
 _CLIP = 1.0
 _RISE = 20  # one step of so many lets the learning rate rise
-_RULES = (
-    Rule(
-        lambda v: min(v.steps, v.batch, v.sequences) >= 1,
-        "retrain needs at least one step, a batch of one and one sequence, got "
-        "{steps}, {batch} and {sequences}",
-    ),
-    Rule(
-        lambda v: v.length >= 2,
-        "retrain needs sequences of at least 2 tokens, since the first is only seen, "
-        "got {length}",
-        "give longer ones",
-    ),
-)
-_FINITE = Rule(
-    lambda v: math.isfinite(v.loss),
-    "the loss of retraining must be finite, got {loss} at step {step}",
-    "lower the learning rate",
-)
 
 
 class Loss(NamedTuple):
@@ -149,13 +130,17 @@ def retrain(
       ValueError: a name is of no leaf, there is nothing to train or to train on, the
         loss is not finite, or the directory is another job's.
     """
-    rules.check(
-        _RULES,
-        steps=settings.steps,
-        batch=settings.batch,
-        sequences=len(sequences),
-        length=sequences.shape[1],
-    )
+    length = sequences.shape[1]
+    if not min(settings.steps, settings.batch, len(sequences)) >= 1:
+        raise ValueError(
+            "retrain needs at least one step, a batch of one and one sequence, got "
+            f"{settings.steps}, {settings.batch} and {len(sequences)}"
+        )
+    if not length >= 2:
+        raise ValueError(
+            "retrain needs sequences of at least 2 tokens, since the first is only "
+            f"seen, got {length}; give longer ones"
+        )
     loss = from_text() if loss is None else loss
     masked = names if masked is None else names & masked
     trained, frozen, join = _split_leaves(model, names)
@@ -182,7 +167,11 @@ def retrain(
     for rows in _order(len(sequences), settings)[len(losses) :]:
         *state, value = step(*state, frozen, loss.arrays_of(rows), sequences[rows])
         losses.append(float(value))
-        rules.check([_FINITE], loss=losses[-1], step=len(losses))
+        if not math.isfinite(losses[-1]):
+            raise ValueError(
+                f"the loss of retraining must be finite, got {losses[-1]} at step "
+                f"{len(losses)}; lower the learning rate"
+            )
         if checkpoints is not None and checkpoints.due():
             checkpoints.write(len(losses), tuple(state), losses)
         progress(1, losses[-1])

@@ -22,22 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxprune.arrays import rules
-from jaxprune.arrays.rules import Rule
 from jaxprune.lm.recovery.distill import divergence_of_states
-
-_RULES = (
-    Rule(
-        lambda v: 1 <= v.layers <= v.count,
-        "the number of layers that stay must be between 1 and {count}, got {layers}",
-    ),
-)
-_FINITE = Rule(
-    lambda v: math.isfinite(v.change),
-    "what the model predicts must be finite, but it is not, whichever layer is left "
-    "out",
-    "look at its weights",
-)
 
 
 class LayerSearch(NamedTuple):
@@ -115,7 +100,11 @@ def search_layers(
       1
     """
     count = len(params["layers"])
-    rules.check(_RULES, layers=layers, count=count)
+    if not 1 <= layers <= count:
+        raise ValueError(
+            f"the number of layers that stay must be between 1 and {count}, got "
+            f"{layers}"
+        )
     states, nats = _programs(graphdef)
     # (batch, time - 1) each
     batches = [tokens[i : i + batch, :-1] for i in range(0, len(tokens), batch)]
@@ -137,7 +126,11 @@ def search_layers(
         cost_of_batch = functools.partial(cost, gates=gates)
         best, total = _cheapest(candidates, len(batches), cost_of_batch, progress)
         change = total / tokens[:, :-1].size
-        rules.check([_FINITE], change=change)
+        if not math.isfinite(change):
+            raise ValueError(
+                "what the model predicts must be finite, but it is not, whichever "
+                "layer is left out; look at its weights"
+            )
         gates[best] = False
         dropped.append(best)
         changes.append(change)

@@ -10,34 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.arrays import rules
-from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.hf.tokenizer import Tokenizer
 
 _FIELDS = ("text", "messages")
 _ROWS = 256  # that are decoded at a time
-
-_LINE = Rule(
-    lambda v: v.document is not None,
-    "each line of '{path}' must be a JSON object with a 'text', or with 'messages' "
-    "that have a 'role' and a 'content', but {which} is not: {shown!r}",
-    "mend it, or take it out",
-)
-_ROW = Rule(
-    lambda v: v.document is not None,
-    "each row of '{path}' must have a 'text', or 'messages' that have a 'role' and a "
-    "'content', but row {row} has not",
-)
-_CHAT = Rule(
-    lambda v: v.chat is not None,
-    "'{path}' holds conversations, but the model's directory has no chat template that "
-    "can be read",
-    "give text, or the directory of the model that was made to chat",
-)
-_COLUMN = Rule(
-    lambda v: v.columns,
-    "'{path}' must have a column 'text' or 'messages', got {names}",
-)
 
 
 class Document(NamedTuple):
@@ -87,7 +63,11 @@ def parse_line(
     if document is None:
         shown = line if isinstance(line, str) else line.decode(errors="replace")
         shown = shown.strip()[:60]
-        raise rules.error(_LINE, path=path, which=which, shown=shown)
+        raise ValueError(
+            f"each line of '{path}' must be a JSON object with a 'text', or with "
+            f"'messages' that have a 'role' and a 'content', but {which} is not: "
+            f"{shown!r}; mend it, or take it out"
+        )
     return document
 
 
@@ -104,7 +84,11 @@ def _document(
     ):
         return None
     if tokenizer.chat is None:
-        raise rules.error(_CHAT, path=path)
+        raise ValueError(
+            f"'{path}' holds conversations, but the model's directory has no chat "
+            "template that can be read; give text, or the directory of the model that "
+            "was made to chat"
+        )
     try:
         text = tokenizer.chat.render(messages)
     except ValueError as error:
@@ -146,9 +130,11 @@ class Rows:
         names = self._file.schema_arrow.names
         # "text" goes before "messages".
         columns = [name for name in _FIELDS if name in names]
-        rules.check(
-            [_COLUMN], path=path, columns=columns, names=", ".join(names) or "none"
-        )
+        if not columns:
+            raise ValueError(
+                f"'{path}' must have a column 'text' or 'messages', got "
+                f"{', '.join(names) or 'none'}"
+            )
         self._column = columns[0]
         facts = self._file.metadata
         groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
@@ -196,5 +182,8 @@ class Rows:
         fields = {self._column: value}
         document = _document(fields, self.path, f"row {row}", tokenizer)
         if document is None:
-            raise rules.error(_ROW, path=self.path, row=row)
+            raise ValueError(
+                f"each row of '{self.path}' must have a 'text', or 'messages' that "
+                f"have a 'role' and a 'content', but row {row} has not"
+            )
         return document

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from jaxprune.arrays import rules
-from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.hf.tokenizer import Tokenizer
 from jaxprune.lm.texts.documents import Document, Rows, join_documents, parse_line
 
@@ -27,18 +25,6 @@ _CHUNK, _SMALLEST = 2**18, 2**12
 _PER_TOKEN = 8
 _LONGEST_LINE = 2**26
 _SPACES = b" \t\r\n"
-
-_VOCABULARY = Rule(
-    lambda v: v.highest < v.vocab_size,
-    "the tokenizer's tokens must be under the model's vocab_size {vocab_size}, but "
-    "'{path}' has {highest}",
-    "the tokenizer is another model's",
-)
-_LINE = Rule(
-    lambda v: v.length < v.longest,
-    "a line of '{path}' must be under {longest} bytes, got a longer one",
-    "put each document on a line of its own",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +170,12 @@ def encode_text(
     """The tokens of a text, all of them the model's."""
     tokens = np.array(tokenizer.encode(text, bos=False), np.int32)
     highest = tokens.max() if tokens.size else -1
-    rules.check([_VOCABULARY], path=path, highest=highest, vocab_size=vocab_size)
+    if not highest < vocab_size:
+        raise ValueError(
+            "the tokenizer's tokens must be under the model's vocab_size "
+            f"{vocab_size}, but '{path}' has {highest}; the tokenizer is another "
+            "model's"
+        )
     return tokens
 
 
@@ -195,7 +186,11 @@ def _decoded(content: bytes) -> str:
 
 def _line(file: Any, path: Path) -> bytes:
     line: bytes = file.readline(_LONGEST_LINE)
-    rules.check([_LINE], path=path, length=len(line), longest=_LONGEST_LINE)
+    if not len(line) < _LONGEST_LINE:
+        raise ValueError(
+            f"a line of '{path}' must be under {_LONGEST_LINE} bytes, got a longer "
+            "one; put each document on a line of its own"
+        )
     return line
 
 

@@ -21,23 +21,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from jaxprune.arrays import rules
-from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.generate import LanguageModel, generate
 from jaxprune.posttraining import fingerprint
 from jaxprune.posttraining.progress import ProgressLog
 
 _MOST = 16  # sequences at once
-_RULES = (
-    Rule(
-        lambda v: (
-            min(v.sequences, v.batch) >= 1 and v.shortest <= v.length <= v.context
-        ),
-        "self_calibration needs sequences and a batch of at least 1, and a length of "
-        "{shortest} to {context} tokens, got sequences={sequences}, batch={batch} and "
-        "length={length}",
-    ),
-)
 
 
 def self_calibration(
@@ -88,14 +76,13 @@ def self_calibration(
       >>> self_calibration(model, sequences=3, length=8, never_first={0}).shape
       (3, 8)
     """
-    rules.check(
-        _RULES,
-        sequences=sequences,
-        batch=batch,
-        length=length,
-        shortest=1 + (bos is not None),
-        context=model.config.context,
-    )
+    shortest = 1 + (bos is not None)
+    if not (min(sequences, batch) >= 1 and shortest <= length <= model.config.context):
+        raise ValueError(
+            "self_calibration needs sequences and a batch of at least 1, and a length "
+            f"of {shortest} to {model.config.context} tokens, got "
+            f"sequences={sequences}, batch={batch} and length={length}"
+        )
     vocab_size = model.config.vocab_size
     prompts = first_tokens(sequences, vocab_size, never_first, seed)[:, None]
     if bos is not None:

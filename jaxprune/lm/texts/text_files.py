@@ -16,8 +16,6 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Int
 
-from jaxprune.arrays import rules
-from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.hf.tokenizer import Tokenizer
 from jaxprune.lm.texts.documents import Rows, join_documents, parse_line
 from jaxprune.lm.texts.long_text import LongText, encode_text
@@ -28,72 +26,6 @@ HELD_OUT = 10
 _PLAIN, _LINES, _ROWS, _IDS = (".txt", ".md"), ".jsonl", ".parquet", ".npy"
 # Bytes of text that are tokenised whole, and of any file that are looked at at a time.
 _WHOLE, _CHUNK = 2**21, 2**24
-
-_FILES = (
-    Rule(
-        lambda v: not v.folders,
-        "texts must be files, but {folders} are folders",
-        "pictures and sound in folders are for models that go through torch, whose "
-        "config.json names a class of transformers",
-    ),
-    Rule(
-        lambda v: not v.missing,
-        "texts must be files, but there is no {missing}",
-        "give paths of files on this machine, data sets are not downloaded",
-        error=FileNotFoundError,
-    ),
-    Rule(
-        lambda v: not v.foreign,
-        "texts must end in {known}, got {foreign}",
-        "plain text is .txt, lines of JSON with a 'text' or 'messages' are .jsonl, "
-        "rows of such a column are .parquet, token ids are .npy",
-    ),
-)
-_TOKENIZER = Rule(
-    lambda v: v.tokenizer is not None,
-    "'{path}' is text, but the model has no tokenizer",
-    "give token ids as .npy",
-)
-_ARRAY = (
-    Rule(
-        lambda v: isinstance(v.tokens, np.ndarray),
-        "'{path}' must be one array, got an archive of several",
-    ),
-    Rule(
-        lambda v: v.tokens.ndim == 2 and np.issubdtype(v.tokens.dtype, np.integer),
-        "'{path}' must hold integers (sequences, length), got {tokens.dtype} of shape "
-        "{tokens.shape}",
-    ),
-    Rule(
-        lambda v: v.tokens.shape[1] >= 2 and len(v.tokens) > 0,
-        "'{path}' must hold sequences of at least 2 tokens, got {tokens.shape}",
-    ),
-)
-_VOCABULARY = Rule(
-    lambda v: v.low >= 0 and v.high <= v.highest,
-    "tokens must be from 0 to {highest}, but '{path}' has {low} to {high}",
-    "it was made with another model's tokenizer",
-)
-_ONE_OF_EACH = Rule(
-    lambda v: v.sequences >= v.texts,
-    "each text gives at least one sequence, but {sequences} are asked of {texts} texts",
-    "ask for more sequences, or give fewer texts",
-)
-_BODY = Rule(
-    lambda v: v.body >= 1,
-    "a sequence needs a token beside BOS, got a length of {length}",
-    "give a greater one",
-)
-_ROW_LENGTH = Rule(
-    lambda v: v.row_length == v.length,
-    "'{path}' holds sequences of {row_length} tokens, but the length is {length}",
-    "give length {row_length}",
-)
-_ENOUGH = Rule(
-    lambda v: not v.problems,
-    "the texts are too short: {problems} needed",
-    "give more text, or fewer sequences, or a smaller length",
-)
 
 
 class Text(NamedTuple):
@@ -136,13 +68,26 @@ def is_ids(path: Path) -> bool:
 def check_text_files(paths: Sequence[Path]) -> None:
     """Refuses files that are not there or of another kind, all at once."""
     suffixes = (*_PLAIN, _LINES, _ROWS, _IDS)
-    rules.check(
-        _FILES,
-        folders=", ".join(str(path) for path in paths if path.is_dir()),
-        missing=", ".join(str(path) for path in paths if not path.is_file()),
-        foreign=", ".join(str(path) for path in paths if path.suffix not in suffixes),
-        known=", ".join(suffixes),
-    )
+    folders = ", ".join(str(path) for path in paths if path.is_dir())
+    missing = ", ".join(str(path) for path in paths if not path.is_file())
+    foreign = ", ".join(str(path) for path in paths if path.suffix not in suffixes)
+    if folders:
+        raise ValueError(
+            f"texts must be files, but {folders} are folders; pictures and sound in "
+            "folders are for models that go through torch, whose config.json names a "
+            "class of transformers"
+        )
+    if missing:
+        raise FileNotFoundError(
+            f"texts must be files, but there is no {missing}; give paths of files on "
+            "this machine, data sets are not downloaded"
+        )
+    if foreign:
+        raise ValueError(
+            f"texts must end in {', '.join(suffixes)}, got {foreign}; plain text is "
+            ".txt, lines of JSON with a 'text' or 'messages' are .jsonl, rows of such "
+            "a column are .parquet, token ids are .npy"
+        )
 
 
 def read_text(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyText:
@@ -169,7 +114,9 @@ def read_text(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> AnyTe
     if is_ids(path):
         return Text(path, digest, _ids(path, vocab_size))
     if tokenizer is None:
-        raise rules.error(_TOKENIZER, path=path)
+        raise ValueError(
+            f"'{path}' is text, but the model has no tokenizer; give token ids as .npy"
+        )
     if path.suffix == _ROWS:
         rows = Rows(path)
         return LongText(path, digest, tokenizer, vocab_size, rows.size, rows)
@@ -213,12 +160,27 @@ def _ids(path: Path, vocab_size: int) -> Int[np.ndarray, "sequences length"]:
             f"'{path}' must be an array that numpy.save wrote, of token ids, but it is "
             "none, or one of objects; a text is to end in .txt"
         ) from None
-    rules.check(_ARRAY, path=path, tokens=tokens)
+    if not isinstance(tokens, np.ndarray):
+        raise ValueError(f"'{path}' must be one array, got an archive of several")
+    if not (tokens.ndim == 2 and np.issubdtype(tokens.dtype, np.integer)):
+        raise ValueError(
+            f"'{path}' must hold integers (sequences, length), got {tokens.dtype} of "
+            f"shape {tokens.shape}"
+        )
+    if not (tokens.shape[1] >= 2 and len(tokens) > 0):
+        raise ValueError(
+            f"'{path}' must hold sequences of at least 2 tokens, got {tokens.shape}"
+        )
     step = max(1, _CHUNK // tokens[0].nbytes)  # rows
     parts = [tokens[i : i + step] for i in range(0, len(tokens), step)]
     low = min(int(part.min()) for part in parts)
     high = max(int(part.max()) for part in parts)
-    rules.check([_VOCABULARY], path=path, low=low, high=high, highest=vocab_size - 1)
+    highest = vocab_size - 1
+    if not (low >= 0 and high <= highest):
+        raise ValueError(
+            f"tokens must be from 0 to {highest}, but '{path}' has {low} to {high}; it "
+            "was made with another model's tokenizer"
+        )
     return tokens
 
 
@@ -303,7 +265,11 @@ def draw_sequences(
 
 def shares(sequences: int, texts: Sequence[AnyText]) -> list[int]:
     """The number of sequences of each text, of so many in all."""
-    rules.check([_ONE_OF_EACH], sequences=sequences, texts=len(texts))
+    if not sequences >= len(texts):
+        raise ValueError(
+            f"each text gives at least one sequence, but {sequences} are asked of "
+            f"{len(texts)} texts; ask for more sequences, or give fewer texts"
+        )
     share, extra = divmod(sequences, len(texts))
     return [share + (i < extra) for i in range(len(texts))]
 
@@ -321,16 +287,22 @@ def _check_enough(
     texts: Sequence[AnyText], counts: Sequence[int], length: int, bos: int | None
 ) -> None:
     body = length - (bos is not None)
-    rules.check([_BODY], body=body, length=length)
+    if not body >= 1:
+        raise ValueError(
+            f"a sequence needs a token beside BOS, got a length of {length}; give a "
+            "greater one"
+        )
     problems = []
     for text, count in zip(texts, counts, strict=True):
         if isinstance(text, LongText):  # looked at when it is drawn from
             continue
         if text.is_rows:
             rows, row_length = text.tokens.shape
-            rules.check(
-                [_ROW_LENGTH], path=text.path, row_length=row_length, length=length
-            )
+            if row_length != length:
+                raise ValueError(
+                    f"'{text.path}' holds sequences of {row_length} tokens, but the "
+                    f"length is {length}; give length {row_length}"
+                )
             if rows < count:
                 problems.append(f"'{text.path}' has {rows} sequences of {count}")
         elif text.tokens.size < count * body:
@@ -338,7 +310,11 @@ def _check_enough(
                 f"'{text.path}' has {text.tokens.size:,} tokens to draw from of "
                 f"{count * body:,} ({count} sequences of {body})"
             )
-    rules.check([_ENOUGH], problems="; ".join(problems))
+    if problems:
+        raise ValueError(
+            f"the texts are too short: {'; '.join(problems)} needed; give more text, "
+            "or fewer sequences, or a smaller length"
+        )
 
 
 def _rows(

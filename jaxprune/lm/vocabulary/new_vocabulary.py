@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.models import hf
 from jaxprune.lm.vocabulary import token_choice, tokenizer_files
@@ -100,10 +99,20 @@ def choose_vocabulary(
     named |= {*tokenizer.eos}  # which may be named by their text
     if tokenizer.bos is not None:
         named.add(tokenizer.bos)
-    check(_NAMED, beyond=sorted(i for i in named if i >= len(counts)), rows=len(counts))
+    beyond = sorted(i for i in named if i >= len(counts))
+    if beyond:
+        raise ValueError(
+            "config.json and its like must name tokens that the model has, but "
+            f"{beyond} are not under {len(counts)}; repair the ids, or leave them out"
+        )
     weights = counts
     if expected is not None:
-        check(_EXPECTED, expected=expected, counts=counts)
+        if not (expected.shape == counts.shape and expected.min() >= 0):
+            raise ValueError(
+                "expected must have a number of at least 0 for each of the "
+                f"{counts.size} ids, got shape {expected.shape}; take those of "
+                "expected_counts, of this very model"
+            )
         weights = _frequencies(counts) + _frequencies(expected)
     kept = token_choice.choose_tokens(content, weights, size, named)
     new_ids = {int(number): i for i, number in enumerate(kept)}
@@ -148,7 +157,11 @@ def count_tokens(
 
 def check_size(size: int) -> None:
     """Refuses a number of tokens that is no positive multiple of 64."""
-    check(_SIZE, size=size, multiple=MULTIPLE)
+    if not (size > 0 and size % MULTIPLE == 0):
+        raise ValueError(
+            f"the number of tokens must be a positive multiple of {MULTIPLE}, got "
+            f"{size}"
+        )
 
 
 def _renumbered_tokenizer(
@@ -160,7 +173,12 @@ def _renumbered_tokenizer(
     tokens = tokenizers.Tokenizer.from_str(json.dumps(content))
     # It counts added tokens on from the last of the vocabulary.
     same = tokens.get_vocab() == token_choice.token_ids(content)
-    check(_READ_BACK, same=same)
+    if not same:
+        raise ValueError(
+            "tokenizer.json must number its added tokens behind its vocabulary "
+            "without a gap, but here some would get other ids; save it anew with "
+            "transformers"
+        )
     # As `hf.load_tokenizer` leaves them.
     tokens.no_truncation()
     tokens.no_padding()
@@ -174,27 +192,3 @@ def _renumbered_tokenizer(
 
 def _read_json(opened: CheckpointDir, name: str) -> dict[str, Any]:
     return json.loads((opened.path / name).read_text(encoding="utf-8"))
-
-
-_EXPECTED = Rule(
-    lambda v: v.expected.shape == v.counts.shape and v.expected.min() >= 0,
-    "expected must have a number of at least 0 for each of the {counts.size} ids, got "
-    "shape {expected.shape}",
-    "take those of expected_counts, of this very model",
-)
-_SIZE = Rule(
-    lambda v: v.size > 0 and v.size % v.multiple == 0,
-    "the number of tokens must be a positive multiple of {multiple}, got {size}",
-)
-_NAMED = Rule(
-    lambda v: not v.beyond,
-    "config.json and its like must name tokens that the model has, but {beyond} are "
-    "not under {rows}",
-    "repair the ids, or leave them out",
-)
-_READ_BACK = Rule(
-    lambda v: v.same,
-    "tokenizer.json must number its added tokens behind its vocabulary without a gap, "
-    "but here some would get other ids",
-    "save it anew with transformers",
-)

@@ -16,37 +16,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule, check
 
 _BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 _MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
-
-_KNOWN = (
-    Rule(
-        lambda v: v.model in _MODELS,
-        "tokens are left out of tokenizers of the models BPE, Unigram, WordPiece and "
-        "WordLevel, got {model}",
-        "keep the vocabulary whole",
-    ),
-    Rule(
-        lambda v: not v.prefix,
-        "a BPE tokenizer that marks the inside of words with '{prefix}' is not "
-        "understood",
-        "keep the vocabulary whole",
-    ),
-)
-_SIZE = (
-    Rule(
-        lambda v: v.size < v.tokens,
-        "fewer tokens must stay than the {tokens} that there are, got {size}",
-    ),
-    Rule(
-        lambda v: v.size >= v.needed,
-        "{needed} tokens must stay: added tokens, bytes and single characters, got "
-        "{size}",
-        "keep more",
-    ),
-)
 
 
 def token_ids(content: Mapping[str, Any]) -> dict[str, int]:
@@ -103,10 +75,28 @@ def choose_tokens(
     model = content["model"]
     kind = model_kind(model)
     prefix = model.get("continuing_subword_prefix") if kind == "BPE" else ""
-    check(_KNOWN, model=kind, prefix=prefix)
+    if kind not in _MODELS:
+        raise ValueError(
+            "tokens are left out of tokenizers of the models BPE, Unigram, WordPiece "
+            f"and WordLevel, got {kind}; keep the vocabulary whole"
+        )
+    if prefix:
+        raise ValueError(
+            f"a BPE tokenizer that marks the inside of words with '{prefix}' is not "
+            "understood; keep the vocabulary whole"
+        )
     ids = token_ids(content)
     kept = _always_kept(content, ids) | needed
-    check(_SIZE, size=size, tokens=len(ids), needed=len(kept))
+    tokens = len(ids)
+    if not size < tokens:
+        raise ValueError(
+            f"fewer tokens must stay than the {tokens} that there are, got {size}"
+        )
+    if not size >= len(kept):
+        raise ValueError(
+            f"{len(kept)} tokens must stay: added tokens, bytes and single characters, "
+            f"got {size}; keep more"
+        )
     made_from = _parts_of(model)
     # What the texts do not have they would sooner have in their own script.
     script = {letter for token, i in ids.items() if counts[i] for letter in token}
@@ -266,21 +256,13 @@ def check_ids(ids: Mapping[str, int], rows: int) -> None:
       ValueError: ids lie beyond, or two tokens have one.
     """
     beyond = [token for token, number in ids.items() if not 0 <= number < rows]
-    check(
-        _ROWS, beyond=listed(beyond), rows=rows, twins=len({*ids.values()}) < len(ids)
-    )
-
-
-_ROWS = (
-    Rule(
-        lambda v: not v.beyond,
-        "each token must have a row of the embedding, which has {rows}, but {beyond} "
-        "have none",
-        "look for the tokenizer.json of this model",
-    ),
-    Rule(
-        lambda v: not v.twins,
-        "each token must have an id of its own, but two share one",
-        "repair tokenizer.json",
-    ),
-)
+    if beyond:
+        raise ValueError(
+            f"each token must have a row of the embedding, which has {rows}, but "
+            f"{listed(beyond)} have none; look for the tokenizer.json of this model"
+        )
+    if len({*ids.values()}) < len(ids):
+        raise ValueError(
+            "each token must have an id of its own, but two share one; repair "
+            "tokenizer.json"
+        )

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints import new_weights
 from jaxprune.lm.checkpoints.checkpoint_dir import (
     CONFIG,
@@ -91,7 +90,11 @@ def trim_vocabulary(
     """
     loaded = hf.load(source, lazy=True, ignore_config=ignore_config)
     opened, config = open_directory(source), loaded.config
-    check(_DECODER, decoder=isinstance(config, DecoderConfig))
+    if not isinstance(config, DecoderConfig):
+        raise ValueError(
+            "tokens are left out of language models that read text alone, but this "
+            "one reads pictures; keep its vocabulary whole"
+        )
     check_size(size)
     tokenizer = hf.load_tokenizer(source)  # refuses files that are not what they say
     counts = np.zeros(config.vocab_size, np.int64)
@@ -147,11 +150,3 @@ def _tensors(
             info.file, info.dtype, shape, functools.partial(read, name)
         )
     return tensors
-
-
-_DECODER = Rule(
-    lambda v: v.decoder,
-    "tokens are left out of language models that read text alone, but this one reads "
-    "pictures",
-    "keep its vocabulary whole",
-)

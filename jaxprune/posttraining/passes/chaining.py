@@ -6,13 +6,12 @@ kind. `RULES` is all that does not compose; whoever runs a chain asks for nothin
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule, check, excludes
 from jaxprune.posttraining.passes.base import Matrix, Observation, Pass
 from jaxprune.posttraining.passes.correction import Correct
 from jaxprune.posttraining.passes.pruning import METHODS, Magnitude, Prune
@@ -36,17 +35,27 @@ class Chain(Pass):
         kinds = [_kind(step) for step in self.passes]
         order = [_ORDER.index(pass_kind) for pass_kind in kinds if pass_kind in _ORDER]
         pruning = [step for step in self.passes if isinstance(step, Prune)]
-        check(
-            RULES,
-            passes=self.passes,
-            names=", ".join(type(step).__name__ for step in self.passes) or "none",
-            pruning=len(pruning),
-            repeated=len({*kinds}) < len(kinds)
-            and max(kinds, key=kinds.count).__name__,
-            ordered=order == sorted(order),
-            correct=Correct in kinds and self.correction > 0,
-            dense_inputs=bool(pruning) and pruning[0].inputs == "dense",
-        )
+        names = ", ".join(type(step).__name__ for step in self.passes) or "none"
+        if len(pruning) != 1:
+            raise ValueError(
+                "a chain needs one pass that chooses which weights are kept, got "
+                f"{names}; begin with jp.passes.sparsegpt(0.5), or leave the others out"
+            )
+        if len({*kinds}) < len(kinds):
+            repeated = max(kinds, key=kinds.count).__name__
+            raise ValueError(
+                f"a chain takes each kind of pass once, got {names}; leave one "
+                f"{repeated} out"
+            )
+        if order != sorted(order):
+            raise ValueError(
+                f"a chain prunes, then quantizes, got {names}; put quantize last"
+            )
+        if Correct in kinds and self.correction > 0 and pruning[0].inputs == "dense":
+            raise ValueError(
+                "correct goes by the inputs that earlier layers leave, but "
+                'inputs="dense" was given; leave one of the two out'
+            )
 
     @property
     def observes(self) -> frozenset[Observation]:
@@ -131,12 +140,12 @@ class Chain(Pass):
         """The chain with some settings of its pruning pass replaced."""
         pruning = self.pruning
         names = {field.name for field in dataclasses.fields(pruning)}
-        check(
-            _SETTINGS,
-            unknown=listed(sorted(settings.keys() - names)),
-            method=type(pruning).__name__,
-            names=", ".join(sorted(names)),
-        )
+        unknown = listed(sorted(settings.keys() - names))
+        if unknown:
+            raise TypeError(
+                f"{type(pruning).__name__} has no setting {unknown}, only "
+                f"{', '.join(sorted(names))}; give other passes with jp.passes.chain"
+            )
         changed = dataclasses.replace(pruning, **settings)
         return Chain(
             tuple(changed if step is pruning else step for step in self.passes)
@@ -163,7 +172,12 @@ def chain(*passes: Pass) -> Chain:
       >>> [type(step).__name__ for step in passes.passes]
       ['ALPS', 'Quantize']
     """
-    check(_PASSES, passes=passes, wrong=[p for p in passes if not isinstance(p, Pass)])
+    wrong = [p for p in passes if not isinstance(p, Pass)]
+    if wrong:
+        raise TypeError(
+            f'a chain takes passes, got {wrong}; write jp.passes.quantize("int4"), and '
+            "the like"
+        )
     flat: list[Pass] = []
     for step in passes:
         flat += step.passes if isinstance(step, Chain) else [step]
@@ -189,17 +203,17 @@ def as_chain(method: Pass | str, settings: Mapping[str, Any]) -> Chain:
       >>> as_chain("wanda", {"sparsity": 0.5}).pruning.settings
       {'inputs': 'left', 'relative': False}
     """
-    named = isinstance(method, str)
-    check(
-        _METHOD,
-        method=method,
-        names=", ".join(METHODS),
-        is_pass=isinstance(method, Pass),
-        is_known=named and method in METHODS,
-        is_named=named,
+    choices = (
+        f"method must be one of {', '.join(METHODS)}, or a value such as "
+        f"jp.passes.sparsegpt(), got {method!r}"
     )
-    steps = METHODS[cast(str, method)]() if named else cast(Pass, method)
-    return chain(steps).with_settings(settings)
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(choices)
+        return Chain((METHODS[method](),)).with_settings(settings)
+    if not isinstance(method, Pass):
+        raise TypeError(choices)
+    return chain(method).with_settings(settings)
 
 
 # A correction may stand on either side of the pass whose target it changes.
@@ -212,55 +226,3 @@ def _kind(step: Pass) -> type[Pass]:
     return next(
         (pass_kind for pass_kind in _KINDS if isinstance(step, pass_kind)), type(step)
     )
-
-
-RULES = [
-    Rule(
-        lambda v: v.pruning == 1,
-        "a chain needs one pass that chooses which weights are kept, got {names}",
-        "begin with jp.passes.sparsegpt(0.5), or leave the others out",
-    ),
-    Rule(
-        lambda v: not v.repeated,
-        "a chain takes each kind of pass once, got {names}",
-        "leave one {repeated} out",
-    ),
-    Rule(
-        lambda v: v.ordered,
-        "a chain prunes, then quantizes, got {names}",
-        "put quantize last",
-    ),
-    excludes(
-        "correct",
-        "dense_inputs",
-        'correct goes by the inputs that earlier layers leave, but inputs="dense" was '
-        "given",
-        "leave one of the two out",
-    ),
-]
-"""What does not compose, and the way out."""
-
-_PASSES = [
-    Rule(
-        lambda v: not v.wrong,
-        "a chain takes passes, got {wrong}",
-        'write jp.passes.quantize("int4"), and the like',
-        error=TypeError,
-    )
-]
-_CHOICES = (
-    "method must be one of {names}, or a value such as jp.passes.sparsegpt(), got "
-    "{method!r}"
-)
-_METHOD = [
-    Rule(lambda v: v.is_known or not v.is_named, _CHOICES),
-    Rule(lambda v: v.is_pass or v.is_named, _CHOICES, error=TypeError),
-]
-_SETTINGS = [
-    Rule(
-        lambda v: not v.unknown,
-        "{method} has no setting {unknown}, only {names}",
-        "give other passes with jp.passes.chain",
-        error=TypeError,
-    )
-]

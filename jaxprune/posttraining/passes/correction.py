@@ -11,7 +11,6 @@ import numbers
 import jax
 from jaxtyping import Array, Float
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.posttraining.passes.base import Observation, Pass
 from jaxprune.posttraining.solvers.dense_target import corrected
 
@@ -34,7 +33,11 @@ class Correct(Pass):
 
     def __post_init__(self) -> None:
         """Refuses what is no share."""
-        check(_SHARE, share=self.share)
+        if not _is_share(self.share):
+            raise ValueError(
+                f"a correction must be a share in [0, 1], got {self.share!r}; 0.5 goes "
+                "half of the way, and 0 does without"
+            )
 
     @property
     def observes(self) -> frozenset[Observation]:
@@ -55,12 +58,3 @@ class Correct(Pass):
 def _is_share(share: object) -> bool:
     real = isinstance(share, numbers.Real) and not isinstance(share, bool)
     return real and 0 <= share <= 1  # type: ignore[operator]
-
-
-_SHARE = [
-    Rule(
-        lambda v: _is_share(v.share),
-        "a correction must be a share in [0, 1], got {share!r}",
-        "0.5 goes half of the way, and 0 does without",
-    )
-]

@@ -2,7 +2,6 @@
 
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.posttraining.passes.base import Pass
 from jaxprune.posttraining.passes.chaining import Chain, chain
 from jaxprune.posttraining.passes.correction import Correct
@@ -37,11 +36,6 @@ LEVELS: dict[str, Level] = {
 }
 """Name of a level of effort to what it does."""
 
-_LEVEL = Rule(
-    lambda v: v.level in v.levels,
-    "effort must be one of {names}, got {level!r}",
-)
-
 
 def effort(level: Effort) -> Chain:
     """The passes that gave the best model within their time.
@@ -74,7 +68,8 @@ def effort(level: Effort) -> Chain:
       >>> jp.sparsity(pruned.params).total
       0.5
     """
-    check([_LEVEL], level=level, levels=LEVELS, names=", ".join(LEVELS))
+    if level not in LEVELS:
+        raise ValueError(f"effort must be one of {', '.join(LEVELS)}, got {level!r}")
     method, correction, *_ = LEVELS[level]
     solver: Any = METHODS[method]
     steps: list[Pass] = [solver(relative=True)]

@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 import jax.numpy as jnp
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.masking import patterns
 from jaxprune.masking.counts import Allocation, Sparsity
 from jaxprune.posttraining.passes.base import Inputs, Matrix, Observation, Pass
@@ -161,20 +160,16 @@ class ByInputs(Prune):
 
     def __post_init__(self) -> None:
         """Refuses inputs of another name."""
-        check(_INPUTS, inputs=self.inputs, names=", ".join(get_args(Inputs)))
+        if self.inputs not in get_args(Inputs):
+            raise ValueError(
+                f"a method's inputs must be one of {', '.join(get_args(Inputs))}, got "
+                f"{self.inputs!r}"
+            )
 
     @property
     def observes(self) -> frozenset[Observation]:
         """The mean square of each input feature."""
         return frozenset({"squares"})
-
-
-_INPUTS = [
-    Rule(
-        lambda v: v.inputs in get_args(Inputs),
-        "a method's inputs must be one of {names}, got {inputs!r}",
-    )
-]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.posttraining.passes.base import Matrix, Pass
 from jaxprune.posttraining.solvers import sparsegpt
 from jaxprune.posttraining.solvers.layer_problem import Solution
@@ -40,7 +39,10 @@ class Quantize(Pass):
 
     def __post_init__(self) -> None:
         """Refuses what no file of ours holds."""
-        check(_LEVELS, levels=self.levels, names=", ".join(BITS))
+        if self.levels not in BITS:
+            raise ValueError(
+                f"levels must be one of {', '.join(BITS)}, got {self.levels!r}"
+            )
         _ = self.quantization  # which refuses its group
 
     @property
@@ -63,11 +65,3 @@ class Quantize(Pass):
         )
         worst = jnp.maximum(solution.damping, settled.damping)
         return settled._replace(damping=worst)
-
-
-_LEVELS = [
-    Rule(
-        lambda v: v.levels in BITS,
-        "levels must be one of {names}, got {levels!r}",
-    )
-]

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.segments import Segment
 
 
@@ -59,39 +58,28 @@ def sample_weights(
         return None
     # What is no array has no shape, and is refused by its dtype first.
     leading, shape = segment.source.leading, getattr(positions, "shape", ())
-    check(
-        _POSITIONS,
-        dtype=str(getattr(positions, "dtype", type(positions).__name__)),
-        grouped=segment.source.grouped,
-        name=segment.linear_ops[0].name,
-        leading=leading,
-        shape=shape,
-        fits=math.prod(leading) == math.prod(shape) and leading[: len(shape)] == shape,
-    )
+    dtype = str(getattr(positions, "dtype", type(positions).__name__))
+    name = segment.linear_ops[0].name
+    fits = math.prod(leading) == math.prod(shape) and leading[: len(shape)] == shape
+    if dtype != "bool":
+        raise TypeError(
+            f"positions must be an array of booleans, got {dtype}; compare what they "
+            "are made of, as in mask > 0"
+        )
+    if segment.source.grouped:
+        raise ValueError(
+            f"positions say which tokens count, but rows come to '{name}' group by "
+            "group; leave such weights out with prunable=..., or positions"
+        )
+    if not fits:
+        raise ValueError(
+            "positions must have the shape of the samples of each input, but that of "
+            f"'{name}' has samples {leading} and positions are {shape}; leave such "
+            "weights out with prunable=..., or positions"
+        )
     return as_weights(positions)
 
 
 def as_weights(positions: jax.Array) -> Float[Array, " samples"]:
     """1 for samples that count, 0 for others."""
     return jnp.ravel(positions).astype(np.float32)
-
-
-_POSITIONS = [
-    Rule(
-        lambda v: v.dtype == "bool",
-        "positions must be an array of booleans, got {dtype}",
-        "compare what they are made of, as in mask > 0",
-        error=TypeError,
-    ),
-    Rule(
-        lambda v: not v.grouped,
-        "positions say which tokens count, but rows come to '{name}' group by group",
-        "leave such weights out with prunable=..., or positions",
-    ),
-    Rule(
-        lambda v: v.fits,
-        "positions must have the shape of the samples of each input, but that of "
-        "'{name}' has samples {leading} and positions are {shape}",
-        "leave such weights out with prunable=..., or positions",
-    ),
-]

@@ -11,7 +11,6 @@ from jaxprune.arrays import tree
 from jaxprune.arrays.lazy import Leaves
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.per_device import PerDevice
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.linear_ops import LinearOp, Trace, trace
 from jaxprune.leaves import checked_rule
 from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
@@ -42,23 +41,44 @@ def check_batches(
       ValueError: there is none, their structures, shapes or dtypes differ, the number
         of devices does not divide theirs, or one is spread over several processes.
     """
-    check(_LIST, caller=caller, batches=batches)
+    if isinstance(batches, Mapping) or hasattr(batches, "shape"):
+        raise TypeError(
+            f"{caller} takes a list of batches, but got one batch; write [batch], or "
+            "list(batches) where each row of an array is one"
+        )
     batches = list(batches)
     tensors = [x for x in jax.tree.leaves(batches) if tree.is_torch(x)]
-    check(_ARRAYS, caller=caller, tensors=tensors)
+    if tensors:
+        raise TypeError(
+            f"{caller} takes batches of JAX or NumPy arrays, but got torch's; write "
+            "jp.torch.as_arrays(batch)"
+        )
     signatures = list(map(batch_signature, batches))
     leaves = jax.tree.leaves(batches)
-    check(
-        _BATCHES,
-        caller=caller,
-        count=len(batches),
-        odd=listed(i for i, x in enumerate(signatures) if x != signatures[0]),
-        devices=devices.count if devices else 1,
-        spread=devices is not None
-        and any(
-            isinstance(x, jax.Array) and not x.is_fully_addressable for x in leaves
-        ),
+    count = len(batches)
+    odd = listed((i for i, x in enumerate(signatures) if x != signatures[0]))
+    spread = devices is not None and any(
+        isinstance(x, jax.Array) and not x.is_fully_addressable for x in leaves
     )
+    if not count:
+        raise ValueError(f"{caller} needs at least one batch, got none")
+    if odd:
+        raise ValueError(
+            "all batches must have the shapes and dtypes of the first, but those at "
+            f"{odd} differ; drop the incomplete last batch, or cut all sequences to "
+            "one length"
+        )
+    if count % (devices.count if devices else 1) != 0:
+        raise ValueError(
+            f"each device of the mesh takes a batch, so {caller} needs a number of "
+            f"batches divisible by {devices.count if devices else 1}, got {count}; "
+            "give more batches, or a smaller mesh"
+        )
+    if spread:
+        raise ValueError(
+            f"with a mesh {caller} splits the batches itself, but some are spread over "
+            "processes already; give each process all of them, as NumPy arrays"
+        )
     return batches
 
 
@@ -113,59 +133,14 @@ def prunable_ops(
     first = {op.name: op.view for op in ops if op.use == 0}
     # Another use of a tied weight counts where it sees the weight the same way.
     ops = [op for op in ops if op.view == first[op.name]]
-    check(
-        _PRUNABLE,
-        ops=ops,
-        leaves=listed(sorted({op.leaf for op in traced.linear_ops})) or "none",
-        unseen=dict(list(traced.unseen.items())[:6]),
-    )
+    if not ops:
+        raise ValueError(
+            "some matmul or convolution of a prunable leaf with an activation must be "
+            "seen, but there is none; seen are "
+            f"{listed(sorted({op.leaf for op in traced.linear_ops})) or 'none'}, "
+            f"unseen {dict(list(traced.unseen.items())[:6])}; give prunable=lambda "
+            "name, leaf: ..., or write the function so that the leaf enters it as it "
+            "is"
+        )
     traced.warn_of_unseen(ops, rule, stacklevel=5)
     return ops
-
-
-_LIST = [
-    Rule(
-        lambda v: not (isinstance(v.batches, Mapping) or hasattr(v.batches, "shape")),
-        "{caller} takes a list of batches, but got one batch",
-        "write [batch], or list(batches) where each row of an array is one",
-        error=TypeError,
-    )
-]
-_ARRAYS = [
-    Rule(
-        lambda v: not v.tensors,
-        "{caller} takes batches of JAX or NumPy arrays, but got torch's",
-        "write jp.torch.as_arrays(batch)",
-        error=TypeError,
-    )
-]
-_BATCHES = [
-    Rule(lambda v: v.count, "{caller} needs at least one batch, got none"),
-    Rule(
-        lambda v: not v.odd,
-        "all batches must have the shapes and dtypes of the first, but those at {odd} "
-        "differ",
-        "drop the incomplete last batch, or cut all sequences to one length",
-    ),
-    Rule(
-        lambda v: v.count % v.devices == 0,
-        "each device of the mesh takes a batch, so {caller} needs a number of batches "
-        "divisible by {devices}, got {count}",
-        "give more batches, or a smaller mesh",
-    ),
-    Rule(
-        lambda v: not v.spread,
-        "with a mesh {caller} splits the batches itself, but some are spread over "
-        "processes already",
-        "give each process all of them, as NumPy arrays",
-    ),
-]
-_PRUNABLE = [
-    Rule(
-        lambda v: v.ops,
-        "some matmul or convolution of a prunable leaf with an activation must be "
-        "seen, but there is none; seen are {leaves}, unseen {unseen}",
-        "give prunable=lambda name, leaf: ..., or write the function so that the leaf "
-        "enters it as it is",
-    )
-]

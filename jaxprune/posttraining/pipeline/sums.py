@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.arrays import grouped_rows, placement
 from jaxprune.arrays.per_device import PerDevice, put
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.graph.operands import Input
 from jaxprune.graph.segments import Segment
 from jaxprune.posttraining.pipeline.input_statistics import InputStatistics, as_weights
@@ -94,7 +93,13 @@ class Sums:
         statistics = _finishing(self._devices, source, self._extra)(sums)
         finite = bool(np.isfinite(statistics.mean_square).all())
         counts = float(statistics.samples) > 0
-        check(_FINITE, name=names[0], is_finite=finite and counts)
+        if not (finite and counts):
+            raise ValueError(
+                f"the input of '{names[0]}' must be finite and some position must "
+                "count, but it is not or none does; look for NaN or overflow in the "
+                "model's forward pass on these batches (float32 in place of float16 "
+                "may help)"
+            )
         return dict.fromkeys(names, statistics)
 
     def finish_all(self) -> dict[str, InputStatistics]:
@@ -122,17 +127,6 @@ def _merged(first: InputStatistics, second: InputStatistics) -> InputStatistics:
         hessian=mean(first.hessian, second.hessian),
         reached=first.reached + second.reached,
     )
-
-
-_FINITE = [
-    Rule(
-        lambda v: v.is_finite,
-        "the input of '{name}' must be finite and some position must count, but it is "
-        "not or none does",
-        "look for NaN or overflow in the model's forward pass on these batches "
-        "(float32 in place of float16 may help)",
-    )
-]
 
 
 class _Extra(NamedTuple):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxprune.lm.checkpoints import compact, compact_source
+from jaxprune.lm.checkpoints import compact
 from jaxprune.lm.checkpoints.checkpoint_dir import Damaged, open_directory
 from jaxprune.lm.checkpoints.compact_source import open_source
 from jaxprune.lm.models import hf
@@ -44,13 +44,13 @@ def test_its_tensors_and_small_files_are_the_directorys(file):
 
 def test_a_tensor_is_decoded_once_however_many_blocks_it_has(file, monkeypatch):
     decoded = []
-    checked = compact_source.checked_tensor
+    read = compact.Archive.read
 
     def noted(archive, name):
         decoded.append(name)
-        return checked(archive, name)
+        return read(archive, name)
 
-    monkeypatch.setattr(compact_source, "checked_tensor", noted)
+    monkeypatch.setattr(compact.Archive, "read", noted)
     monkeypatch.setattr(parameters, "_BLOCK", 64)  # weights
     with open_source(file) as source:
         hf.load(source)

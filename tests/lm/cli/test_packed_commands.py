@@ -16,7 +16,7 @@ pytest.importorskip("tokenizers")
 
 from jaxprune.lm import cli
 from jaxprune.lm.checkpoints import rewrite
-from jaxprune.lm.checkpoints.compact_source import CompactSource, open_source
+from jaxprune.lm.checkpoints.compact_source import open_source
 from jaxprune.lm.checkpoints.levels import Grid
 from jaxprune.lm.jobs.speed import step_bytes
 from jaxprune.lm.models.decoder.config import DecoderConfig
@@ -68,21 +68,6 @@ def test_a_packed_model_continues_a_text_as_the_directory_does(pruned, capsys):
         code, record, _ = run(capsys, "sample", pruned / path, *words, *switches)
         assert (code, record["tokens"]) == (0, expected["tokens"])
     assert record["text"] == expected["text"]
-
-
-def test_matrices_of_a_compact_file_are_never_dense(pruned, monkeypatch):
-    read = CompactSource.read
-
-    def only_vectors(self, name):
-        entry = self.archive.tensors[name]
-        # Rows of 48 weights are no whole words; such a matrix is dense for a moment.
-        whole_words = len(entry["shape"]) == 2 and entry["shape"][1] % 32 == 0
-        assert not whole_words or entry["encoding"] == "dense", name
-        return read(self, name)
-
-    monkeypatch.setattr(CompactSource, "read", only_vectors)
-    leaves = packed(pruned / "pruned.jaxprune").leaves
-    assert leaves[DOWN].words is not None
 
 
 @pytest.mark.full

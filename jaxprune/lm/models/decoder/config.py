@@ -7,14 +7,11 @@ config.json.
 """
 
 import dataclasses
-import functools
 from collections.abc import Collection
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
-from jaxprune.arrays import rules
-from jaxprune.arrays.rules import Rule
 from jaxprune.lm.models.decoder.rope import Rope
 
 Norms = Literal[
@@ -172,19 +169,51 @@ class DecoderConfig:
         check_choice(self, "block", get_args(Blocks))
         check_choice(self, "activation", get_args(Activations))
         check_choice(self, "dtype", ("float32", "bfloat16"))
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                "DecoderConfig needs heads to be divisible by kv_heads, got "
+                f"heads={self.heads} and kv_heads={self.kv_heads}"
+            )
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(
+                "DecoderConfig needs experts_per_token to be from 1 to "
+                f"experts={self.experts}, got {self.experts_per_token}"
+            )
+        if self.experts and not self.gated:
+            raise ValueError(
+                "DecoderConfig has gated experts only, got gated=False and "
+                f"experts={self.experts}; leave one of them out"
+            )
+        if not self.experts and self.swiglu_limit is not None:
+            raise ValueError(
+                "DecoderConfig clips experts only, got swiglu_limit="
+                f"{self.swiglu_limit} and experts=0; leave swiglu_limit out"
+            )
+        for name in ("rope_of", "windows"):
+            if len(getattr(self, name)) not in (0, self.layers):
+                raise ValueError(
+                    f"DecoderConfig needs {name} to have one entry for each of the "
+                    f"{self.layers} layers, got {len(getattr(self, name))}"
+                )
+        shortest = min((w for w in self.windows if w is not None), default=1)
+        if shortest < 1:
+            raise ValueError(
+                f"DecoderConfig needs windows of at least 1 token, got {shortest}; "
+                "None sees all"
+            )
         schemes = range(len(self.ropes))
-        rules.check(
-            _RULES,
-            **vars(self),
-            schemes=len(schemes),
-            rope_of_entries=len(self.rope_of),
-            windows_entries=len(self.windows),
-            shortest_window=min((w for w in self.windows if w is not None), default=1),
-            unknown_rope=next(
-                (i for i in self.rope_of if i is not None and i not in schemes), None
-            ),
-            frequencies=max((len(r.frequencies) for r in self.ropes), default=0),
-        )
+        for index in self.rope_of:
+            if index is not None and index not in schemes:
+                raise ValueError(
+                    f"DecoderConfig needs rope_of to index the {len(schemes)} ropes, "
+                    f"got {index}"
+                )
+        frequencies = max((len(r.frequencies) for r in self.ropes), default=0)
+        if 2 * frequencies > self.head_dim:
+            raise ValueError(
+                "DecoderConfig needs at most head_dim / 2 rotary frequencies, got "
+                f"{frequencies} for head_dim={self.head_dim}"
+            )
 
     def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "DecoderConfig":
         """The same shape with products of another type."""
@@ -212,56 +241,3 @@ class DecoderConfig:
     def window(self, layer: int) -> int | None:
         """How many tokens a token sees in a layer; None for all."""
         return self.windows[layer] if self.windows else None
-
-
-def _has_entries(name: str, values: Any) -> bool:
-    """Whether a list has no entry, or one for each layer."""
-    return getattr(values, name) in (0, values.layers)
-
-
-# What must hold between fields, each of which is in its range by itself.
-_RULES = (
-    Rule(
-        lambda v: v.heads % v.kv_heads == 0,
-        "DecoderConfig needs heads to be divisible by kv_heads, got heads={heads} and "
-        "kv_heads={kv_heads}",
-    ),
-    Rule(
-        lambda v: not v.experts or 1 <= v.experts_per_token <= v.experts,
-        "DecoderConfig needs experts_per_token to be from 1 to experts={experts}, got "
-        "{experts_per_token}",
-    ),
-    Rule(
-        lambda v: not v.experts or v.gated,
-        "DecoderConfig has gated experts only, got gated=False and experts={experts}",
-        "leave one of them out",
-    ),
-    Rule(
-        lambda v: v.experts or v.swiglu_limit is None,
-        "DecoderConfig clips experts only, got swiglu_limit={swiglu_limit} and "
-        "experts=0",
-        "leave swiglu_limit out",
-    ),
-    *(
-        Rule(
-            functools.partial(_has_entries, f"{name}_entries"),
-            f"DecoderConfig needs {name} to have one entry for each of the {{layers}} "
-            f"layers, got {{{name}_entries}}",
-        )
-        for name in ("rope_of", "windows")
-    ),
-    Rule(
-        lambda v: v.shortest_window >= 1,
-        "DecoderConfig needs windows of at least 1 token, got {shortest_window}",
-        "None sees all",
-    ),
-    Rule(
-        lambda v: v.unknown_rope is None,
-        "DecoderConfig needs rope_of to index the {schemes} ropes, got {unknown_rope}",
-    ),
-    Rule(
-        lambda v: 2 * v.frequencies <= v.head_dim,
-        "DecoderConfig needs at most head_dim / 2 rotary frequencies, got {frequencies}"
-        " for head_dim={head_dim}",
-    ),
-)

@@ -34,23 +34,6 @@ from jaxprune.lm.models.hf.tensor_names import Source
 EMBEDDING = "embedding/embedding"
 """Leaf with a row for each token, (vocab_size, width)."""
 
-_LAYERS = Rule(
-    lambda v: v.kept and v.kept == sorted({*v.kept} & {*range(v.last + 1)}),
-    "kept layers must be ascending numbers from 0 to {last}, at least one, got {kept}",
-)
-_EXPERTS = (
-    Rule(
-        lambda v: v.fits,
-        "kept experts must be as many ascending numbers from 0 to {last} for each of "
-        "the {layers} layers, got {kept}",
-    ),
-    Rule(
-        lambda v: v.remaining >= v.per_token,
-        "each token is given to {per_token} experts, so as many must stay, got "
-        "{remaining}",
-        "keep more",
-    ),
-)
 _SIZES = (
     Rule(
         lambda v: v.first == v.size,
@@ -64,17 +47,6 @@ _SIZES = (
         "but {heads} query and {kv_heads} key heads are left",
         "remove as many query heads of each key head",
     ),
-)
-_SHAPES = Rule(
-    lambda v: not v.wrong,
-    "a configuration can only say fewer tokens, layers, experts, heads and neurons, "
-    "but {wrong} became smaller in another way",
-    "leave them whole",
-)
-_KEPT = Rule(
-    lambda v: v.same,
-    "the parameters have {layers} layers, but kept says {kept} of {before}",
-    "give kept= as it was given to keep_layers",
 )
 
 
@@ -108,7 +80,12 @@ def keep_layers(
       (2, 2)
     """
     kept = list(kept)
-    rules.check([_LAYERS], kept=kept, last=config.layers - 1)
+    last = config.layers - 1
+    if not (kept and kept == sorted({*kept} & {*range(last + 1)})):
+        raise ValueError(
+            f"kept layers must be ascending numbers from 0 to {last}, at least one, "
+            f"got {kept}"
+        )
     small = dataclasses.replace(
         config,
         layers=len(kept),
@@ -154,15 +131,17 @@ def keep_experts(
     fits = all(
         [*experts] == sorted({*experts} & {*range(config.experts)}) for experts in kept
     )
-    rules.check(
-        _EXPERTS,
-        fits=fits and len(kept) == config.layers and len(sizes) == 1,
-        last=config.experts - 1,
-        layers=config.layers,
-        kept=[list(experts) for experts in kept],
-        remaining=min(sizes, default=0),
-        per_token=config.experts_per_token,
-    )
+    if not (fits and len(kept) == config.layers and (len(sizes) == 1)):
+        raise ValueError(
+            "kept experts must be as many ascending numbers from 0 to "
+            f"{config.experts - 1} for each of the {config.layers} layers, got "
+            f"{[list(experts) for experts in kept]}"
+        )
+    if not min(sizes, default=0) >= config.experts_per_token:
+        raise ValueError(
+            f"each token is given to {config.experts_per_token} experts, so as many "
+            f"must stay, got {min(sizes, default=0)}; keep more"
+        )
     (remaining,) = sizes
 
     def cut(name: str, leaf: Any) -> Any:
@@ -268,7 +247,12 @@ def resized(config: DecoderConfig, params: Any) -> DecoderConfig:
     small = dataclasses.replace(config, **new)
     expected = leaf_shapes(abstract(small))
     wrong = [name for name in expected if expected[name] != shapes_now.get(name)]
-    rules.check([_SHAPES], wrong=listed(wrong))
+    if wrong:
+        raise ValueError(
+            "a configuration can only say fewer tokens, layers, experts, heads and "
+            f"neurons, but {listed(wrong)} became smaller in another way; leave them "
+            "whole"
+        )
     return small
 
 
@@ -317,13 +301,11 @@ def write_smaller(
     fewer_layers, _ = keep_layers(config_before, _state(abstract(config_before)), kept)
     matches = [re.match(r"layers/(\d+)/", name) for name in tree.names(params)]
     layers = {int(match[1]) for match in matches if match}
-    rules.check(
-        [_KEPT],
-        same=layers == {*range(len(kept))},
-        layers=len(layers),
-        kept=len(kept),
-        before=config_before.layers,
-    )
+    if layers != {*range(len(kept))}:
+        raise ValueError(
+            f"the parameters have {len(layers)} layers, but kept says {len(kept)} of "
+            f"{config_before.layers}; give kept= as it was given to keep_layers"
+        )
     config_now = resized(fewer_layers, params)
     config = smaller_config(
         checkpoint_config, config_now, kept, ignore_config=ignore_config
