@@ -5,7 +5,6 @@ import importlib.util
 NEEDED = {
     "jaxprune/torch": ["torch", "torchax"],
     "jaxprune/lm/torch_models": ["torch", "torchax", "transformers"],
-    "jaxprune/lm/measure/harness_model.py": ["lm_eval"],
 }
 collect_ignore = [
     path

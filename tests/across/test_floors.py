@@ -43,7 +43,7 @@ FLOORS: dict[str, set[str]] = {
     "lm.models": {"flax", "PIL", "jinja2", "tokenizers"},
     "lm.packing": {"flax"},
     "lm.texts": {"flax", "pyarrow"},
-    "lm.measure": {"flax", "lm_eval"},
+    "lm.measure": {"flax"},
     "lm.recovery": {"flax"},
     "lm.shrinking": {"flax"},
     "lm.vocabulary": {"flax", "tokenizers"},

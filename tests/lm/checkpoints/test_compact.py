@@ -56,7 +56,7 @@ def same(found, expected):
             [
                 {
                     k: safetensors_file.view(d / name, v).tobytes()
-                    for k, v in infos.items()
+                    for k, v in of.items()
                 },
                 metadata,
             ]
