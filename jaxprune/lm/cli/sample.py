@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
-from jaxprune.arrays.rules import Rule, check, within
+from jaxprune.arrays.rules import check, within
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.checkpoints.compact_source import open_source
 from jaxprune.lm.cli.options import Options
@@ -40,11 +40,6 @@ _RULES = (
         sys.float_info.max,
         "--temperature must be 0 or more and finite, got {temperature}",
     ),
-)
-_FITS = Rule(
-    lambda v: v.length + v.steps <= v.context,
-    "the prompt and --steps must fit the model's context of {context} tokens, got "
-    "{length} and {steps}, {total} in all; take a shorter prompt or fewer steps",
 )
 
 
@@ -89,7 +84,12 @@ class Sample(Options):
         prompt = encode_prompt(tokenizer, self.prompt, begins.token)
         length, steps = len(prompt), self.steps
         total = length + steps
-        check([_FITS], context=context, length=length, steps=steps, total=total)
+        if not length + steps <= context:
+            raise ValueError(
+                f"the prompt and --steps must fit the model's context of {context} "
+                f"tokens, got {length} and {steps}, {total} in all; take a shorter "
+                "prompt or fewer steps"
+            )
         note_ignored(model, console)
         sampling = Sampling(steps, self.temperature, self.top_k, self.seed)
         # Only now are the weights read.

@@ -6,7 +6,6 @@ from typing import Any
 
 from jaxprune import leaves
 from jaxprune.arrays.messages import listed
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints.checkpoint_dir import TensorInfo
 from jaxprune.typing import Prunable
 
@@ -29,27 +28,6 @@ def matches_any(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(s, glob) for glob in globs for s in spellings)
 
 
-_RULES = (
-    Rule(
-        lambda v: not v.unused,
-        "every --exclude must match a tensor that would be pruned, but {unused} match "
-        "none of {free}",
-        "`jaxprune inspect` lists them all",
-    ),
-    Rule(
-        lambda v: v.free,
-        "a model must have a tensor that may be pruned, but all of its tensors are "
-        "left alone: {reasons}",
-        "`jaxprune inspect` lists them",
-    ),
-    Rule(
-        lambda v: v.pruned,
-        "a tensor must be left to prune, but --exclude leaves none of {free}",
-        "exclude less",
-    ),
-)
-
-
 def check_globs(
     globs: Sequence[str],
     tensors: Mapping[str, Any],
@@ -60,26 +38,29 @@ def check_globs(
     # Before any exclusion.
     free = [name for name, why in reasons.items() if why is None]
     unused = [g for g in globs if not any(matches_any(name, [g]) for name in free)]
-    check(
-        _RULES,
-        unused=listed(unused),
-        free=listed(free),
-        reasons=", ".join(sorted({str(why) for why in reasons.values()})),
-        pruned=any(not matches_any(name, globs) for name in free),
-    )
+    if unused:
+        raise ValueError(
+            "every --exclude must match a tensor that would be pruned, but "
+            f"{listed(unused)} match none of {listed(free)}; `jaxprune inspect` lists "
+            "them all"
+        )
+    if not free:
+        raise ValueError(
+            "a model must have a tensor that may be pruned, but all of its tensors "
+            "are left alone: "
+            f"{', '.join(sorted({str(why) for why in reasons.values()}))}; `jaxprune "
+            "inspect` lists them"
+        )
+    if not any(not matches_any(name, globs) for name in free):
+        raise ValueError(
+            "a tensor must be left to prune, but --exclude leaves none of "
+            f"{listed(free)}; exclude less"
+        )
 
 
 def prunable_tensor(exclude: Sequence[str]) -> Callable[[str, TensorInfo], bool]:
     """The rule for tensors of a directory that is pruned without its model."""
     return lambda name, info: why_kept(name.replace("/", "."), info, exclude) is None
-
-
-_EXPERTS = Rule(
-    lambda v: v.excluded in (0, len(v.tensors)),
-    "--exclude must match all experts of a layer's matrix or none, but matches "
-    "{excluded} of {count} such as {tensors[0]}",
-    "write '*' in place of the expert's number",
-)
 
 
 def prunable_leaf(
@@ -101,7 +82,12 @@ def prunable_leaf(
         parts = tensors(name)
         excluded = sum(matches_any(tensor, exclude) for tensor in parts)
         # A leaf is pruned as a whole, so its experts cannot be told apart.
-        check([_EXPERTS], tensors=parts, excluded=excluded, count=len(parts))
+        if excluded not in (0, len(parts)):
+            raise ValueError(
+                "--exclude must match all experts of a layer's matrix or none, but "
+                f"matches {excluded} of {len(parts)} such as {parts[0]}; write '*' in "
+                "place of the expert's number"
+            )
         return not excluded
 
     return may_be_pruned

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.jobs.shrink_settings import Removal
 from jaxprune.lm.models import hf
@@ -10,12 +9,6 @@ from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.shrinking.possible_sizes import count_head_units
 
 # Loaders would refuse the directory.
-_HEADS = Rule(
-    lambda v: v.remaining in (*v.fit, v.count),
-    "transformers takes a {family} model only where {condition}, but {remaining} of "
-    "{count} query heads would be left",
-    "give {alternatives}",
-)
 
 
 def check_heads(removal: Removal, source: CheckpointDir, config: DecoderConfig) -> None:
@@ -36,15 +29,14 @@ def check_heads(removal: Removal, source: CheckpointDir, config: DecoderConfig) 
     fit = hf.heads_that_fit(source.config, config)
     alternatives = _fitting("heads", removal.heads, units, shared, fit)
     alternatives += _fitting("query-heads", removal.query_heads, per_unit, kept, fit)
-    check(
-        [_HEADS],
-        remaining=kept * shared,
-        fit=fit,
-        count=config.heads,
-        family=source.config["model_type"],
-        condition=hf.when_heads_fit(source.config, config),
-        alternatives=" or ".join(alternatives) or "no share of the heads",
-    )
+    remaining = kept * shared
+    if remaining not in (*fit, config.heads):
+        raise ValueError(
+            f"transformers takes a {source.config['model_type']} model only where "
+            f"{hf.when_heads_fit(source.config, config)}, but {remaining} of "
+            f"{config.heads} query heads would be left; give "
+            f"{' or '.join(alternatives) or 'no share of the heads'}"
+        )
 
 
 def _fitting(option: str, share: float, units: int, factor: int, fit: Any) -> list[str]:

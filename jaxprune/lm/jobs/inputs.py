@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jaxprune.arrays.rules import Rule, check, reworded
+from jaxprune.arrays.rules import reworded
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.jobs.opening import Beginning, needed_tokenizer, text_beginning
 from jaxprune.lm.jobs.prune_settings import PruneJob
@@ -68,21 +68,6 @@ class JobTexts(NamedTuple):
         return text_files.interleave(parts)
 
 
-_RULES = (
-    Rule(
-        lambda v: not v.reads or v.length <= v.context,
-        "--length must be at most the model's context {context}, got {length}",
-        "give a shorter one, or leave it out",
-    ),
-)
-_APART = Rule(
-    lambda v: not v.repeated,
-    "each --calibration text must be given once, since its sequences must not overlap, "
-    "but {repeated} are the same",
-    "leave all but one out",
-)
-
-
 def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
     """Reads the texts, draws the sequences, makes the windows.
 
@@ -103,7 +88,11 @@ def read_texts(job: PruneJob | ShrinkJob, source: CheckpointDir) -> JobTexts:
         trained = recovery.trained_files or calibration.files
     paths = (*calibration.files, *evaluation.evaluate, *trained)
     reads = bool(paths or calibration.self_sequences)
-    check(_RULES, reads=reads, length=calibration.length, context=config.context)
+    if reads and not calibration.length <= config.context:
+        raise ValueError(
+            f"--length must be at most the model's context {config.context}, got "
+            f"{calibration.length}; give a shorter one, or leave it out"
+        )
     tokenizer = needed_tokenizer(job.model, paths)
     if tokenizer is None and calibration.self_sequences:
         tokenizer = optional_tokenizer(source)
@@ -200,7 +189,11 @@ def _check_apart(files: Sequence[text_files.AnyText]) -> None:
     """Refuses one text under two names."""
     digests = [text.sha256 for text in files]  # a link or a copy has another name
     repeated = [str(t.path) for t in files if digests.count(t.sha256) > 1]
-    check([_APART], repeated=", ".join(repeated))
+    if repeated:
+        raise ValueError(
+            "each --calibration text must be given once, since its sequences must not "
+            f"overlap, but {', '.join(repeated)} are the same; leave all but one out"
+        )
 
 
 def draw_calibration(

@@ -88,17 +88,6 @@ class Beginning(NamedTuple):
     why: str
 
 
-_RULES = (
-    Rule(
-        lambda v: not (v.bos and v.no_bos),
-        "--bos and --no-bos exclude each other; leave one out",
-    ),
-    Rule(
-        lambda v: not v.bos or v.tokenizer is None or v.tokenizer.bos is not None,
-        "--bos needs a token that begins a text, but the model's directory names none",
-        "leave --bos out",
-    ),
-)
 _IN_VOCABULARY = Rule(
     lambda v: v.token is None or 0 <= v.token < v.vocab_size,
     "sequences would begin with {why}, but the model's vocabulary has tokens from 0 to "
@@ -125,7 +114,13 @@ def text_beginning(
     Raises:
       ValueError: the options contradict each other, or there is no such token.
     """
-    check(_RULES, bos=loading.bos, no_bos=loading.no_bos, tokenizer=tokenizer)
+    if loading.bos and loading.no_bos:
+        raise ValueError("--bos and --no-bos exclude each other; leave one out")
+    if loading.bos and tokenizer is not None and (tokenizer.bos is None):
+        raise ValueError(
+            "--bos needs a token that begins a text, but the model's directory names "
+            "none; leave --bos out"
+        )
     if tokenizer is None:  # rows of ids have been made for this model
         return None, Beginning(None, "token ids are used as they are")
     # The directory names the token, but nothing holds it to the model's vocabulary.

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.arrays import processes
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.jobs.inputs import JobTexts, optional_tokenizer
 from jaxprune.lm.jobs.opening import text_beginning
@@ -37,28 +36,12 @@ class Sampling(NamedTuple):
     seed: int = 0
 
 
-_PROMPT_RULES = (
-    Rule(lambda v: v.tokens, "--prompt must have at least one token, got none"),
-)
-_RULES = (
-    Rule(
-        lambda v: v.prompt is None or v.tokenizer is not None,
-        "--prompt needs a tokenizer, but the model's directory has no tokenizer.json; "
-        "leave --prompt out",
-    ),
-    Rule(
-        lambda v: not v.tokens or len(v.tokens) <= v.context - v.steps,
-        "a sample must fit the model's context of {context} tokens, got a prompt of "
-        "{length} and --prompt-steps {steps}; take fewer steps",
-    ),
-)
-
-
 def encode_prompt(tokenizer: Tokenizer, prompt: str, bos: int | None) -> list[int]:
     """The tokens of a prompt after `bos`, at least one."""
     tokens = tokenizer.encode(prompt, bos=False)
     tokens = [bos, *tokens] if bos is not None else tokens  # (prompt,)
-    check(_PROMPT_RULES, tokens=tokens)
+    if not tokens:
+        raise ValueError("--prompt must have at least one token, got none")
     return tokens
 
 
@@ -173,13 +156,14 @@ def choose_prompt(
             tokens = [int(token) for token in first[:most]]
         else:  # no text: the model begins by itself, if it can
             tokens = [] if bos is None else [bos]
-    check(
-        _RULES,
-        prompt=prompt,
-        tokenizer=tokenizer,
-        tokens=tokens,
-        length=len(tokens),
-        steps=steps,
-        context=context,
-    )
+    if prompt is not None and tokenizer is None:
+        raise ValueError(
+            "--prompt needs a tokenizer, but the model's directory has no "
+            "tokenizer.json; leave --prompt out"
+        )
+    if tokens and not len(tokens) <= context - steps:
+        raise ValueError(
+            f"a sample must fit the model's context of {context} tokens, got a prompt "
+            f"of {len(tokens)} and --prompt-steps {steps}; take fewer steps"
+        )
     return tokens or None

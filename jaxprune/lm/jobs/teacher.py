@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.files.safetensors_file import read_json
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.jobs.opening import open_for_job
@@ -11,31 +10,6 @@ from jaxprune.lm.jobs.shrink_settings import ShrinkJob
 from jaxprune.lm.models.loaded_model import LoadedModel
 
 _TOKENIZER = "tokenizer.json"
-_RULES = (
-    Rule(
-        lambda v: v.same_tokens,
-        "--recover-teacher must have the model's tokens, but '{path}' has others",
-        "give a model of the same tokenizer",
-    ),
-    Rule(
-        lambda v: v.teacher.vocab_size == v.model.vocab_size,
-        "--recover-teacher must have as many logits as the model, but '{path}' has "
-        "{teacher.vocab_size} and the model {model.vocab_size}",
-        "give a model of the same vocab_size",
-    ),
-    Rule(
-        lambda v: v.teacher.context >= v.length,
-        "--recover-teacher must take sequences of --length {length}, but the context "
-        "of '{path}' is {teacher.context}",
-        "give shorter ones",
-    ),
-    Rule(
-        lambda v: not v.hidden or v.teacher.width == v.model.width,
-        "--recover-hidden compares the last hidden states channel by channel, but "
-        "'{path}' has {teacher.width} channels and the model {model.width}",
-        "leave it out",
-    ),
-)
 
 
 def open_teacher(
@@ -59,15 +33,29 @@ def open_teacher(
         return None
     directory = open_directory(path)
     teacher = open_for_job(path, job.loading, job.devices)
-    check(
-        _RULES,
-        teacher=teacher.config,
-        model=model.config,
-        same_tokens=_has_equal_tokens(directory, source),
-        length=job.calibration.length,
-        hidden=job.recovery.recover_hidden,
-        path=path,
-    )
+    if not _has_equal_tokens(directory, source):
+        raise ValueError(
+            f"--recover-teacher must have the model's tokens, but '{path}' has others; "
+            "give a model of the same tokenizer"
+        )
+    if teacher.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"--recover-teacher must have as many logits as the model, but '{path}' "
+            f"has {teacher.config.vocab_size} and the model {model.config.vocab_size}; "
+            "give a model of the same vocab_size"
+        )
+    if not teacher.config.context >= job.calibration.length:
+        raise ValueError(
+            "--recover-teacher must take sequences of --length "
+            f"{job.calibration.length}, but the context of '{path}' is "
+            f"{teacher.config.context}; give shorter ones"
+        )
+    if job.recovery.recover_hidden and teacher.config.width != model.config.width:
+        raise ValueError(
+            "--recover-hidden compares the last hidden states channel by channel, but "
+            f"'{path}' has {teacher.config.width} channels and the model "
+            f"{model.config.width}; leave it out"
+        )
     return teacher
 
 
