@@ -29,9 +29,7 @@ def test_a_pruned_directory_has_the_scores_of_the_harness(tmp_path):
     tiny_tokenizers.model_folder(dense, "byte-level", max_position_embeddings=128)
     path = dense / "tokenizer_config.json"
     settings = json.loads(path.read_text())
-    path.write_text(
-        json.dumps(settings | {"eos_token": "</s>", "pad_token": "<pad>"})
-    )
+    path.write_text(json.dumps(settings | {"eos_token": "</s>", "pad_token": "<pad>"}))
     how = ("--method", "magnitude", "--sparsity", "0.5")
     assert cli.main(["prune", str(dense), str(pruned), *how]) == 0
     model = HFLM(pretrained=str(pruned), device="cpu", batch_size=2, dtype="float32")
