@@ -111,7 +111,7 @@ def test_the_weights_are_those_that_prune_trained_gives(place, capsys, tmp_path)
     words = ["--calibration", tmp_path / "ids.npz", "--evaluate", tmp_path / "ids.npz"]
     code, found, err = run(
         capsys, "prune", place / "bert", tmp_path / "out", *words, *SAMPLES,
-        "--sparsity", "0.5", "--method", "wanda", "--relative", "no",
+        "--sparsity", "0.5", "--method", "wanda",
     )  # fmt: skip
     assert code == 0, err
     assert found["outputs"]["ids.npz"]["role"] == "calibrated on too"
@@ -121,7 +121,8 @@ def test_the_weights_are_those_that_prune_trained_gives(place, capsys, tmp_path)
     batches = [{"input_ids": part.astype(np.int32)} for part in np.split(tokens, 2)]
     written = dict(loaded(tmp_path / "out").named_parameters())
     expected = jp.prune_trained(
-        fn, params, batches, "wanda", sparsity=0.5, progress=False,
+        fn, params, batches, jp.passes.wanda(relative=True),
+        sparsity=0.5, progress=False,
         prunable=lambda name, leaf: leaf.ndim == 2 and "embeddings" not in name,
     ).params  # fmt: skip
     for name, array in expected.items():
