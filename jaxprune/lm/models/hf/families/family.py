@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from jaxprune.arrays.rules import refusal
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf import rope_config
-from jaxprune.lm.models.hf.config_reader import IGNORED, MISSING, ONLY, Attributes
+from jaxprune.lm.models.hf.config_reader import IGNORED, ONLY, Attributes, Problem
 
 Fields = dict[str, Any]
 
@@ -98,9 +98,9 @@ DIVIDING_HEADS = HeadsRule(
 )
 
 
-def _way_out(problems: Sequence[str], ignoring: str) -> str:
+def _way_out(problems: Sequence[Problem], ignoring: str) -> str:
     """What to do about attributes: one that is absent cannot be ignored."""
-    absent = [p.partition(" must be ")[0] for p in problems if p.endswith(MISSING)]
+    absent = [p.name for p in problems if p.absent]
     ways = [f"write {', '.join(absent)} into config.json"] if absent else []
     if len(absent) < len(problems):
         ways.append(f"{ignoring} if the model computes the same without it")
@@ -164,7 +164,7 @@ class Family:
         if attributes.problems:
             raise refusal(
                 f"a {config['model_type']} configuration is refused unless all of it "
-                f"is understood: {'; '.join(attributes.problems)}",
+                f"is understood: {'; '.join(p.text for p in attributes.problems)}",
                 _way_out(attributes.problems, "name an attribute in ignore_config"),
                 _way_out(attributes.problems, "give --ignore-config ATTRIBUTE"),
             )
