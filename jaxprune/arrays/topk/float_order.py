@@ -23,7 +23,6 @@ class Line(NamedTuple):
     signed: np.dtype  # of ranks
     unsigned: np.dtype  # of positions
     top: int  # the position over infinity
-    octave: int  # how many floats there are between two powers of two
 
     @classmethod
     def of(cls, *dtypes: Any) -> "Line":
@@ -38,7 +37,6 @@ class Line(NamedTuple):
             np.dtype(f"int{info.bits}"),
             np.dtype("uint64" if info.bits == 64 else "uint32"),
             (1 << info.bits - 1) + infinity + 1,
-            1 << info.nmant,
         )
 
     def rank(self, position: UInt[Array, "..."]) -> Int[Array, "..."]:
