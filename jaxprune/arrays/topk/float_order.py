@@ -41,15 +41,8 @@ class Line(NamedTuple):
 
     def rank(self, position: UInt[Array, "..."]) -> Int[Array, "..."]:
         """The rank at a position."""
-        return (position - self._half()).astype(self.signed)
-
-    def position(self, rank: Int[Array, "..."]) -> UInt[Array, "..."]:
-        """The position of a rank; a rank under zero wraps around and back."""
-        return rank.astype(self.unsigned) + self._half()
-
-    def _half(self) -> np.unsignedinteger:
-        """The position of zero."""
-        return self.unsigned.type(1 << np.iinfo(self.signed).bits - 1)
+        zero = self.unsigned.type(1 << np.iinfo(self.signed).bits - 1)
+        return (position - zero).astype(self.signed)
 
 
 def of(scores: Float[Array, "..."], signed: Any) -> Int[Array, "..."]:
