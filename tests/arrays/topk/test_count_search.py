@@ -21,51 +21,37 @@ STRIDE = 67
 SUBNORMAL = np.float32(2**-149)
 
 
+# By normal numbers, their places and a generator.
+SCORES = {
+    "normal": lambda x, i, rng: x,
+    "sorted": lambda x, i, rng: np.sort(x),
+    "falling": lambda x, i, rng: np.sort(x)[::-1],
+    "constant": lambda x, i, rng: np.full(SIZE, 2.5),
+    "two values": lambda x, i, rng: np.where(rng.random(SIZE) < 0.6, 1.0, 2.0),
+    "ties at the median": lambda x, i, rng: np.where(rng.random(SIZE) < 0.5, 0.0, x),
+    "periodic": lambda x, i, rng: np.where(i % STRIDE == 0, 1e6, x),
+    "shifted period": lambda x, i, rng: np.where((i - 15) % STRIDE == 0, -1e6, x),
+    "column": lambda x, i, rng: (i % STRIDE) * 1.0,
+    "wide": lambda x, i, rng: x * np.float32(10) ** rng.integers(-38, 38, SIZE),
+    "subnormal": lambda x, i, rng: SUBNORMAL * rng.integers(-9, 9, SIZE),
+    "zeros of both signs": lambda x, i, rng: np.where(
+        rng.random(SIZE) < 0.5, -0.0, 0.0
+    ),
+    "infinite": lambda x, i, rng: rng.choice([np.inf, -np.inf, 0.0, 1.0], SIZE),
+    "NaN": lambda x, i, rng: np.where(rng.random(SIZE) < 0.7, np.nan, x),
+    "NaN of both signs": lambda x, i, rng: np.where(
+        rng.random(SIZE) < 0.5, -np.float32(np.nan), np.float32(np.nan)
+    ),
+    "neighbours": lambda x, i, rng: np.float32(1) + i % 1000 * np.float32(2**-23),
+}
+KINDS = list(SCORES)
+
+
 def scores_of(kind: str) -> np.ndarray:
-    """SIZE float32 in one row, out to mislead a strided sample."""
+    """SIZE float32 in one row, out to mislead a search."""
     rng = np.random.default_rng(len(kind))
     normal = rng.normal(size=SIZE).astype(np.float32)
-    place = np.arange(SIZE)
-    return {
-        "normal": lambda: normal,
-        "sorted": lambda: np.sort(normal),
-        "falling": lambda: np.sort(normal)[::-1],
-        "constant": lambda: np.full(SIZE, 2.5),
-        "two values": lambda: np.where(rng.random(SIZE) < 0.6, 1.0, 2.0),
-        "ties at the median": lambda: np.where(rng.random(SIZE) < 0.5, 0.0, normal),
-        "periodic": lambda: np.where(place % STRIDE == 0, 1e6, normal),
-        "shifted period": lambda: np.where((place - 15) % STRIDE == 0, -1e6, normal),
-        "column": lambda: (place % STRIDE) * 1.0,
-        "wide": lambda: normal * np.float32(10) ** rng.integers(-38, 38, SIZE),
-        "subnormal": lambda: SUBNORMAL * rng.integers(-9, 9, SIZE),
-        "zeros of both signs": lambda: np.where(rng.random(SIZE) < 0.5, -0.0, 0.0),
-        "infinite": lambda: rng.choice([np.inf, -np.inf, 0.0, 1.0], SIZE),
-        "NaN": lambda: np.where(rng.random(SIZE) < 0.7, np.nan, normal),
-        "NaN of both signs": lambda: np.where(
-            rng.random(SIZE) < 0.5, -np.float32(np.nan), np.float32(np.nan)
-        ),
-        "neighbours": lambda: np.float32(1) + place % 1000 * np.float32(2**-23),
-    }[kind]().astype(np.float32)
-
-
-KINDS = [
-    "normal",
-    "sorted",
-    "falling",
-    "constant",
-    "two values",
-    "ties at the median",
-    "periodic",
-    "shifted period",
-    "column",
-    "wide",
-    "subnormal",
-    "zeros of both signs",
-    "infinite",
-    "NaN",
-    "NaN of both signs",
-    "neighbours",
-]
+    return SCORES[kind](normal, np.arange(SIZE), rng).astype(np.float32)
 
 
 def leaves_of(row: np.ndarray, dtype) -> list[jax.Array]:
@@ -99,34 +85,27 @@ def masks_of(leaves, cuts):
     return [mask_of(*pair) for pair in zip(leaves, cuts, strict=True)]
 
 
-SOME = [
-    pytest.param(kind, marks=() if number % 2 else pytest.mark.full)
-    for number, kind in enumerate(KINDS)
-]
-# What differs in where the scores lie, not in which there are.
+# These differ in where the scores lie, not in which there are.
 PLACED = {"sorted", "falling", "periodic", "shifted period", "column"}
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", SOME)
-def test_of_any_scores_exactly_the_highest_are_kept(kind):
-    assert_the_highest_are_kept(kind, jnp.float32)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in PLACED])
-def test_of_narrow_scores_too(kind, dtype):
-    assert_the_highest_are_kept(kind, dtype)
-
-
-def assert_the_highest_are_kept(kind, dtype):
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (kind, dtype)
+        for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+        for kind in KINDS
+        if dtype is jnp.float32 or kind not in PLACED
+    ],
+)
+def test_exactly_the_highest_of_any_scores_are_kept(kind, dtype):
     with np.errstate(over="ignore"):
         leaves = leaves_of(scores_of(kind), dtype)
-    found = places(row_of(leaves))
+    rank = places(row_of(leaves))
     for kept in (0, 1, SIZE // 3, SIZE // 2, SIZE - 1, SIZE):
         masks = masks_of(leaves, thresholds.cut_together(leaves, kept))
-        np.testing.assert_array_equal(row_of(masks), found < kept)
+        np.testing.assert_array_equal(row_of(masks), rank < kept)
 
 
 @pytest.fixture(scope="module")
