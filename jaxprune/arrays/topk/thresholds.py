@@ -251,7 +251,7 @@ def _cut(
             def goes_on(state: _State) -> Bool[Array, ""]:
                 return jnp.any(state.unsettled)
 
-            state = _varying(state, leaves)
+            state = placement.varying(state, leaves)
             if traced:
                 return jax.lax.while_loop(goes_on, narrow_apart, state).bracket
             while np.asarray(state.unsettled).any():
@@ -265,20 +265,6 @@ def _cut(
         found = search(start, target, joint, None)
         start, ties = _ties(found, target, sizes, joint=joint)
         return _as_cut(found, search(start, ties, False, found.low), ties, sizes, line)
-
-
-def _varying(tree: Any, like: Sequence[Any]) -> Any:
-    """The tree, inside of `shard_map`, as different on each device as these arrays."""
-
-    def varying(x: Any) -> frozenset[Any]:
-        return jax.typeof(x).manual_axis_type.varying
-
-    def vary(x: jax.Array) -> jax.Array:
-        missing = tuple(axes - varying(x))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    axes = frozenset().union(*map(varying, like))
-    return jax.tree.map(vary, tree) if axes else tree
 
 
 def _state(bracket: Bracket, target: Count, joint: bool) -> _State:
@@ -378,7 +364,7 @@ def _count(
 
     def nothing(leaf: jax.Array, candidates: jax.Array) -> jax.Array:
         zeros = jnp.zeros(row_of(candidates).shape, np.uint32)
-        return _varying(zeros, [leaf, candidates])
+        return placement.varying(zeros, [leaf, candidates])
 
     # XLA would take what is made of the leaf alone out of the loop over passes, and
     # keep it in memory; behind the barrier it depends on the pass.
