@@ -40,8 +40,8 @@ _RULES = (
     rules.within(
         *("lora", 1, math.inf), "lora must be a rank of at least 1, got {lora}"
     ),
-    rules.excludes(
-        *("partly_trained", "preconditioned_adam"),
+    Rule(
+        lambda v: not (v.partly_trained and v.preconditioned_adam),
         "preconditioned_adam needs Adam's moments of every weight, but with --frozen "
         "or --lora there are none of some",
         "take preconditioned_magnitude",
