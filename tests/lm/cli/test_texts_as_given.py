@@ -108,14 +108,6 @@ def test_magnitude_needs_no_batches_of_one_shape(place, tmp_path, capsys):
     words = ["prune", place / "model", tmp_path / "out", "--plan", "--sparsity"]
     words += ["0.5", "--method", "magnitude", "--batch", "3"]
     words += ["--evaluate", place / "a.txt"]
-        "0.5",
-        "--method",
-        "magnitude",
-        "--evaluate",
-        place / "a.txt",
-        "--batch",
-        "3",
-    ]
     code, *_ = run(capsys, *words, "--length", "16")
     assert code == 0
 
