@@ -58,7 +58,7 @@ def test_a_picture_goes_through_the_published_size():
         lambda p, *x: nnx.merge(graphdef, p)(*x), params, tokens, pixels, tokens
     )
     assert logits.shape == (1, 400, 32064)
-    rope = vision_config(PUBLISHED).decoder.rope(0)
+    rope = checkpoint.vision_config(PUBLISHED).decoder.rope(0)
     assert rope.scale == pytest.approx(1.190238, abs=1e-6)
 
 
