@@ -14,8 +14,6 @@ from jaxprune.lm.jobs.opening import model_context
 from jaxprune.lm.jobs.prune_settings import MethodName, PruneJob
 from jaxprune.lm.models.hf.families import FAMILIES
 
-_VISION = "phi3_v"  # it is read, but the command runs language models
-
 _Evaluation = TypeVar("_Evaluation", bound=settings.Evaluation)
 _Calibration = TypeVar("_Calibration", bound=settings.Calibration)
 
@@ -50,7 +48,7 @@ def _method(job: PruneJob, console: Console) -> MethodName:
         or job.quantization.quantize
         or job.recovery.recover_steps
     )
-    if (family in FAMILIES and family != _VISION) or runs_model:
+    if family in FAMILIES or runs_model:
         return "sparsegpt"
     console.note(
         f"pruned by magnitude, since the code of model_type {family} is not here; "

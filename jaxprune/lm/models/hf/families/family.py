@@ -9,7 +9,6 @@ those of the Hugging Face classes, whose files may leave them out.
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxprune.arrays.rules import refusal
@@ -74,10 +73,6 @@ def modules(
     return {**outer, **inner}
 
 
-def _unchanged(directory: Path, shape: Any) -> Any:
-    return shape
-
-
 class HeadsRule(NamedTuple):
     """Which numbers of query heads a family's class in transformers accepts.
 
@@ -118,8 +113,6 @@ class Family:
       parameters: leaves that are no module's kernel, bias, scale or embedding, without
         the number of the layer: to their tensor, and whether its axes are the leaf's
         reversed.
-      shape: fields to the shape of the model.
-      from_directory: (directory, shape) to the shape with what other files say of it.
       prefix: beginning of the names, except the head's; base models leave it out.
       stored_out_in: whether kernels are stored [out, in].
       skipped: a pattern of tensors that hold nothing learned.
@@ -139,8 +132,6 @@ class Family:
     )
     only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     parameters: Mapping[str, tuple[str, bool]] = dataclasses.field(default_factory=dict)
-    shape: Callable[..., Any] = DecoderConfig
-    from_directory: Callable[[Path, Any], Any] = _unchanged
     prefix: str = "model."
     stored_out_in: bool = True
     skipped: str = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
@@ -153,12 +144,20 @@ class Family:
     layer_attributes: Callable[[Any], Fields] = lambda shape: {}
     heads: HeadsRule = ANY_HEADS
 
-    def read(self, config: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
+    def read(self, config: Mapping[str, Any]) -> tuple[DecoderConfig, tuple[str, ...]]:
         """The model's shape, in float32, and the attributes that were ignored.
 
         Raises:
-          ValueError: attributes are unknown, lacking or unsupported (all are named), or
-            two do not fit.
+          ValueError: as for `read_fields`, or two attributes do not fit.
+        """
+        fields, ignored = self.read_fields(config)
+        return DecoderConfig(**fields), ignored
+
+    def read_fields(self, config: Mapping[str, Any]) -> tuple[Fields, tuple[str, ...]]:
+        """The fields of the model's shape, and the attributes that were ignored.
+
+        Raises:
+          ValueError: attributes are unknown, lacking or unsupported; all are named.
         """
         attributes = Attributes(config)
         fields = self.fields(attributes)
@@ -170,7 +169,7 @@ class Family:
                 _way_out(attributes.problems, "name an attribute in ignore_config"),
                 _way_out(attributes.problems, "give --ignore-config ATTRIBUTE"),
             )
-        return self.shape(**fields), tuple(attributes.ignored)
+        return fields, tuple(attributes.ignored)
 
     def of(self, config: Mapping[str, Any]) -> "Family":
         """The family with the names that a config.json asks for."""
