@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 import jaxprune as jp
-from experiments.datasets import picture_questions, preprocess, presets
+from experiments.datasets import picture_questions
+from experiments.phi3_vision import preprocess, presets
 from experiments.phi3_vision.checkpoint import vision_config
 from experiments.phi3_vision.question_answers import Asked
 from experiments.phi3_vision.task import PictureTask, without_gradient

@@ -10,6 +10,7 @@ pytest.importorskip("torch")
 pytestmark = [
     pytest.mark.full,
     pytest.mark.clients,
+    pytest.mark.parity,
     pytest.mark.filterwarnings("ignore"),
 ]
 
