@@ -60,7 +60,7 @@ def check(rules: Rule | Iterable[Rule], /, **values: Any) -> None:
         if not rule.holds(namespace):
             details = rule.details(namespace) if rule.details is not None else {}
             sentence, hint, command = (
-                _OneLine().format(text, **values, **details)
+                _OneLine().format(text, **{**values, **details})
                 for text in (rule.sentence, rule.hint, rule.command)
             )
             raise refusal(sentence, hint, command, rule.error)
