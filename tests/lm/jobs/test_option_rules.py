@@ -27,7 +27,7 @@ PRUNE = [*prune_rules.WORDS, *prune_rules.RULES]
 
 def said_by(rule, **values):
     """The sentence of a rule, as if these values broke it."""
-    with pytest.raises(ValueError, match=".") as refused:
+    with pytest.raises(ValueError, match=r".") as refused:
         check(rule._replace(holds=lambda _: False), **values)
     return str(refused.value)
 
