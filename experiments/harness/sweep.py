@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from experiments.harness.plan import Cell, Plan
 from experiments.harness.records import MetricsLog, Stages
 from experiments.harness.seed_trainer import SeedTrainer
 from experiments.harness.solvers import SOLVERS, named
-from experiments.harness.task import Solvable, Task
+from experiments.harness.task import Task
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.processes import on_first
 from jaxprune.typing import Prunable
@@ -210,7 +210,7 @@ class Seed:
             solver = named(cell.criterion)
             assert solver is not None
             prunable = self.task.allocations[cell.allocation][1]
-            params = cast(Solvable, self.task).solved(
+            params = self.task.solved(
                 watched.params,
                 method=SOLVERS[solver.method](),
                 sparsity=cell.sparsity,

@@ -278,9 +278,7 @@ def train(
             measure = reports.evaluate if evaluates else None
             # Windows end at the same steps whether or not the run was interrupted.
             if saving or measure or _due(step, reports.every, steps):
-                progress.close(step)
-            if saving or measure or step == steps:
-                progress.finish(measure and functools.partial(measure, state))
+                progress.report(step, measure and functools.partial(measure, state))
             if saving and checkpoints is not None:
                 directory, configuration, _ = checkpoints
                 checkpoint.save(
