@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -73,7 +74,7 @@ def restore(
     directory: str | os.PathLike[str],
     abstract_state: Any,
     *,
-    configuration: Mapping[str, Any],
+    configuration: Mapping[str, Any] | None = None,
 ) -> Checkpoint | None:
     """Loads the newest checkpoint of a directory, or None where there is none.
 
@@ -83,7 +84,7 @@ def restore(
       directory: directory that `save` was given.
       abstract_state: tree like the one saved, of arrays or `jax.ShapeDtypeStruct`; each
         leaf is placed by its `sharding`.
-      configuration: settings of this run.
+      configuration: settings of this run; None compares none.
 
     Returns:
       The checkpoint.
@@ -93,23 +94,39 @@ def restore(
     """
     if not Path(directory).is_dir():
         return None
+    target = jax.tree.map(_placed, abstract_state)
     with _checkpointer(directory) as checkpointer:
         if (latest := checkpointer.latest) is None:
             return None
-        before = checkpointer.metadata(latest).custom_metadata
-        if different := atomic.differences(before or {}, configuration):
+        before = checkpointer.metadata(latest).custom_metadata or {}
+        now = before if configuration is None else configuration
+        if different := atomic.differences(before, now):
             raise ValueError(
                 f"'{directory}' must be of the same configuration, but "
                 f"{'; '.join(different)}; give the old values, or another directory"
             )
-        loaded = checkpointer.load(latest, _by_number(abstract_state))
-    leaves, structure = jax.tree.flatten(abstract_state)
-    # orbax stores no array without elements, so those are the target's.
+        loaded = checkpointer.load(latest, _by_number(target))
+    leaves, structure = jax.tree.flatten(target)
     state = [
-        loaded[str(index)] if leaf.size else np.zeros(leaf.shape, leaf.dtype)
+        # orbax stores no array without elements, so those are the target's.
+        loaded[str(index)] if leaf.size else _empty(leaf)
         for index, leaf in enumerate(leaves)
     ]
     return Checkpoint(latest.step, jax.tree.unflatten(structure, state))
+
+
+def _placed(leaf: Any) -> Any:
+    """What orbax loads onto: in NumPy, by the sharding, or on the default device."""
+    if isinstance(leaf, np.ndarray | np.generic):
+        return np.empty(leaf.shape, leaf.dtype)
+    sharding = leaf.sharding or jnp.zeros(()).sharding
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _empty(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
 
 
 def _by_number(tree: Any) -> dict[str, Any]:

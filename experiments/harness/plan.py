@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from typing import Any, NamedTuple
 
 from experiments.harness.criteria import CRITERIA, GRADUAL
@@ -187,7 +188,10 @@ def check(config: Any, *, solvers: bool = False) -> None:
         raise ValueError(
             f"retrain_steps must be at least {fewest}, got {config.retrain_steps}"
         )
-    for name in ("batch_size", "steps", "checkpoint_every", "learning_rate"):
+    counts = ("batch_size", "steps", "checkpoint_every")
+    for name in (*counts, "learning_rate", "retrain_learning_rate"):
         value = getattr(config, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be over 0, got {value}")
+    if not min(config.seeds) >= 0:
+        raise ValueError(f"seeds must be at least 0, got {config.seeds}")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from experiments.datasets import picture_questions, presets
+from experiments.datasets import picture_questions
 from experiments.harness import device_mesh, training
 from experiments.harness.optimizer import EVERYTHING, optimizer
+from experiments.phi3_vision import presets
 from experiments.phi3_vision.checkpoint import vision_config
 from experiments.phi3_vision.question_answers import Asked
 from experiments.phi3_vision.task import PictureTask

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 import jaxprune as jp
-from experiments.datasets import picture_questions, preprocess, presets
+from experiments.datasets import picture_questions
+from experiments.phi3_vision import preprocess, presets
 from experiments.phi3_vision.checkpoint import vision_config
 from experiments.phi3_vision.question_answers import Asked
 from experiments.phi3_vision.task import PictureTask, without_gradient
@@ -177,11 +178,6 @@ def test_a_sample_shows_pictures_with_what_was_asked_and_said(task, params):
     assert sample["label"] == "dense"
     assert len(sample["pictures"]) == 8
     assert sample["text"].splitlines()[0].startswith(task.held_out[0].question)
-
-
-def test_an_empty_training_set_is_refused(task):
-    with pytest.raises(ValueError, match="got none"):
-        dataclasses.replace(task, train=[]).batches(2, 0)
 
 
 def test_the_pictures_change_what_is_said(task, params, token_losses):

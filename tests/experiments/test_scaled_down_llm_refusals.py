@@ -43,7 +43,6 @@ def text(tmp_path_factory):
         ("--learning-rate", "nan", "learning_rate"),
         ("--eval-tokens", "-1", "eval_tokens"),
         ("--sample-length", "0", "sample_length"),
-        ("--show-sparsity", "nan", "show_sparsity"),
         ("--mesh", "rows=2", "as in data=4,model=2"),
         ("--mesh", "data=16", "16 devices, got 8"),
         ("--mesh", "data=4", "batch_size=2"),
@@ -104,8 +103,8 @@ def test_a_flag_that_cannot_be_read_is_a_usage_error(
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (b"", "empty"),
-        (b" \n\t\n", "empty"),
+        (b"", "must hold text"),
+        (b" \n\t\n", "must hold text"),
         (b"to be or not to be", "longer text"),
         (b"x" * 20 + b"y" * 40, "longer text"),
         (b"\xff\xfe\x00", "UTF-8"),
