@@ -42,7 +42,8 @@ class Task:
       looks: how models are measured.
       begins_trained: whether `init` is a trained model, which is measured before
         anything else.
-      frozen: globs of the leaves that are neither trained nor tracked.
+      frozen: globs of the leaves that are not trained.
+      ranks_frozen: whether criteria rank frozen leaves too, so that they are tracked.
       rank: rank of LoRA's change of each matrix; None trains in full.
       storage: how averages are held.
       write: (leaves by name, place, provenance) writes a directory with these leaves;
@@ -54,6 +55,7 @@ class Task:
     looks: Looks = Looks()
     begins_trained: ClassVar[bool] = False
     frozen: tuple[str, ...] = ()
+    ranks_frozen: ClassVar[bool] = False
     rank: int | None = None
     storage: Storage = "float32"
     write: Callable[[Mapping[str, jax.Array], Path, Mapping[str, Any]], None] | None = (
@@ -95,7 +97,7 @@ class Task:
             learning_rate,
             track=track,
             trained=chosen,
-            watched=chosen,
+            watched=None if self.ranks_frozen else chosen,
             rank=self.rank,
             targets=next(iter(self.allocations.values()))[1],
             storage=self.storage,

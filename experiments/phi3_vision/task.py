@@ -8,7 +8,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,9 @@ class PictureTask(Task):
     write: Callable[[Mapping[str, jax.Array], Path, Mapping[str, Any]], None] | None = (
         None
     )
+
+    # The default rule ranks matrices of a frozen tower; an allocation leaves them out.
+    ranks_frozen: ClassVar[bool] = True
 
     @functools.cached_property
     def allocations(self) -> Mapping[str, tuple[jp.allocation.Name, Prunable]]:

@@ -102,7 +102,7 @@ def ended(run):
     params = nnx.to_pure_dict(nnx.state(loaded(run.model), nnx.Param))
     trained = lambda name: not name.startswith("embedding")  # noqa: E731
     rate = optax.constant_schedule(0.0)
-    tx = optimizer(rate, track=("square", "weight"), trained=trained, watched=trained)
+    tx = optimizer(rate, track=("square",), trained=trained, watched=trained)
     target = jax.eval_shape(lambda: training.init(params, tx))
     state = checkpoint.restore(folder, target).state
     square = jp.tree.named_leaves(jp.get_importance(state.opt_state).square)

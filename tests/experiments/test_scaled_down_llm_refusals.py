@@ -65,7 +65,7 @@ def test_a_value_out_of_range_is_one_sentence_and_nothing_is_written(
 def test_a_process_that_refuses_prints_one_line_and_exits_with_one(text, tmp_path):
     out = tmp_path / "out"
     ended = subprocess.run(
-        [sys.executable, "-m", MODULE, *flags(text, out, "--sparsities", "1")],
+        [sys.executable, "-m", MODULE, *flags(text, out, "--steps", "0")],
         cwd=ROOT,
         capture_output=True,
         check=False,
@@ -73,10 +73,7 @@ def test_a_process_that_refuses_prints_one_line_and_exits_with_one(text, tmp_pat
     )
     assert ended.returncode == 1
     assert not ended.stdout
-    assert ended.stderr == (
-        "error: sparsities must be in (0, 1), got 1.0; the dense model is always "
-        "measured\n"
-    )
+    assert ended.stderr == "error: steps must be over 0, got 0\n"
     assert not out.exists()
 
 
