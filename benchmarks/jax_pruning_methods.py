@@ -184,10 +184,7 @@ def main(config: Config) -> Path:
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(prune_while_training.Config)
     }
-    return prune_while_training.main(
-        prune_while_training.Config(**values),
-        command_line=runner.command("benchmarks.jax_pruning_methods", config),
-    )
+    return prune_while_training.main(prune_while_training.Config(**values))
 
 
 if __name__ == "__main__":

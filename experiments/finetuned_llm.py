@@ -12,7 +12,6 @@ described in experiments/README.md.
 import contextlib
 import dataclasses
 import hashlib
-import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,46 +25,17 @@ import jaxprune as jp
 from experiments.datasets import load
 from experiments.datasets.text import read_text
 from experiments.harness import device_mesh, runner, solvers
-from experiments.harness.option_rules import at_least
 from experiments.harness.plan import Plan
 from experiments.harness.task import Looks
 from experiments.tasks import model_directory, tiny_directory
 from experiments.tasks.finetuning import TABLES, DecoderModel, FinetuningTask, Texts
-from jaxprune.arrays import rules
 from jaxprune.arrays.low_bit import Storage
-from jaxprune.arrays.rules import Rule
 from jaxprune.files import atomic
 from jaxprune.lm.models import hf
 
 # Enough for the windows of every part.
 _SMOKE_CHARACTERS = 40_000
 _README = Path(__file__).with_name("README.md")
-
-_OPTIONS = (
-    Rule(
-        lambda v: v.model is not None or v.smoke,
-        "finetuned_llm needs a model: give MODEL_DIR, a Hugging Face directory as "
-        "`python -m benchmarks.gemma MODEL_DIR` writes one, or --smoke",
-    ),
-    Rule(
-        lambda v: len(v.foreign) > 0,
-        "finetuned_llm needs a text to forget: give --foreign FILE of another kind "
-        "than the text it is fine-tuned on",
-    ),
-    *(
-        at_least(name, 1)
-        for name in ("sequence", "looks", "calibration", "sample_length")
-    ),
-    rules.within(
-        *("eval_tokens", 0, math.inf), "eval_tokens must be >= 0, got {eval_tokens}"
-    ),
-)
-# Files of one name would be one column of the tables.
-_WINDOW = Rule(
-    lambda v: v.tokens >= v.window,
-    "{text} must have a window of {window} tokens, got {tokens}",
-    "{way_out}, or a smaller --sequence",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +157,16 @@ class Config:
         Raises:
           ValueError: a criterion is unknown, or a number is out of range.
         """
-        self._check()
+        if self.model is None and not self.smoke:
+            raise ValueError(
+                "finetuned_llm needs a model: give MODEL_DIR, a Hugging Face directory "
+                "as `python -m benchmarks.gemma MODEL_DIR` writes one, or --smoke"
+            )
+        if not self.foreign:
+            raise ValueError(
+                "finetuned_llm needs a text to forget: give --foreign FILE of another "
+                "kind than the text it is fine-tuned on"
+            )
         return Plan.of(
             self,
             solvers=True,
@@ -199,10 +178,6 @@ class Config:
             eval_tokens=self.eval_tokens or None,
             sample_length=self.sample_length,
         )
-
-    def _check(self) -> None:
-        """Refuses what `Plan` does not know of."""
-        rules.check(_OPTIONS, **vars(self))
 
 
 def main(config: Config) -> Path:
@@ -283,16 +258,16 @@ def _texts(config: Config, tokenizer: hf.Tokenizer) -> Texts:
     window = config.sequence + 1  # inputs, and a target for the last of them
     # All texts are looked at before the first step: a foreign text is first measured
     # hours later.
-    for name, ids, way_out in (
-        ("what is trained on", train, "give more --text"),
-        ("what is held out, the last tenth of --text,", held_out, "give more --text"),
-        *(
-            (f"the foreign text '{k}'", x, "give a longer --foreign")
-            for k, x in foreign.items()
-        ),
-    ):
-        values = {"text": name, "tokens": len(ids), "way_out": way_out}
-        rules.check([_WINDOW], window=window, **values)
+    for name, ids in {
+        "what is trained on": train,
+        "what is held out, the last tenth of --text,": held_out,
+        **{f"the foreign text '{name}'": ids for name, ids in foreign.items()},
+    }.items():
+        if not len(ids) >= window:
+            raise ValueError(
+                f"{name} must have a window of {window} tokens, got {len(ids)}; give a "
+                "longer text, or a smaller --sequence"
+            )
     return Texts(train, held_out, foreign)
 
 

@@ -8,27 +8,24 @@ it was; a finished one says so. What it writes is described in experiments/READM
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import jaxprune as jp
 from experiments import gpt
 from experiments.datasets import Corpus, load
-from experiments.harness import device_mesh, multi_process, runner
+from experiments.harness import device_mesh, runner
 from experiments.harness.plan import Plan
 from experiments.tasks.language_model import LanguageModel
 from experiments.tasks.language_task import LanguageTask
-from jaxprune.arrays import rules
-from jaxprune.arrays.rules import Rule
+from jaxprune.arrays import processes
+from jaxprune.files import atomic
 
 # nanoGPT's batch, steps and peak for "char", and its peak for "gpt2".
 _BATCH = {"cpu": 12, "medium": 16, "char": 64, "gpt2": 32}
 _STEPS = {"cpu": 1000, "medium": 900, "char": 5000, "gpt2": 20_000}
 _RATE = {"cpu": 1e-3, "medium": 1e-3, "char": 1e-3, "gpt2": 6e-4}
-_LENGTHS = Rule(
-    lambda v: v.eval_tokens >= 0 and v.sample_length >= 1,
-    "eval_tokens must be >= 0 and sample_length >= 1",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +103,8 @@ class Config:
           ValueError: a criterion is unknown, or a number is out of range.
         """
         config = self.smaller() if self.smoke else self
-        rules.check([_LENGTHS], **vars(config))
+        if not (config.eval_tokens >= 0 and config.sample_length >= 1):
+            raise ValueError("eval_tokens must be >= 0 and sample_length >= 1")
         rate = config.learning_rate or _RATE[config.preset]
         return Plan.of(
             config,
@@ -146,8 +144,9 @@ def main(config: Config) -> Path:
     plan = config.plan()
     # Before the first array: JAX must know the processes when it looks for devices.
     if config.distributed:
-        multi_process.join()
-    corpus = multi_process.read_alike(
+        processes.join()
+    # Read once, so that all processes have the same text.
+    corpus = processes.on_first(
         lambda: load(config.data, text=config.text, data_dir=config.data_dir)
     )
     identity = runner.identity_of(
@@ -158,7 +157,9 @@ def main(config: Config) -> Path:
         vocabulary=len(corpus.vocabulary),
     )
     # One process with another flag would wait for the others without end.
-    multi_process.check_alike({**identity, "out": str(config.out), "mesh": config.mesh})
+    settings = {**identity, "out": str(config.out), "mesh": config.mesh}
+    first = processes.on_first(lambda: json.loads(json.dumps(settings)))
+    processes.together(lambda: _check_alike(first, settings))
     shape = gpt.preset(config.preset, vocab_size=_vocabulary(config, corpus))
     shape = dataclasses.replace(shape, dtype=config.dtype)
     task = LanguageTask(LanguageModel(shape), corpus)
@@ -178,6 +179,13 @@ def main(config: Config) -> Path:
         return {"model": model, "costs": runner.costs(seeds[0]["cells"], model, flops)}
 
     return runner.sweep("scaled_down_llm", config, plan, task, identity, mesh, more)
+
+
+def _check_alike(first: dict[str, Any], settings: dict[str, Any]) -> None:
+    if different := atomic.differences(first, settings):
+        raise ValueError(
+            f"all processes need the same flags, but {'; '.join(different)}"
+        )
 
 
 def _vocabulary(config: Config, corpus: Corpus) -> int:

@@ -107,17 +107,10 @@ def read_source() -> Source:
     """The digits and photographs of the installed scikit-learn.
 
     Raises:
-      ModuleNotFoundError: if scikit-learn is not installed.
       ValueError: if they are not those that were recorded.
     """
-    try:
-        from sklearn import datasets
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "picture_questions needs the package 'scikit-learn', which is not "
-            "installed; install the extra with `pip install '.[experiments]'`",
-            name="sklearn",
-        ) from error
+    from sklearn import datasets
+
     digits, labels = datasets.load_digits(return_X_y=True)
     photographs = [datasets.load_sample_image(name) for name in PHOTOGRAPHS]
     digest = hashlib.sha256()

@@ -24,17 +24,9 @@ def read_text(path: Path) -> str:
             # By the path below the directory, so that moving it changes no token.
             key=lambda file: file.relative_to(path).as_posix(),
         )
-        if not files:
-            raise ValueError(
-                "a directory of text must hold .txt or .md files, got none in "
-                f"'{path}'; give a file or another directory with --text PATH"
-            )
         text = "\n".join(_read_file(file) for file in files)
     if not text.strip():
-        raise ValueError(
-            f"the text must not be empty, got no characters but white space in "
-            f"'{path}'; give another with --text PATH"
-        )
+        raise ValueError(f"'{path}' must hold text, in .txt or .md files, got none")
     return text
 
 
@@ -42,14 +34,8 @@ def _read_file(path: Path) -> str:
     try:
         # "sig" drops a byte order mark, which would be a character of the vocabulary.
         return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, OSError) as error:
         raise ValueError(
-            f"the text must be UTF-8, got byte 0x{error.object[error.start]:02x} at "
-            f"position {error.start} of '{path}'; convert the file, for example with "
-            "`iconv -t UTF-8`"
-        ) from error
-    except OSError as error:
-        raise ValueError(
-            f"the text must be a readable file or directory, got '{path}' "
-            f"({error.strerror}); give another with --text PATH"
+            f"the text must be a readable UTF-8 file or directory, got '{path}' "
+            f"({error})"
         ) from error

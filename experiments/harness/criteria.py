@@ -18,13 +18,13 @@ class Watched(NamedTuple):
       params: the trained parameters.
       tracked: averages of jaxprune's own transformations.
       adam: the same with Adam's second moment in place of the tracked E[g^2].
-      start: makes the parameters that training began with, where it is known.
+      start: makes the parameters that training began with.
     """
 
     params: Params
     tracked: jp.Importance
     adam: jp.Importance
-    start: Callable[[], Params] | None = None
+    start: Callable[[], Params]
 
 
 def _family(exponent: float, of_average: bool, watched: Watched) -> Scores:
@@ -37,8 +37,6 @@ def _family(exponent: float, of_average: bool, watched: Watched) -> Scores:
 
 def _movement(watched: Watched) -> Scores:
     """|w - w before training|: how far each weight went."""
-    if watched.start is None:
-        raise ValueError("movement needs the parameters that training began with")
     # The start is made again, from the seed or the directory, so no copy of it is held.
     moved = jax.tree.map(jnp.subtract, watched.params, watched.start())
     return jp.scores.magnitude(moved)
@@ -97,9 +95,8 @@ _NEEDED = {
 
 
 def averages(criteria: Collection[str]) -> frozenset[str]:
-    """The fields of `jp.Importance` these criteria need, and the report's `weight`."""
-    # A, which the report draws beside each sampled weight.
-    fields = {"weight"}
+    """The fields of `jp.Importance` that these criteria need."""
+    fields: set[str] = set()
     for name in criteria:
         # "averaged_preconditioned_0.25" needs what "averaged_preconditioned" does.
         stem, _, suffix = name.rpartition("_")

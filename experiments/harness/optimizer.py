@@ -50,8 +50,8 @@ def optimizer(
 
     Args:
       learning_rate: a number or a schedule.
-      track: which averages of weights and gradients are held, of `EVERYTHING`; where
-        there are some, AdamW is `ADAMW`-th.
+      track: which averages of weights and gradients are held, of `EVERYTHING`; AdamW
+        is `ADAMW`-th in any case.
       trained: which leaves are trained, by name; the others get no moments, and their
         gradients must be zero. None for all.
       watched: which leaves have averages, by name; None for all, trained or not.
@@ -73,8 +73,6 @@ def optimizer(
         clipped = (optax.identity(), low_rank)
     elif trained is not None:
         clipped = (clip, _of(trained, adam))
-    if not track:
-        return optax.chain(*clipped)
     # An identity keeps the place of what is not tracked, for the same reason.
     before, after = optax.identity(), optax.identity()
     if of_gradients := [name for name in EVERYTHING[:2] if name in track]:

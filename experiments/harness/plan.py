@@ -5,17 +5,8 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
-from experiments.harness import records
 from experiments.harness.criteria import CRITERIA, GRADUAL
-from experiments.harness.option_rules import (
-    at_least,
-    check_known,
-    check_lists,
-    over_zero,
-)
 from experiments.harness.solvers import SOLVERS, named
-from jaxprune.arrays import rules
-from jaxprune.arrays.rules import Rule
 
 
 class Cell(NamedTuple):
@@ -140,7 +131,7 @@ class Plan:
         """How many stages a seed has: cells, retrained ones, and the dense model's."""
         cells = self.cells()
         retrained = sum(map(self.retrains, cells))
-        dense = 4 + (self.retrain_steps > 0)  # train, measure, sample, weights; control
+        dense = 3 + (self.retrain_steps > 0)  # train, measure, sample; control
         return len(cells) + retrained + dense
 
     def retrains(self, cell: Cell) -> bool:
@@ -168,37 +159,39 @@ def check(config: Any, *, solvers: bool = False) -> None:
       solvers: whether solvers can be named among the criteria.
 
     Raises:
-      ValueError: a criterion is unknown, a number out of range, or a list empty.
+      ValueError: a criterion is unknown, a number out of range, or a list has doubles.
     """
-    unranked = {*config.criteria, *(config.retrain_criteria or ())} - CRITERIA.keys()
-    unknown = [name for name in unranked if not (solvers and named(name))]
-    pairs = f", or {'|'.join(SOLVERS)}_ALLOCATION" if solvers else ""
-    check_known("criteria", ", ".join(CRITERIA) + pairs, unknown)
-    check_lists(config, "seeds", "criteria", "allocations", "sparsities")
-    for name in ("criteria", "allocations", "sparsities"):
-        retrained = getattr(config, f"retrain_{name}", None) or ()
+    criteria = {*config.criteria, *(config.retrain_criteria or ())}
+    unknown = [name for name in criteria - {*CRITERIA} if not (solvers and named(name))]
+    if unknown:
+        pairs = f", or {'|'.join(SOLVERS)}_ALLOCATION" if solvers else ""
+        raise ValueError(
+            f"criteria must be of {', '.join(CRITERIA)}{pairs}, got "
+            f"{', '.join(unknown)}"
+        )
+    for name in ("seeds", "criteria", "allocations", "sparsities"):
         values = getattr(config, name)
-        if not {*retrained} <= {*values}:
-            raise ValueError(f"retrain_{name} must be of {name}, got {retrained}")
-    rules.check(_RULES, **vars(config))
-    if config.energy is not None:
-        records.check_country(config.energy)
-
-
-_RULES = (
-    rules.within(
-        *("retrain_steps", 0, math.inf),
-        "retrain_steps must be >= 0, got {retrain_steps}",
-    ),
-    # Its sparsity rises between a twentieth and three fifths of these steps.
-    Rule(
-        lambda v: GRADUAL not in v.criteria or not 0 < v.retrain_steps < 10,
-        "gradual prunes within the retrain_steps, which must be at least 10, got "
-        "{retrain_steps}",
-    ),
-    *(at_least(name, 1) for name in ("batch_size", "steps", "checkpoint_every")),
-    *(over_zero(name) for name in ("learning_rate", "retrain_learning_rate")),
-    rules.within(
-        *("show_sparsity", 0, 1), "show_sparsity must be in [0, 1], got {show_sparsity}"
-    ),
-)
+        if not values or len({*values}) != len(values):
+            raise ValueError(f"{name} must be named once each, got {values}")
+        more = getattr(config, f"retrain_{name}", None) or ()
+        if not {*more} <= {*values}:
+            raise ValueError(f"retrain_{name} must be of {name}, got {more}")
+    for share in config.sparsities:
+        if not 0 < share < 1:
+            raise ValueError(
+                f"sparsities must be in (0, 1), got {share}; the dense model is always "
+                "measured"
+            )
+    # A gradual sparsity rises between a twentieth and three fifths of these steps.
+    fewest = 10 if GRADUAL in config.criteria and config.retrain_steps else 0
+    if not config.retrain_steps >= fewest:
+        raise ValueError(
+            f"retrain_steps must be at least {fewest}, got {config.retrain_steps}"
+        )
+    counts = ("batch_size", "steps", "checkpoint_every")
+    for name in (*counts, "learning_rate", "retrain_learning_rate"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be over 0, got {value}")
+    if not min(config.seeds) >= 0:
+        raise ValueError(f"seeds must be at least 0, got {config.seeds}")

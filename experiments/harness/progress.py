@@ -1,8 +1,4 @@
-"""Losses on their way from the device: a window is fetched when the next is full.
-
-So the device never waits for the host, and is never two windows behind it. The bar
-counts the steps that the device has done.
-"""
+"""What a training loop reports: the mean loss and the rate of a window."""
 
 import collections
 import time
@@ -20,10 +16,11 @@ _MOST_AHEAD = 8
 
 
 class Progress:
-    """What a training loop reports while it runs; a context that shows how far it is.
+    """Losses on their way from the device; a context that shows how far the run is.
 
     Attributes:
       label: names the run on the bar and in errors.
+      write: gets each window's metrics.
     """
 
     def __init__(
@@ -34,25 +31,17 @@ class Progress:
         start: int,
         steps: int,
     ) -> None:
-        """Prepares; nothing is shown before the context is entered.
-
-        `write` gets each window's metrics; `start` steps of `steps` were done before.
-        """
-        self.label = label
-        self.write = write or (lambda metrics: None)
-        self._start, self._steps = start, steps
-        self._bar: Any = None
-        self._open: list[jax.Array] = []
-        self._closed: list[tuple[int, list[jax.Array]]] = []
+        """Shows the bar; `start` steps of `steps` were done before."""
+        self.label, self.write = label, write or (lambda metrics: None)
+        self._bar = console_progress.Progress(
+            steps, label, done=start, shown=processes.is_first()
+        )
+        self._losses: list[jax.Array] = []
         self._ahead: collections.deque[Any] = collections.deque()
-        self._tokens_per_step = 0
-        self._timed = 0  # steps since the clock started
+        self._tokens = 0
         self._clock: float | None = None
 
     def __enter__(self) -> "Progress":
-        self._bar = console_progress.Progress(
-            self._steps, self.label, done=self._start, shown=processes.is_first()
-        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,16 +49,15 @@ class Progress:
 
     def add(self, loss: jax.Array, tokens: int) -> None:
         """Takes the loss of a step, a device scalar, and the number of its tokens."""
-        self._open.append(loss)
+        self._losses.append(loss)
         self._ahead.append(loss)
-        self._tokens_per_step = tokens
-        # The first step compiles; the rate counts from its end.
-        self._show_done(0 if self._clock is None else _MOST_AHEAD)
+        self._show_done(_MOST_AHEAD)
         if self._clock is None:
+            # The first step compiles: the rate counts from its end.
+            self._show_done(0)
             self.restart_clock()
-            # The step that compiled is in no rate: it is taken off when its window is
-            # fetched.
-            self._timed = -1
+        else:
+            self._tokens += tokens
 
     def _show_done(self, ahead: int) -> None:
         """Counts the steps that are done, and waits while more than `ahead` are not."""
@@ -79,27 +67,13 @@ class Progress:
 
     def restart_clock(self) -> None:
         """Counts time and tokens anew, at a moment when no step is running."""
-        self._clock, self._timed = time.perf_counter(), 0
+        self._clock, self._tokens = time.perf_counter(), 0
 
-    def close(self, step: int) -> None:
-        """Ends a window after this step and reports the one before."""
-        self._closed.append((step, self._open))
-        self._open = []
-        while len(self._closed) > 1:
-            self.write(self._fetch())
-
-    def finish(self, more: Callable[[], Mapping[str, Any]] | None = None) -> None:
-        """Reports the window that was closed last, with what `more` returns."""
+    def report(self, step: int, more: Callable[[], Mapping[str, Any]] | None) -> None:
+        """Reports the steps since the last report, with what `more` returns."""
         self._show_done(0)
-        metrics = self._fetch()
-        self.write({**metrics, **(more() if more else {})})
-        self.restart_clock()
-
-    def _fetch(self) -> dict[str, Any]:
-        """Waits for the oldest window and gives its metrics."""
-        step, losses = self._closed.pop(0)
-        values = np.asarray(jax.device_get(losses), np.float64)
-        seconds = time.perf_counter() - (self._clock or 0.0)
+        values = np.asarray(jax.device_get(self._losses), np.float64)
+        self._losses = []
         if not np.isfinite(values).all():
             wrong = int(np.argmin(np.isfinite(values)))
             first = step - len(values) + 1 + wrong
@@ -107,15 +81,9 @@ class Progress:
                 f"{self.label}: the loss must be finite, got {values[wrong]} at step "
                 f"{first}; lower the learning rate"
             )
-        self._timed += len(values)
-        timed_steps = self._timed
-        # The window behind this one may be done too; its steps fill the same seconds.
-        newest: Any = self._closed[0][1][-1] if self._closed else None
-        if newest is not None and newest.is_ready():
-            timed_steps += len(self._closed[0][1])
+        rate = self._tokens / (time.perf_counter() - (self._clock or 0.0)) or None
         loss = float(values.mean())
-        rate = (
-            timed_steps * self._tokens_per_step / seconds if timed_steps > 0 else None
-        )
         self._bar.note(f"loss {loss:.3f}")
-        return {"step": step, "loss": loss, "tokens_per_second": rate}
+        metrics = {"step": step, "loss": loss, "tokens_per_second": rate}
+        self.write({**metrics, **(more() if more else {})})
+        self.restart_clock()

@@ -6,7 +6,6 @@ import datetime
 import json
 import shlex
 import sys
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,20 @@ import tyro
 from jax.sharding import Mesh
 
 import jaxprune as jp
-from experiments import report
-from experiments.harness import manifest, records, run_dir
-from experiments.harness.criteria import averages
+from experiments.harness import records
 from experiments.harness.plan import Plan
-from experiments.harness.solvers import rankings
 from experiments.harness.sweep import METRICS, Seed
 from experiments.harness.task import Task
-from experiments.report import findings
-from experiments.report import results as results_
+from experiments.report import page
+from experiments.report import sweep as sweep_report
 from jaxprune.arrays import processes
 from jaxprune.arrays.console_progress import Progress
+from jaxprune.files import atomic
 from jaxprune.typing import Prunable
 
 
 def from_command_line(main: Callable[[Any], object], config: type) -> None:
-    """Runs an experiment with the flags given; a refusal is one line and status 1."""
+    """Runs an experiment with the flags given; an error is one line and status 1."""
     try:
         main(tyro.cli(config))
     except (ValueError, OSError, ImportError, FloatingPointError) as problem:
@@ -39,75 +36,64 @@ def from_command_line(main: Callable[[Any], object], config: type) -> None:
 
 def run(
     name: str,
-    config: Any,
+    out: Path,
     identity: dict[str, Any],
     cells: Callable[[], dict[str, Any]],
-    show: Callable[[dict[str, Any], Path], str],
+    report: Callable[[dict[str, Any]], page.Report],
     *,
     grows: bool = False,
-    command_line: str | None = None,
 ) -> Path:
     """Does an experiment, or what is left of it; returns the path of its results.json.
 
     Args:
       name: name of the experiment's module in `experiments`.
-      config: configuration of the experiment; `out` is the directory.
+      out: directory of the run.
       identity: settings that must be the same for a run to continue; JSON-able.
       cells: function that does what is missing and returns the numbers of all.
-      show: function that writes tables and figures of the results to a directory, and
-        returns the text to print.
+      report: function of results to what is shown of them.
       grows: whether other seeds or sparsities add to a finished run.
-      command_line: command that makes the run, where it is not the module's own.
 
     Raises:
-      ValueError: the directory holds another run, or another experiment's.
+      ValueError: the directory holds another run.
       OSError: the directory cannot be written to, or another process runs there.
     """
-    out = config.out
     path = out / "results.json"
-    with run_dir.locked(out):
-        continues = run_dir.begun(out, identity)
-        if continues and not grows and processes.on_first(path.exists):
-            _say(
-                f"'{out}' is finished: see report.html there; give another --out to "
-                "run anew."
-            )
+    # One config.json for good: cells of two experiments must not meet in one directory.
+    job = {"experiment": name, **identity}
+    with contextlib.ExitStack() as lock:
+        # The lock is the kernel's, on an open file: it goes with the process, however
+        # that ends.
+        processes.on_first(lambda: lock.enter_context(atomic.locked(out)))
+        processes.on_first(lambda: atomic.begin_or_resume(out / "config.json", job))
+        finished = processes.on_first(path.exists)
+        if finished and not grows:
+            _say(f"'{out}' is finished: see report.html there; another --out runs anew")
             return path
-        # Also of a run that grows: cells of two experiments must not meet in one file.
-        earlier_name = processes.on_first(lambda: _experiment(path)) or name
-        if earlier_name != name:
-            raise ValueError(
-                f"'{out}' holds the results of {earlier_name}; give another --out"
-            )
         content = cells()
-        results = {
-            "format": results_.FORMAT,
-            "name": name,
-            "command": command_line or command(f"experiments.{name}", config),
-            "config": identity,
-            **_circumstances(),
-            **content,
-        }
 
         def write() -> str:
-            # Where nothing was done, what made the cells is what made them before.
-            before = json.loads(path.read_text()) if path.exists() else {}
-            unchanged = all(
-                before.get(name) == value for name, value in content.items()
-            )
-            kept: dict[str, Any] = before if unchanged else results
-            shown = show(kept, out)
-            # After the tables and figures: results.json says that the report is whole.
-            records.write_json(path, kept)
+            now = datetime.datetime.now(datetime.UTC)
+            results = {
+                "name": name,
+                "command": shlex.join(["python", *sys.orig_argv[1:]]),
+                "config": identity,
+                "versions": records.versions(),
+                "device": records.device(),
+                "finished": now.isoformat(timespec="seconds"),
+                **content,
+            }
+            if finished:
+                before = json.loads(path.read_text())
+                # Where nothing was done, what made the cells is what made them before.
+                if all(before.get(key) == value for key, value in content.items()):
+                    results = before
+            shown = page.write(results, out, report(results))
+            # After the report: results.json says that it is whole.
+            atomic.replace_json(path, results)
             return shown
 
         _say(processes.on_first(write))
     return path
-
-
-def _experiment(path: Path) -> str | None:
-    """Which experiment's results these are."""
-    return json.loads(path.read_text()).get("name") if path.exists() else None
 
 
 def sweep(
@@ -136,83 +122,39 @@ def sweep(
     """
 
     def cells() -> dict[str, Any]:
-        seeds, phases = _seeds(plan, task, config.out, identity, mesh)
-        # What tracking costs in the life cycle depends on how many averages were held.
-        averages_held = sorted(averages(rankings(plan.criteria)))
-        return {
-            "seeds": seeds,
-            "phases": phases,
-            "averages": averages_held,
-            **more(seeds),
-        }
+        numbers, writes = identity["seeds"], processes.is_first()
+        stages = len(numbers) * (plan.stages() + task.begins_trained)
+        log = records.MetricsLog(config.out / METRICS) if writes else None
+        seeds, phases = [], []
+        with Progress(stages, "run", unit="stage", shown=writes) as progress:
+            for number in numbers:
+                seed = Seed(
+                    number, plan, task, config.out, log, identity, progress, mesh
+                )
+                seeds.append(seed.run())
+                phases += records.summed(seed.stages.phases)
+        return {"seeds": seeds, "phases": phases, **more(seeds)}
 
-    def show(results: dict[str, Any], out: Path) -> str:
-        report.write_report(results, out)
-        page = out / "report.html"
-        return "\n".join([*findings.headline(results), "", f"report: {page}"])
-
-    return run(name, config, identity, cells, show)
+    return run(name, config.out, identity, cells, sweep_report.report)
 
 
 def identity_of(config: Any, plan: Plan, **specifics: Any) -> dict[str, Any]:
     """What must be the same for a run of `sweep` to continue; JSON-able."""
-    return manifest.as_json(
-        {
-            "preset": getattr(config, "preset", None),
-            "dtype": config.dtype,
-            "seeds": config.seeds[:1] if config.smoke else config.seeds,
-            "smoke": config.smoke,
-            **specifics,
-            # Defaults that a preset filled in are in the plan, so a changed preset is
-            # noticed.
-            **dataclasses.asdict(plan),
-        }
-    )
+    return {
+        "preset": getattr(config, "preset", None),
+        "dtype": config.dtype,
+        "seeds": config.seeds[:1] if config.smoke else config.seeds,
+        "smoke": config.smoke,
+        **specifics,
+        # Defaults that a preset filled in are in the plan, so a changed preset is
+        # noticed.
+        **dataclasses.asdict(plan),
+    }
 
 
 def _say(text: str) -> None:
     if processes.is_first():
         print(text)
-
-
-def _seeds(
-    plan: Plan, task: Task, out: Path, identity: dict[str, Any], mesh: Mesh | None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What results.json holds of each seed, and what the phases cost."""
-    numbers, seeds, phases = identity["seeds"], [], []
-    writes = processes.is_first()
-    stages = plan.stages() + task.begins_trained  # a trained model is measured first
-    with contextlib.ExitStack() as opened:
-        log = None
-        if writes:
-            log = opened.enter_context(records.MetricsLog(out / METRICS))
-        progress = opened.enter_context(
-            Progress(len(numbers) * stages, "run", unit="stage", shown=writes)
-        )
-        for number in numbers:
-            seed = Seed(number, plan, task, out, log, identity, progress, mesh)
-            seeds.append(seed.run())
-            phases += _summed(seed.stages.phases)
-    return seeds, phases
-
-
-def _summed(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One phase a name: costs added up, the peak of memory, the mean rate."""
-    merged: dict[str, dict[str, Any]] = {}
-    for phase in phases:
-        if phase["name"] not in merged:
-            merged[phase["name"]] = dict(phase)
-            continue
-        total = merged[phase["name"]]
-        # Rates do not add: tokens and seconds do, and their ratio is the mean rate.
-        tokens = [(p["tokens_per_second"] or 0) * p["seconds"] for p in (total, phase)]
-        for field in ("seconds", "energy_kwh", "co2_kg"):
-            if phase[field] is not None:
-                total[field] = (total[field] or 0) + phase[field]
-        total["tokens_per_second"] = sum(tokens) / total["seconds"] or None
-        peaks = [p["peak_memory_bytes"] or 0 for p in (total, phase)]
-        total["peak_memory_bytes"] = max(peaks) or None
-    return list(merged.values())
 
 
 def described(task: Task, prunable: Prunable) -> dict[str, Any]:
@@ -233,16 +175,6 @@ def described(task: Task, prunable: Prunable) -> dict[str, Any]:
     }
 
 
-def _circumstances() -> dict[str, Any]:
-    """What results.json says of the machine, the versions and the moment."""
-    now = datetime.datetime.now(datetime.UTC)
-    return {
-        "versions": records.versions(),
-        "device": records.device(),
-        "finished": now.isoformat(timespec="seconds"),
-    }
-
-
 def costs(
     cells: list[dict[str, Any]],
     model: dict[str, Any],
@@ -253,13 +185,9 @@ def costs(
     `flops` is of a token: dense for None, else for the fraction removed of each leaf.
     """
     sizes = {name: leaf["size"] for name, leaf in model["leaves"].items()}
-    reference = cells[0]
     rows = []
     for cell in cells:
-        if (cell["criterion"], cell["allocation"]) != (
-            reference["criterion"],
-            reference["allocation"],
-        ):
+        if any(cell[key] != cells[0][key] for key in ("criterion", "allocation")):
             continue
         removed = cell["sparsity_by_leaf"]
         packed = sum(
@@ -279,39 +207,3 @@ def costs(
             }
         )
     return rows
-
-
-def command(module: str, config: Any) -> str:
-    """The command line of a configuration, without what is its default."""
-    first, words = ["python", "-m", module], []  # positional values first, then flags
-    kinds = typing.get_type_hints(type(config), include_extras=True)
-    for field in dataclasses.fields(config):
-        value, default = getattr(config, field.name), _default(field)
-        # The shortest command that makes the same run, fit to be read in a report.
-        if value == default or field.name == "distributed":
-            continue
-        if tyro.conf.Positional in getattr(kinds[field.name], "__metadata__", ()):
-            first.append(str(value))
-            continue
-        words += _flags(field.name, value, default)
-    return shlex.join([*first, *words])
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    made = field.default_factory
-    return field.default if made is dataclasses.MISSING else made()
-
-
-def _flags(name: str, value: Any, default: Any) -> list[str]:
-    """The words of one field, or of what differs within it."""
-    if dataclasses.is_dataclass(value):
-        words: list[str] = []
-        for field in dataclasses.fields(value):
-            inner, usual = getattr(value, field.name), getattr(default, field.name)
-            if inner != usual:
-                words += _flags(f"{name}.{field.name}", inner, usual)
-        return words
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]

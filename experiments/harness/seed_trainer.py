@@ -22,7 +22,7 @@ from experiments.harness.task import Task
 
 
 class SeedTrainer:
-    """Trains and retrains; a run found in the directory continues."""
+    """Trains and retrains; a run in the directory continues."""
 
     def __init__(
         self,
@@ -48,28 +48,31 @@ class SeedTrainer:
 
     def train(
         self, evaluate: Callable[[training.TrainState], Mapping[str, Any]]
-    ) -> dict[str, float]:
-        """Trains the dense model, its checkpoints in "train".
+    ) -> dict[str, int]:
+        """Trains the dense model, its checkpoints in "train"; returns its tokens.
 
         `evaluate` maps the state to what is reported on the way, as often as the task
-        looks. Returned are the tokens of this start and their share of all, as of
-        `_fit`.
+        looks.
         """
-        plan, (tx, step_fn) = self._plan, self._watching
+        tx, step_fn = self._watching
         state = training.init(self._task.init(self._seed), tx, mesh=self._mesh)
-        # As many looks whatever the length, so curves of all presets are alike.
-        evaluate_every = max(plan.steps // self._task.looks.times, 1)
-        return self._fit(
-            "train", state, step_fn, plan.steps, 0, evaluate, evaluate_every
-        )[1]
+        return self._fit("train", state, step_fn, evaluate)[1]
 
     def watched(self) -> Watched:
         """The trained parameters and what was tracked on the way to them."""
         tx, _ = self._watching
         target = training.abstract(self._task.shapes, tx, mesh=self._mesh)
-        state = checkpoint.restore(self._directory / "train", target).state
-        tracked = jp.get_importance(state.opt_state)
-        adam = tracked
+        trained = checkpoint.restore(
+            self._directory / "train", target, configuration=self._stage("train")
+        )
+        assert trained is not None
+        state = trained.state
+        # Without a criterion that needs them nothing was tracked.
+        tracked = adam = (
+            jp.get_importance(state.opt_state)
+            if averages(rankings(self._plan.criteria))
+            else jp.Importance()
+        )
         if "preconditioned_adam" in rankings(self._plan.criteria):
             # Adam's nu: an average of the squared gradients after the clipping.
             square = jp.get_importance(state.opt_state[ADAMW]).square
@@ -85,8 +88,8 @@ class SeedTrainer:
 
     def retrain(
         self, stage: str, params: Any, masks: Callable[[], Any]
-    ) -> tuple[Any, dict[str, float]]:
-        """The parameters after `retrain_steps` steps with masks, and what was done.
+    ) -> tuple[Any, dict[str, int]]:
+        """The parameters after `retrain_steps` steps with masks, and their tokens.
 
         `masks` makes the masks, so that they are held only while they are needed.
         """
@@ -105,13 +108,13 @@ class SeedTrainer:
         tx = jp.keep_masks(inner, kept)
         state = training.init(pruned, tx, mesh=self._mesh)
         del kept, pruned, tx  # the state has them
-        state, costs = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
-        return state.params, costs
+        state, tokens = self._fit(stage, state, step_fn)
+        return state.params, tokens
 
     def prune_gradually(
         self, stage: str, params: Any, sparsity: float, allocation: str
-    ) -> tuple[Any, dict[str, float]]:
-        """The parameters after `retrain_steps` steps that prune, and what was done."""
+    ) -> tuple[Any, dict[str, int]]:
+        """The parameters after `retrain_steps` steps that prune, and their tokens."""
         plan = self._plan
         tx, step_fn = _gradual(
             self._task,
@@ -121,30 +124,31 @@ class SeedTrainer:
             allocation,
         )
         state = training.init(jax.tree.map(jnp.copy, params), tx, mesh=self._mesh)
-        state, costs = self._fit(stage, state, step_fn, plan.retrain_steps, plan.steps)
-        return state.params, costs
+        state, tokens = self._fit(stage, state, step_fn)
+        return state.params, tokens
+
+    def _stage(self, stage: str) -> dict[str, Any]:
+        return {**self._identity, "stage": stage}
 
     def _fit(
         self,
         stage: str,
         state: training.TrainState,
         step_fn: training.StepFunction,
-        steps: int,
-        offset: int,
         evaluate: Any = None,
-        evaluate_every: int = 1,
-    ) -> tuple[training.TrainState, dict[str, float]]:
-        """The state after the last step, and what of the steps this start has done.
-
-        These are the tokens from where it began, which its seconds are of, and their
-        share of all.
-        """
+    ) -> tuple[training.TrainState, dict[str, int]]:
+        """The state after the last step, and the tokens of this start."""
         plan, log = self._plan, self._log
+        dense = stage == "train"
+        steps = plan.steps if dense else plan.retrain_steps
+        # Retraining goes on behind the last training batch, and sees no batch twice.
+        offset = 0 if dense else plan.steps
         labels = {"phase": stage, "seed": self._seed}
-        first_step = [0]  # a cell that the closure below writes to
+        first_step = 0
 
         def begin(step: int) -> None:
-            first_step[:] = [step]
+            nonlocal first_step
+            first_step = step
             if log is not None:
                 # What was reported past the checkpoint is about to be reported again.
                 log.resume(step, **labels)
@@ -156,22 +160,19 @@ class SeedTrainer:
         state = training.train(
             state,
             step_fn,
-            # Retraining goes on behind the last training batch, and sees no batch
-            # twice.
             lambda step: self._batches(offset + step),
             steps=steps,
             key=jax.random.key(self._seed),
             checkpoints=training.Checkpoints(
-                self._directory / stage,
-                {**self._identity, "stage": stage},
-                plan.checkpoint_every,
+                self._directory / stage, self._stage(stage), plan.checkpoint_every
             ),
             reports=training.Reports(
                 report,
                 begin,
                 max(min(50, steps // 10), 1),
                 evaluate,
-                evaluate_every,
+                # As many looks whatever the length, so curves of all presets are alike.
+                max(steps // self._task.looks.times, 1) if dense else 1,
                 label=f"seed {self._seed} {stage.replace('/', ' ')}",
             ),
             mesh=self._mesh,
@@ -179,8 +180,8 @@ class SeedTrainer:
             donate=True,
         )
         # Of the steps of this start alone, as the seconds are.
-        tokens = (steps - first_step[0]) * plan.batch_size * self._task.length
-        return state, {"tokens": tokens, "share": 1 - first_step[0] / steps}
+        tokens = (steps - first_step) * plan.batch_size * self._task.length
+        return state, {"tokens": tokens}
 
 
 @functools.cache

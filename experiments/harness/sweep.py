@@ -10,11 +10,10 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -22,12 +21,10 @@ import jaxprune as jp
 from experiments.harness import device_mesh, training
 from experiments.harness.criteria import CRITERIA, GRADUAL, Watched
 from experiments.harness.plan import Cell, Plan
-from experiments.harness.records import MetricsLog
+from experiments.harness.records import MetricsLog, Stages
 from experiments.harness.seed_trainer import SeedTrainer
 from experiments.harness.solvers import SOLVERS, named
-from experiments.harness.stages import Stages
-from experiments.harness.task import Solvable, Task
-from experiments.harness.watched_weights import sampled_weights, values
+from experiments.harness.task import Task
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.arrays.processes import on_first
 from jaxprune.typing import Prunable
@@ -91,7 +88,10 @@ class Seed:
     def run(self) -> dict[str, Any]:
         """Every stage in order, or what is left of them."""
         # Before training: how much fine-tuning itself changed both texts.
-        start = self._once("start", self._begun) if self.task.begins_trained else None
+        start = None
+        if self.task.begins_trained:
+            begun = self.trainer.start
+            start = self._once("start", lambda: self._measured(begun()))
         watched = self._train()
         dense = {"steps": self.plan.steps}
         dense |= self._once("dense", lambda: self._measured(watched.params))
@@ -103,27 +103,16 @@ class Seed:
             "start": start,
             "dense": dense,
             "control": control,
-            "curve": _points(self._lines()),
+            "curve": self._curve(),
             "cells": cells,
             "samples": samples,
-            "weights": self._once("weights", lambda: self._weights(watched)),
         }
-
-    def _begun(self) -> dict[str, Any]:
-        """What is measured of a trained model before it is trained on."""
-        return self._measured(self.trainer.start())
 
     def _train(self) -> Watched:
         """The dense model and what was tracked while it was trained."""
-        sampled = sampled_weights(
-            self.task.shapes, self.seed, self._first_allocation()[1]
-        )
 
         def evaluate(state: training.TrainState) -> dict[str, Any]:
-            return {
-                "validation_loss": self.curve_loss(state.params),
-                "weights": values(state.params, sampled),
-            }
+            return {"validation_loss": self.curve_loss(state.params)}
 
         self._once("train", lambda: self.trainer.train(evaluate))
         return self.trainer.watched()
@@ -131,7 +120,7 @@ class Seed:
     def _retrained(
         self,
         stage: str,
-        train: Callable[[str], tuple[Any, dict[str, float]]],
+        train: Callable[[str], tuple[Any, dict[str, int]]],
         then: Callable[[Any], dict[str, Any]] = lambda params: {},
     ) -> dict[str, Any]:
         """What is measured after `retrain_steps` more steps, taken by `train`."""
@@ -170,9 +159,6 @@ class Seed:
         loss = self.loss(params)
         return {"loss": loss, **self.task.measured(params, loss, self._mean)}
 
-    def _first_allocation(self) -> tuple[jp.allocation.Name, Prunable]:
-        return self.task.allocations[self.plan.allocations[0]]
-
     def _masks(self, watched: Watched, cell: Cell) -> Any:
         """What a criterion keeps of the leaves that an allocation is about."""
         ranked, prunable = self.task.allocations[cell.allocation]
@@ -202,7 +188,7 @@ class Seed:
 
     def _pruned_and_trained(
         self, stage: str, watched: Watched, cell: Cell
-    ) -> tuple[Any, dict[str, float]]:
+    ) -> tuple[Any, dict[str, int]]:
         """The parameters after the steps that follow training, and what was done."""
         if cell.criterion == GRADUAL:
             return self.trainer.prune_gradually(
@@ -224,7 +210,7 @@ class Seed:
             solver = named(cell.criterion)
             assert solver is not None
             prunable = self.task.allocations[cell.allocation][1]
-            params = cast(Solvable, self.task).solved(
+            params = self.task.solved(
                 watched.params,
                 method=SOLVERS[solver.method](),
                 sparsity=cell.sparsity,
@@ -281,50 +267,20 @@ class Seed:
     def _sample(self, label: str, params: Any) -> dict[str, Any]:
         return self.task.shown(params, label, self.plan.sample_length)
 
-    def _lines(self) -> list[dict[str, Any]]:
-        """What the dense run reported, read back by the first process."""
+    def _curve(self) -> list[dict[str, Any]]:
+        """What the dense run reported: a dict for each step with a loss."""
+        names = ("step", "loss", "validation_loss")
 
         def read() -> list[dict[str, Any]]:
-            reports = map(json.loads, self.metrics.read_text().splitlines())
+            lines = map(json.loads, self.metrics.read_text().splitlines())
             return [
-                x for x in reports if (x["phase"], x["seed"]) == ("train", self.seed)
+                {name: line.get(name) for name in names}
+                for line in lines
+                if (line["phase"], line["seed"]) == ("train", self.seed)
+                and line.get("loss") is not None
             ]
 
         return on_first(read)
-
-    def _weights(self, watched: Watched) -> dict[str, Any]:
-        """How sampled weights moved, and which of them each criterion keeps."""
-        sampled = sampled_weights(
-            watched.params, self.seed, self._first_allocation()[1]
-        )
-        # Looks have the sampled weights, reports between them the loss alone.
-        rows = [line for line in self._lines() if "weights" in line]
-        names = list(jp.tree.named_leaves(watched.params))
-        kept = {}
-        # Solvers are left out: they move weights, and keep is not a matter of rank.
-        for criterion in filter(CRITERIA.__contains__, self.plan.criteria):
-            allocation, sparsity = self.plan.allocations[0], self.plan.show_sparsity
-            masks = self._masks(watched, Cell(criterion, allocation, sparsity))
-            kept[criterion] = [bool(bit) for bit in values(masks, sampled)]
-        return {
-            "steps": [row["step"] for row in rows],
-            "names": [f"{names[leaf]}[{index}]" for leaf, index in sampled],
-            # (weights, steps): a row is the path of one weight.
-            "values": np.array([row["weights"] for row in rows]).T.tolist(),
-            "averages": values(watched.tracked.weight, sampled),
-            "kept": kept,
-            "sparsity": self.plan.show_sparsity,
-        }
-
-
-def _points(reported: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The curve of the dense run: a dict for each step with a loss."""
-    names = ("step", "loss", "validation_loss")
-    return [
-        {name: line.get(name) for name in names}
-        for line in reported
-        if line.get("loss") is not None
-    ]
 
 
 def _named(stage: str, measured: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 from experiments.harness import checkpoint, device_mesh
 from experiments.harness.progress import Progress
 from jaxprune.arrays import placement
-from jaxprune.files import atomic
 
 Batch: TypeAlias = tuple[Any, np.ndarray]
 """Inputs and targets, int32 (batch, context); inputs may be a tree of arrays."""
@@ -223,7 +222,7 @@ def train(
     prefetch: Prefetch = in_order,
     donate: bool = False,
 ) -> TrainState:
-    """Trains to a step, from the directory's last whole checkpoint if there is one.
+    """Trains to a step, from the directory's last checkpoint if there is one.
 
     Everything is reported before the checkpoint that follows it, and the reports' steps
     do not depend on where a run was interrupted: keep what was reported up to the step
@@ -247,21 +246,16 @@ def train(
       The state after the last step.
 
     Raises:
-      ValueError: the directory holds a run of another configuration or a longer one, or
-        what `checkpoint.restore` raises; a number of steps out of range.
+      ValueError: the directory holds a run of another configuration or a longer one.
       FloatingPointError: the loss is not finite.
     """
     reports = reports or Reports()
-    intervals = [reports.every, reports.evaluate_every]
-    if checkpoints is not None:
-        intervals.append(checkpoints.every)
-    listed = ", ".join(map(str, intervals))
-    if not (steps >= 0 and min(intervals) >= 1):
+    state, start = _begin(state, checkpoints, donate)
+    if not start <= steps:
         raise ValueError(
-            f"train needs steps >= 0 and intervals >= 1, got steps={steps} and "
-            f"intervals of {listed}"
+            f"{reports.label}: a checkpoint of step {start} is past the {steps} steps "
+            "asked for; ask for more, or give another directory"
         )
-    state, start = _begin(state, checkpoints, steps, reports.label, donate)
     # Else the first step's state and the second's would be two signatures, compiled
     # twice.
     state = placement.committed(state)
@@ -284,9 +278,7 @@ def train(
             measure = reports.evaluate if evaluates else None
             # Windows end at the same steps whether or not the run was interrupted.
             if saving or measure or _due(step, reports.every, steps):
-                progress.close(step)
-            if saving or measure or step == steps:
-                progress.finish(measure and functools.partial(measure, state))
+                progress.report(step, measure and functools.partial(measure, state))
             if saving and checkpoints is not None:
                 directory, configuration, _ = checkpoints
                 checkpoint.save(
@@ -302,40 +294,24 @@ def _due(step: int, interval: int, last: int) -> bool:
 
 
 def _begin(
-    state: TrainState,
-    checkpoints: Checkpoints | None,
-    steps: int,
-    label: str,
-    donate: bool,
+    state: TrainState, checkpoints: Checkpoints | None, donate: bool
 ) -> tuple[TrainState, int]:
     """The state and step to continue from; the caller's own arrays only if donated."""
-    snapshot = checkpoints and checkpoint.latest(checkpoints.directory)
-    if checkpoints is None or snapshot is None:
-        # The step donates its state: a caller that keeps its own needs a copy to be
-        # used up.
-        initial = state if donate else jax.tree.map(jnp.copy, state)
-        return initial, int(state.step)
-    different = atomic.differences(snapshot.configuration, checkpoints.configuration)
-    if different:
-        raise ValueError(
-            f"{label}: '{snapshot.path}' must be of the same configuration, but "
-            f"{'; '.join(different)}; give the old values, or another directory"
+    if checkpoints is not None:
+        directory, configuration, _ = checkpoints
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=leaf.sharding
+            ),
+            state,
         )
-    if not snapshot.step <= steps:
-        raise ValueError(
-            f"{label}: '{snapshot.path}' must be of at most the {steps} steps asked "
-            f"for, got {snapshot.step}; ask for more, or give another directory"
-        )
-    if donate:
-        target = jax.tree.map(_without_numbers, state)
-        # Freed before the checkpoint is read, else both would be in memory.
-        jax.tree.map(lambda leaf: leaf.delete(), state)
-        state = target
-    return checkpoint.restore(checkpoints.directory, state).state, snapshot.step
-
-
-def _without_numbers(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        snapshot = checkpoint.restore(directory, target, configuration=configuration)
+        if snapshot is not None:
+            return snapshot.state, snapshot.step
+    # The step donates its state: a caller that keeps its own needs a copy to be used
+    # up.
+    initial = state if donate else jax.tree.map(jnp.copy, state)
+    return initial, int(state.step)
 
 
 def _put(arrays: tuple[Any, ...], mesh: Mesh | None) -> Any:

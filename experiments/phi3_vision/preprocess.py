@@ -16,15 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-
-try:
-    from PIL import Image
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "experiments.phi3_vision.preprocess needs the package pillow, which is "
-        "not installed; pip install '.[vision]'",
-        name="PIL",
-    ) from error
+from PIL import Image
 
 from experiments.phi3_vision.model import Phi3VisionConfig
 
@@ -288,15 +280,7 @@ def batch_prompts(prompts: Sequence[Prompt], side: int) -> Prompt:
       Tokens and sources int32 (batch, time), the sources counting through the pixels
       of all prompts, which lie behind each other.
 
-    Raises:
-      ValueError: the prompts are not of one length.
     """
-    lengths = {len(item.tokens) for item in prompts}
-    if len(lengths) != 1:
-        raise ValueError(
-            f"prompts of one batch must be of one length, got {sorted(lengths)}; "
-            "answer those of each length by themselves"
-        )
     views = np.cumsum([0, *(len(item.pixels) for item in prompts)])
     # Rows 0 and 1 are the separators, of all.
     sources = [

@@ -7,62 +7,34 @@ from experiments.phi3_vision.vision_model import Tokenizer
 
 SPECIAL = ("<unk>", "<s>", "<|end|>", "<|user|>", "<|assistant|>")
 
-_CPU = {
-    "model_type": "phi3_v",
-    "architectures": ["Phi3VForCausalLM"],
-    "vocab_size": 64,
-    "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 6,
-    "max_position_embeddings": 128,
-    "original_max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "sliding_window": 128,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "embd_layer": {
-        "embedding_cls": "image",
-        "hd_transform_order": "sub_glb",
-        "projection_cls": "mlp",
-        "use_hd_transform": True,
-        "with_learnable_separator": True,
-    },
-    "img_processor": {
-        "name": "clip_vision_model",
-        "image_dim_out": 128,
-        "num_img_tokens": 1,
-        "vision_config": {
-            "hidden_size": 128,
-            "intermediate_size": 512,
-            "num_hidden_layers": 5,
-            "num_attention_heads": 4,
-            "image_size": 28,
-            "patch_size": 14,
-        },
-    },
+
+def _config(
+    width: int, mlp_width: int, layers: int, heads: int, tower: dict[str, int]
+) -> dict[str, Any]:
+    clip = {"num_attention_heads": 4, "image_size": 28, "patch_size": 14, **tower}
+    return {
+        "model_type": "phi3_v",
+        "architectures": ["Phi3VForCausalLM"],
+        "vocab_size": 64,
+        "hidden_size": width,
+        "intermediate_size": mlp_width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 128,
+        "original_max_position_embeddings": 128,
+        "sliding_window": 128,
+        "tie_word_embeddings": False,
+        "img_processor": {"num_img_tokens": 1, "vision_config": clip},
+    }
+
+
+_TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 5}
+_SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+PRESETS: dict[str, dict[str, Any]] = {
+    "cpu": _config(192, 512, 4, 6, _TOWER),
+    "smoke": _config(48, 96, 1, 4, _SMALL),
 }
-_SMOKE = {
-    **_CPU,
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "img_processor": {
-        **_CPU["img_processor"],  # type: ignore[dict-item]
-        "image_dim_out": 32,
-        "vision_config": {
-            **_CPU["img_processor"]["vision_config"],  # type: ignore[index]
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-        },
-    },
-}
-PRESETS: dict[str, dict[str, Any]] = {"cpu": _CPU, "smoke": _SMOKE}
 """Name to config.json, as Hugging Face has it."""
 
 

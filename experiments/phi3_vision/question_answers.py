@@ -1,4 +1,4 @@
-"""Pictures with questions and answers: made here, in a directory, or from TFDS.
+"""Pictures with questions and answers: made here, or in a directory.
 
 A directory has `train.jsonl` and `validation.jsonl`, an object a line,
 
@@ -9,9 +9,9 @@ with the picture's path from the directory. Pictures are opened when a batch nee
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -53,27 +53,24 @@ class Asked(NamedTuple):
             return image.size
 
 
-def load(
-    data: str, *, data_dir: Path | None = None, fields: Sequence[str] = ()
-) -> dict[str, Sequence[Asked]]:
+def load(data: str, *, data_dir: Path | None = None) -> dict[str, Sequence[Asked]]:
     """Both splits of a data set, "train" and "validation".
 
     Args:
-      data: "picture_questions", "tfds:NAME", or a directory.
+      data: "picture_questions", or a directory.
       data_dir: directory of prepared data sets; TFDS's default if left out.
-      fields: names of a TFDS data set's features: picture, question and answer.
 
     Raises:
-      ValueError: a line, a feature or a picture is not what it must be.
+      ValueError: a line or a picture is not what it must be.
       FileNotFoundError: there is no such directory, or a picture is missing.
     """
-    if data != OWN and not data.startswith("tfds:"):
+    if data != OWN:
         return {split: _directory(Path(data), split) for split in SPLITS}
-    name = data.removeprefix("tfds:")
-    read = _of_tfds if data.startswith("tfds:") else examples
-    names = tuple(fields) or ("picture", "question", "answer")
     return {
-        split: [_asked(x, names, name) for x in read(name, split, data_dir)]
+        split: [
+            Asked(x["picture"], x["question"].decode(), x["answer"].decode())
+            for x in examples(OWN, split, data_dir)
+        ]
         for split in SPLITS
     }
 
@@ -92,41 +89,11 @@ def fingerprint(examples: Iterable[Asked]) -> str:
     return digest.hexdigest()
 
 
-def _asked(example: Mapping[str, Any], names: Sequence[str], data: str) -> Asked:
-    if missing := [name for name in names if name not in example]:
-        raise ValueError(
-            f"examples of {data} must have the features {', '.join(names)}, but lack "
-            f"{', '.join(missing)}; give --fields PICTURE QUESTION ANSWER of "
-            f"{', '.join(example)}"
-        )
-    picture, question, answer = (example[name] for name in names)
-    picture = np.asarray(picture)
-    if picture.ndim == 3 and picture.shape[2] == 1:
-        picture = np.repeat(picture, 3, axis=2)  # grey as (height, width, 3)
-    return Asked(picture, _text(question), _text(answer))
-
-
-def _text(value: Any) -> str:
-    """A text, or the first of several answers."""
-    if isinstance(value, np.ndarray | list | tuple) and len(value):
-        # VQA data sets have the answers of several people; the first is as good as any.
-        value = value[0]
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _of_tfds(name: str, split: str, data_dir: Path | None) -> list[Any]:
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    builder.download_and_prepare()
-    return list(builder.as_data_source(split))
-
-
 def _directory(directory: Path, split: str) -> list[Asked]:
     path = directory / f"{split}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
-            f"'{path}' does not exist; --data must be {OWN}, tfds:NAME, or a directory "
+            f"'{path}' does not exist; --data must be {OWN}, or a directory "
             f"with {' and '.join(f'{name}.jsonl' for name in SPLITS)}"
         )
     questions = [

@@ -8,22 +8,18 @@ was; a finished one says so. What it writes is described in experiments/README.m
 """
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any, Literal
 
 from jax.sharding import Mesh
 
 from experiments.harness import device_mesh, runner
-from experiments.harness.option_rules import at_least
 from experiments.harness.plan import Plan
 from experiments.phi3_vision import checkpoint, presets, question_answers
 from experiments.phi3_vision.task import PictureTask, without_gradient
 from experiments.phi3_vision.vision_model import Tokenizer, VisionModel
 from experiments.tasks import model_directory
-from jaxprune.arrays import rules
 from jaxprune.arrays.low_bit import Storage
-from jaxprune.arrays.rules import Rule
 from jaxprune.files import atomic
 
 Part = Literal["all", "decoder", "tower"]
@@ -33,27 +29,6 @@ FROZEN = {
     "projector": ("project_in/*", "project_out/*", "separator", "row_end"),
 }
 """What may be left as it is, by the globs of its leaves."""
-_RULES = (
-    at_least("held_out", 1),
-    rules.within(
-        *("lora", 1, math.inf), "lora must be a rank of at least 1, got {lora}"
-    ),
-    Rule(
-        lambda v: not (v.partly_trained and v.preconditioned_adam),
-        "preconditioned_adam needs Adam's moments of every weight, but with --frozen "
-        "or --lora there are none of some",
-        "take preconditioned_magnitude",
-    ),
-    Rule(
-        lambda v: not (v.lora and v.gradually),
-        "gradual prunes by Adam's moments of the weights, but with --lora there are "
-        "none; leave it out, or --retrain-steps 0",
-    ),
-    Rule(
-        lambda v: not {*v.frozen} & {*v.allocations},
-        "what is frozen is not pruned: leave {frozen_parts} out of --allocations",
-    ),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +39,8 @@ class Config:
       out: directory of the results; a run found there continues.
       preset: size of the model that is trained from nothing.
       model: a directory of Phi-3-vision to fine-tune in its place.
-      data: "picture_questions", made of what scikit-learn ships; "tfds:NAME"; or a
+      data: "picture_questions", made of what scikit-learn ships, or a
         directory with train.jsonl and validation.jsonl.
-      fields: the features of tfds:NAME that are picture, question and answer.
       held_out: at most so many questions are measured on.
       crops: at most so many crops of a picture; the model's if left out.
       frozen: what is not trained, nor pruned: "tower", "decoder", "projector".
@@ -104,7 +78,6 @@ class Config:
     preset: Literal["cpu"] = "cpu"
     model: Path | None = None
     data: str = question_answers.OWN
-    fields: tuple[str, ...] = ()
     held_out: int = 1000
     crops: int | None = None
     frozen: tuple[Literal["tower", "decoder", "projector"], ...] = ()
@@ -184,14 +157,19 @@ class Config:
         Raises:
           ValueError: a number is out of range, or what is frozen is to be pruned.
         """
-        rules.check(
-            _RULES,
-            partly_trained=bool(self.frozen or self.lora),
-            preconditioned_adam="preconditioned_adam" in self.criteria,
-            gradually="gradual" in self.criteria and self.retrain_steps > 0,
-            frozen_parts=", ".join(self.frozen),
-            **vars(self),
-        )
+        if (self.frozen or self.lora) and "preconditioned_adam" in self.criteria:
+            raise ValueError(
+                "preconditioned_adam needs Adam's moments of every weight, but with "
+                "--frozen or --lora there are none of some; take "
+                "preconditioned_magnitude"
+            )
+        if self.lora and "gradual" in self.criteria and self.retrain_steps > 0:
+            raise ValueError(
+                "gradual prunes by Adam's moments of the weights, but with --lora "
+                "there are none; leave it out, or --retrain-steps 0"
+            )
+        if both := {*self.frozen} & {*self.allocations}:
+            raise ValueError(f"what is frozen is not pruned, got {', '.join(both)}")
 
 
 def main(config: Config) -> Path:
@@ -238,9 +216,7 @@ def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
       ValueError: the pictures or the model's directory are not what they must be.
       OSError: something is missing, or cannot be read.
     """
-    splits = question_answers.load(
-        config.data, data_dir=config.data_dir, fields=config.fields
-    )
+    splits = question_answers.load(config.data, data_dir=config.data_dir)
     held_out = splits["validation"][: 64 if config.smoke else config.held_out]
     if config.model is None:
         name = "smoke" if config.smoke else config.preset

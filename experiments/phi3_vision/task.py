@@ -6,19 +6,17 @@ import fnmatch
 import functools
 import io
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from PIL import Image
 
 import jaxprune as jp
-from experiments.harness.optimizer import frozen, optimizer
-from experiments.harness.task import Looks, Mean
+from experiments.harness.task import Mean, Task
 from experiments.phi3_vision import preprocess
 from experiments.phi3_vision.model import unused
 from experiments.phi3_vision.question_answers import Asked
@@ -36,8 +34,8 @@ _SHOWN_SIZE = 256  # pixels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PictureTask:
-    """Answers to questions about pictures; a `task.Task`.
+class PictureTask(Task):
+    """Answers to questions about pictures.
 
     Attributes:
       model: the model's functions.
@@ -47,8 +45,7 @@ class PictureTask:
       frozen: globs of the leaves that are not trained.
       rank: rank of LoRA's change of each matrix; None trains in full.
       storage: how averages are held.
-      write: (leaves by name, place, provenance) writes a directory with these leaves;
-        None where the run's checkpoints are enough.
+      write: writer of the model's directory; see `Task`.
     """
 
     model: VisionModel
@@ -61,8 +58,9 @@ class PictureTask:
     write: Callable[[Mapping[str, jax.Array], Path, Mapping[str, Any]], None] | None = (
         None
     )
-    looks: ClassVar[Looks] = Looks()
-    begins_trained: ClassVar[bool] = False
+
+    # The default rule ranks matrices of a frozen tower; an allocation leaves them out.
+    ranks_frozen: ClassVar[bool] = True
 
     @functools.cached_property
     def allocations(self) -> Mapping[str, tuple[jp.allocation.Name, Prunable]]:
@@ -119,32 +117,6 @@ class PictureTask:
     def _text(self, example: Asked) -> str:
         return preprocess.chat(example.question, 1) + example.answer + "<|end|>"
 
-    @property
-    def shapes(self) -> Params:
-        """The parameters' shapes and types."""
-        return self.model.shapes
-
-    def init(self, seed: int) -> Params:
-        """The parameters before the first step."""
-        return self.model.init(seed)
-
-    def trained(self, name: str) -> bool:
-        """Whether a leaf is trained."""
-        return not any(fnmatch.fnmatchcase(name, glob) for glob in self.frozen)
-
-    def optimizer(
-        self, learning_rate: optax.ScalarOrSchedule, *, track: Collection[str]
-    ) -> optax.GradientTransformation:
-        """AdamW of the leaves that are trained; the others have no moments."""
-        return optimizer(
-            learning_rate,
-            track=track,
-            trained=self.trained,
-            rank=self.rank,
-            targets=self.allocations["all"][1],
-            storage=self.storage,
-        )
-
     def token_losses(self, params: Params, inputs: Any, targets: Any) -> jax.Array:
         """Nats of each target; those below 0 are none and cost nothing."""
         states = self.model.states(params, inputs)
@@ -152,18 +124,10 @@ class PictureTask:
         losses = cross_entropy(decoder, states, jnp.maximum(targets, 0))
         return jnp.where(targets >= 0, losses, 0)
 
-    def loss(self, params: Params, inputs: Any, targets: Any, key: Any) -> jax.Array:
-        """Mean nats of the answers' tokens, their end included."""
-        params = frozen(params, self.trained)
-        losses = self.token_losses(params, inputs, targets)  # (batch, time)
-        return losses.sum() / (targets >= 0).sum()
-
     def batches(
         self, batch_size: int, seed: int
     ) -> Callable[[int], tuple[Any, np.ndarray]]:
         """Examples drawn at random, a pure function of the step."""
-        if not self.train:
-            raise ValueError("a picture task needs examples to train on, got none")
 
         def batch(step: int) -> tuple[Any, np.ndarray]:
             philox = np.random.Philox(key=np.array([seed, step], np.uint64))
@@ -275,19 +239,6 @@ class PictureTask:
             for question in questions
         }
         return {"accuracy": float(right.mean()), "by_question": by_question}
-
-    def save(self, params: Params, out: Path, provenance: Mapping[str, Any]) -> None:
-        """Writes a directory like the one the model came from, if it came from one."""
-        if self.write is None:
-            return
-        # LoRA changed these leaves only; the others keep their bytes in the directory.
-        low_rank = self.allocations["all"][1] if self.rank is not None else None
-        changed = {
-            name: leaf
-            for name, leaf in jp.tree.named_leaves(params).items()
-            if self.trained(name) and (low_rank is None or low_rank(name, leaf))
-        }
-        self.write(changed, out, provenance)
 
     def text_only(self) -> dict[str, float]:
         """The best that can be done without pictures: each question's usual answer."""

@@ -11,7 +11,7 @@ Reference:
 """
 
 import dataclasses
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxprune.lm.models.decoder.block import Block
-from jaxprune.lm.models.decoder.config import (
-    DecoderConfig,
-    check_choice,
-    check_positive,
-)
+from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.decoder.layers import Norm
 
 ClipActivations = Literal["quick_gelu", "gelu"]
@@ -32,7 +28,7 @@ ClipActivations = Literal["quick_gelu", "gelu"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """The shape of a `ClipTower`; checked when it is made. Defaults are ViT-L/14-336's.
+    """The shape of a `ClipTower`. Defaults are ViT-L/14-336's.
 
     Attributes:
       image: height and width of an image, in pixels.
@@ -45,8 +41,6 @@ class ClipConfig:
       norm_epsilon: number that is added to the variance.
       dtype: type of the products, whatever the parameters' is.
 
-    Raises:
-      ValueError: a field is outside its range, or two do not fit.
     """
 
     image: int = 336
@@ -59,17 +53,6 @@ class ClipConfig:
     norm_epsilon: float = 1e-5
     dtype: Literal["float32", "bfloat16"] = "float32"
     norm: ClassVar[Literal["layer"]] = "layer"
-
-    def __post_init__(self) -> None:
-        """Checks every field."""
-        check_positive(self, "image", "patch", "layers", "width", "heads", "mlp_width")
-        for divisor, dividend in (("patch", "image"), ("heads", "width")):
-            if getattr(self, dividend) % getattr(self, divisor):
-                raise ValueError(
-                    f"ClipConfig needs {dividend} to be divisible by {divisor}, got "
-                    f"{getattr(self, dividend)} and {getattr(self, divisor)}"
-                )
-        check_choice(self, "activation", get_args(ClipActivations))
 
     @property
     def grid(self) -> int:
@@ -139,12 +122,7 @@ class ClipTower(nnx.Module):
     ) -> Float[Array, "images positions features"]:
         """The class and the patches, row by row, with their positions added."""
         config = self.config
-        images, height, width, _ = pixels.shape
-        if (height, width) != (config.image, config.image):
-            raise ValueError(
-                f"ClipTower needs images of {config.image} x {config.image} pixels, "
-                f"got {height} x {width}"
-            )
+        images = len(pixels)
         grid, patch = config.grid, config.patch
         # Rows are patches, features their pixels: (images, grid^2, patch^2 * 3).
         x = pixels.astype(config.dtype).reshape(images, grid, patch, grid, patch, 3)

@@ -4,15 +4,13 @@ Each method is a wrapper of nanoGPT's optimizer; nothing else of the training st
 changes. The sparsity rises between 20 % and 60 % of the steps, and masks that may
 change are frozen at 75 %. In the methods named `_late` it rises from 10 % to 90 %, and
 masks are frozen at 95 %. Both schedules leave the same number of weights on average
-over the training. A run that starts from a dense model begins to prune at 5 %.
+over the training.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
 
 import jaxprune as jp
@@ -40,17 +38,16 @@ class Span(NamedTuple):
     every: int
 
     @classmethod
-    def of(cls, final: float, steps: int, *, from_dense: bool) -> "Span":
+    def of(cls, final: float, steps: int) -> "Span":
         """The span of a run of so many steps."""
-        begin = round((0.05 if from_dense else 0.2) * steps)
-        end, freeze = round(0.6 * steps), round(0.75 * steps)
+        begin, end, freeze = (round(part * steps) for part in (0.2, 0.6, 0.75))
         return cls(final, max(begin, 1), end, freeze, max(steps // 100, 1))
 
     def late(self) -> "Span":
         """The longer rise of the same average: 10 % to 90 %, frozen at 95 %."""
         steps = self.end / 0.6  # the run's, whose rise ends at 60 %
         begin, end, freeze = (round(part * steps) for part in (0.1, 0.9, 0.95))
-        return self._replace(begin=min(self.begin, begin), end=end, freeze=freeze)
+        return self._replace(begin=begin, end=end, freeze=freeze)
 
     def cubic(self) -> jp.schedules.Schedule:
         """The sparsity that rises along a cubic."""
@@ -77,24 +74,13 @@ def late(method: Method) -> Method:
     return lambda rate, span: method(rate, span.late())
 
 
-def layer_magnitude(params: Any, importance: Any = None) -> Any:
-    """|w| over the root mean square of its matrix: a global ranking by shape alone."""
-
-    def one(score: jax.Array) -> jax.Array:
-        return score / jnp.sqrt(jnp.mean(jnp.square(score)) + 1e-12)
-
-    return jax.tree.map(one, jp.scores.magnitude(params, importance))
-
-
 def _dense(rate: optax.ScalarOrSchedule, span: Span) -> optax.GradientTransformation:
     del span
     return optimizer(rate, track=())
 
 
 def _once(rate: optax.ScalarOrSchedule, span: Span) -> optax.GradientTransformation:
-    # Half way of the others' rise; from a dense model at once.
-    from_dense = span.begin < span.end / 6
-    step = span.begin if from_dense else (span.begin + span.end) // 2
+    step = (span.begin + span.end) // 2  # half way of the others' rise
     return jp.gradual(optimizer(rate, track=()), jp.schedules.once(step, span.final))
 
 
@@ -105,12 +91,12 @@ def _gradual(
 
 
 def _straight(
-    rate: optax.ScalarOrSchedule, span: Span, *, freezes: bool = True, **options: Any
+    rate: optax.ScalarOrSchedule, span: Span, **options: Any
 ) -> optax.GradientTransformation:
     return jp.straight_through(
         optimizer(rate, track=()),
         span.cubic(),
-        freeze=span.freeze if freezes else None,
+        freeze=span.freeze,
         **options,
     )
 
@@ -151,9 +137,6 @@ METHODS: dict[str, Method] = {
     "ste_magnitude": functools.partial(_straight, **_MAGNITUDE),
     "ste_preconditioned": _straight,
     "ste_preconditioned_late": late(_straight),
-    "ste_layer_magnitude": functools.partial(_straight, criterion=layer_magnitude),
-    "ste_magnitude_free": functools.partial(_straight, freezes=False, **_MAGNITUDE),
-    "ste_preconditioned_free": functools.partial(_straight, freezes=False),
     "set": functools.partial(_sparse, grow=jp.grow.random()),
     "rigl": functools.partial(_sparse, grow=jp.grow.gradient()),
     "static_random": _sparse,
@@ -163,6 +146,6 @@ METHODS: dict[str, Method] = {
     "set_scaled_by_root": functools.partial(_sparse, grow=jp.grow.random(), power=0.5),
     "set_scaled_fully": functools.partial(_sparse, grow=jp.grow.random(), power=1.0),
 }
-"""Name to optimizer. `ste_` is straight-through; `_free` never freezes its masks;
+"""Name to optimizer. `ste_` is straight-through;
 `_scaled` divides steps by each matrix's density to the power 0.75, `_by_root` by its
 root, `_fully` by itself."""

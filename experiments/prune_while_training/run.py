@@ -4,24 +4,21 @@ import dataclasses
 import functools
 import itertools
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import optax
 
 import jaxprune as jp
 from experiments import gpt
 from experiments.datasets import Batches, Corpus, load, prefetch, validation_batches
 from experiments.harness import device_mesh, runner, training
 from experiments.harness.optimizer import schedule
-from experiments.harness.stages import once
+from experiments.harness.records import once
 from experiments.prune_while_training import report
 from experiments.prune_while_training.config import Cell, Config
 from experiments.prune_while_training.methods import DENSE, DENSE_SMALL, METHODS, Span
-from experiments.report import tables
 from experiments.tasks.language_model import LanguageModel
 from jaxprune.arrays.messages import listed
 
@@ -70,22 +67,15 @@ class Run:
     def all(self) -> dict[str, Any]:
         """Does what is asked for; returns all cells that are in the directory."""
         config = self.config
-        # Undistilled, whatever is distilled: every loss is held against it.
-        controls = itertools.product((0.0,), config.steps, (DENSE,))
-        requested = itertools.product(config.distill, config.steps, config.names())
-        ways = [*dict.fromkeys([*controls, *requested])]
-        for distill, steps, method in ways:
-            self.rate(method, steps, config.after_dense, distill)
+        ways = [*itertools.product(config.steps, config.names())]
+        for steps, method in ways:
+            self.rate(method, steps)
         # All methods of a sparsity and seed one after the other, so that a run that is
         # stopped has whole comparisons.
         for sparsity, seed in itertools.product(config.sparsities, config.seeds):
-            for distill, steps, method in ways:
-                rate = self.rate(method, steps, config.after_dense, distill)
-                self.measured(
-                    self.cell(
-                        method, sparsity, steps, rate, seed, config.after_dense, distill
-                    )
-                )
+            for steps, method in ways:
+                rate = self.rate(method, steps)
+                self.measured(self.cell(method, sparsity, steps, rate, seed))
         return {"cells": self.found(), "tune_seeds": [*config.tune_seeds]}
 
     def cell(self, method: str, sparsity: float, *settings: Any) -> Cell:
@@ -97,15 +87,15 @@ class Run:
         paths = sorted((self.config.out / "cells").glob("*.json"))
         return [json.loads(path.read_text()) for path in paths]
 
-    def rate(self, method: str, steps: int, after: int, distill: float) -> float:
+    def rate(self, method: str, steps: int) -> float:
         """The peak of the lowest mean loss of the tuning sparsity and seeds."""
         config, rates = self.config, self.config.rates(method)
         if len(rates) > 1:
             for rate, seed in itertools.product(rates, config.tune_seeds):
-                settings = (steps, rate, seed, after, distill)
-                self.measured(self.cell(method, config.tune_sparsity, *settings))
+                cell = self.cell(method, config.tune_sparsity, steps, rate, seed)
+                self.measured(cell)
         best = report.rates(self.found(), config.tune_sparsity, config.tune_seeds)
-        key = (method, steps, after, distill)
+        key = (method, steps)
         best_rate = best.get(key, rates[0])
         # Cells of an earlier run in this directory, with other rates than this one's.
         tried = report.tried(self.found(), key) - {best_rate}
@@ -127,12 +117,8 @@ class Run:
 
     def measured(self, cell: Cell) -> dict[str, Any]:
         """The cell's numbers, from its file where there is one."""
-        needs_dense = cell.after_dense or cell.distill
-        dense_rate = self._dense_rate(cell) if needs_dense else None
 
         def compute() -> dict[str, Any]:
-            # A checkpoint of an earlier start: the clock of this one knows only a part.
-            resumed = self._directory(cell).exists()
             begun = self._start(cell)
             start = time.perf_counter()
             state, curve = self.trained(cell, begun)
@@ -142,25 +128,13 @@ class Run:
                 "loss": evaluate(state.params, self.windows),
                 "zeros": sparsity.zeros,
                 "size": sparsity.size,
-                # Of a run that was stopped nobody knows them.
-                "seconds": None if resumed else time.perf_counter() - start,
+                "seconds": time.perf_counter() - start,
                 "curve": curve,
             }
             print(f"{cell.name}  {numbers['loss']:.4f} nats", flush=True)
-            return {**dataclasses.asdict(cell), **numbers, "dense_rate": dense_rate}
+            return {**dataclasses.asdict(cell), **numbers}
 
-        result = once(self.config.out / "cells" / f"{cell.name}.json", compute)
-        if result.get("dense_rate", dense_rate) != dense_rate:
-            raise ValueError(
-                f"'{cell.name}' began with the dense model of learning rate "
-                f"{result['dense_rate']}, but the best here has {dense_rate} now; give "
-                "the --learning-rates of before, or another --out"
-            )
-        for stop in self._directory(cell).glob("*"):
-            # Of the dense model the last state stays: a teacher, or a start.
-            if cell.method != DENSE or stop.name != str(cell.steps):
-                shutil.rmtree(stop, ignore_errors=True)
-        return result
+        return once(self.config.out / "cells" / f"{cell.name}.json", compute)
 
     def trained(
         self, cell: Cell, begun: Begun
@@ -171,64 +145,34 @@ class Run:
         curve = [self._point(cell, state, before)]
         stops = [round(cell.steps * n / POINTS) for n in range(1, POINTS + 1)]
         for stop in stops:
-            state = self._to(cell, Begun(state, step_fn, batches), stop)
+            state = training.train(
+                state,
+                step_fn,
+                batches,
+                steps=stop,
+                key=jax.random.key(cell.seed),
+                reports=training.Reports(label=cell.name),
+                mesh=self.mesh,
+                prefetch=prefetch,
+            )
             curve.append(self._point(cell, state, before))
             before = _masks(state)
         return state, curve
 
-    def dense(self, seed: int, steps: int) -> Any:
-        """The parameters of the dense model of a seed and a number of steps."""
-        cell = self.cell(DENSE, 0.0, steps, self.rate(DENSE, steps, 0, 0.0), seed)
-        self.measured(cell)
-        return self._to(cell, self._start(cell), steps).params
-
     def _start(self, cell: Cell) -> Begun:
-        """Where a cell begins; the dense model that it needs is trained first."""
+        """Where a cell begins."""
         model, _ = self.model(self._width(cell))
-        params, loss = model.init(cell.seed), model.loss
-        if cell.after_dense:
-            params = self.dense(cell.seed, cell.after_dense)
-        if cell.distill:
-            teacher = self.dense(cell.seed, cell.after_dense or cell.steps)
-            loss = functools.partial(distilled, model, teacher, cell.distill)
         # A tenth at most: the shortest runs have ten steps.
         warmup = min(100, cell.steps // 10)
         rate = schedule(cell.learning_rate, cell.steps, warmup)
         tx = METHODS[cell.method](rate, self._span(cell))
-        batches = Batches(
-            self.corpus.train, self.config.batch, self.shape.context, cell.seed
-        )
         return Begun(
-            training.init(params, tx, mesh=self.mesh),
-            training.make_step(loss, tx),
-            # Behind the batches that the dense model was trained on.
-            lambda step: batches(cell.after_dense + step),
+            training.init(model.init(cell.seed), tx, mesh=self.mesh),
+            training.make_step(model.loss, tx),
+            Batches(
+                self.corpus.train, self.config.batch, self.shape.context, cell.seed
+            ),
         )
-
-    def _to(self, cell: Cell, begun: Begun, stop: int) -> training.TrainState:
-        """Trains to a step, or reads its checkpoint."""
-        kept = cell.method == DENSE and stop == cell.steps  # a teacher, or a start
-        checkpoints = None
-        if kept or self.config.checkpoints:
-            identity = {**dataclasses.asdict(cell), "stop": stop}
-            if cell.after_dense or cell.distill:  # of which dense model
-                identity["dense_rate"] = self._dense_rate(cell)
-            checkpoints = training.Checkpoints(
-                self._directory(cell) / str(stop), identity
-            )
-        return training.train(
-            *begun,
-            steps=stop,
-            key=jax.random.key(cell.seed),
-            checkpoints=checkpoints,
-            reports=training.Reports(label=cell.name),
-            mesh=self.mesh,
-            prefetch=prefetch,
-        )
-
-    def _dense_rate(self, cell: Cell) -> float:
-        """The peak of the dense model that a cell begins with, or is taught by."""
-        return self.rate(DENSE, cell.after_dense or cell.steps, 0, 0.0)
 
     def _point(
         self, cell: Cell, state: training.TrainState, before: Any
@@ -244,7 +188,7 @@ class Run:
         }
 
     def _span(self, cell: Cell) -> Span:
-        return Span.of(cell.sparsity, cell.steps, from_dense=cell.after_dense > 0)
+        return Span.of(cell.sparsity, cell.steps)
 
     def _width(self, cell: Cell) -> int:
         """The model's; "dense_small" has about the pruned run's average of weights."""
@@ -259,9 +203,6 @@ class Run:
         model = LanguageModel(dataclasses.replace(self.shape, width=width))
         return model, training.make_eval(model.token_losses, mesh=self.mesh)
 
-    def _directory(self, cell: Cell) -> Path:
-        return self.config.out / "states" / cell.name
-
 
 def _masks(state: training.TrainState) -> Any:
     """The masks, copied: the next step uses the state up; None where there are none."""
@@ -271,32 +212,8 @@ def _masks(state: training.TrainState) -> Any:
         return None
 
 
-def distilled(
-    model: LanguageModel,
-    teacher: Any,
-    weight: float,
-    params: Any,
-    inputs: jax.Array,
-    targets: jax.Array,
-    key: jax.Array,
-) -> jax.Array:
-    """Cross entropy mixed with the divergence from a teacher (Hinton et al., 2015)."""
-    loss = model.loss(params, inputs, targets, key)
-    student_log_probs = jax.nn.log_softmax(model.bind(params)(inputs))
-    teacher_log_probs = jax.nn.log_softmax(model.bind(teacher)(inputs))
-    # KL(teacher || student), a mean over tokens; no temperature.
-    divergence = optax.losses.kl_divergence_with_log_targets(
-        student_log_probs, teacher_log_probs
-    ).mean()
-    return (1 - weight) * loss + weight * divergence
-
-
-def main(config: Config, *, command_line: str | None = None) -> Path:
+def main(config: Config) -> Path:
     """Runs the experiment, or what is left of it; returns the path of results.json.
-
-    Args:
-      config: what is run.
-      command_line: command that makes the run, where it is not this module's.
 
     Raises:
       ValueError: the configuration is out of range, or the directory holds another run.
@@ -307,15 +224,11 @@ def main(config: Config, *, command_line: str | None = None) -> Path:
     corpus = load(config.data, text=config.text, data_dir=config.data_dir)
     run = Run(config, corpus)
 
-    def show(results: dict[str, Any], out: Path) -> str:
-        return tables.write(results, out, report.report(results))
-
     return runner.run(
         "prune_while_training",
-        config,
+        config.out,
         run.identity(),
         run.all,
-        show,
+        report.report,
         grows=True,
-        command_line=command_line,
     )

@@ -5,28 +5,25 @@ place of the token before the window, so that as many are predicted with it as w
 """
 
 import dataclasses
-import fnmatch
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import jaxprune as jp
 from experiments.datasets import Batches, validation_batches
-from experiments.harness.optimizer import frozen, optimizer
-from experiments.harness.task import Looks, Mean
+from experiments.harness.task import Looks, Mean, Task
 from experiments.tasks.pure_model import PureModel
 from jaxprune.arrays import processes
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.lm.models import generate, hf
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.decoder.model import Decoder, cross_entropy
-from jaxprune.typing import Params, Prunable
+from jaxprune.typing import Params
 
 TABLES = ("embedding/*", "position_embedding/*", "head/*")
 """The tables of the vocabulary and of the positions, most of a small model; no
@@ -67,26 +64,26 @@ class Texts(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FinetuningTask:
-    """Next tokens of a text, for a model that knows others; a `task.Solvable`.
+class FinetuningTask(Task):
+    """Next tokens of a text, for a model that knows others.
 
     Attributes:
       model: the model's functions.
       tokenizer: tokenizer of its directory.
       texts: its data.
-      length: tokens of a sequence.
+      sequence: tokens of a sequence.
       looks: how it is measured.
       foreign_tokens: number of tokens of each foreign text, at most; None for all.
       calibration: sequences that a solver sees.
       frozen: globs of the leaves that are not trained, nor watched.
       storage: how averages are held.
-      write: (leaves by name, place, provenance) writes a directory with these leaves.
+      write: writer of the model's directory; see `Task`.
     """
 
     model: DecoderModel
     tokenizer: hf.Tokenizer
     texts: Texts
-    length: int
+    sequence: int
     looks: Looks
     foreign_tokens: int | None = None
     calibration: int = 32
@@ -95,47 +92,18 @@ class FinetuningTask:
     write: Callable[[Mapping[str, jax.Array], Path, Mapping[str, Any]], None] | None = (
         None
     )
-    allocations: ClassVar[Mapping[str, tuple[jp.allocation.Name, Prunable]]] = {
-        "global": ("global", jp.tree.prunable),
-        "layer": ("layer", jp.tree.prunable),
-    }
     begins_trained: ClassVar[bool] = True
 
     @property
-    def shapes(self) -> Params:
-        """The parameters' shapes and types."""
-        return self.model.shapes
-
-    def init(self, seed: int) -> Params:
-        """The directory's parameters, whatever the seed."""
-        return self.model.init(seed)
-
-    def trained(self, name: str) -> bool:
-        """Whether a leaf is trained."""
-        return not any(fnmatch.fnmatchcase(name, glob) for glob in self.frozen)
-
-    def optimizer(
-        self, learning_rate: optax.ScalarOrSchedule, *, track: Collection[str]
-    ) -> optax.GradientTransformation:
-        """AdamW of the leaves that are trained; the others have no state."""
-        return optimizer(
-            learning_rate,
-            track=track,
-            trained=self.trained,
-            watched=self.trained,
-            storage=self.storage,
-        )
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.sequence
 
     def token_losses(self, params: Params, inputs: Any, targets: Any) -> jax.Array:
         """Nats of each target; the logits of all never exist at once."""
         model = self.model.bind(params)
         states, _ = model.states(model.embed(inputs), remat=self.model.remat)
         return cross_entropy(model, states, targets)
-
-    def loss(self, params: Params, inputs: Any, targets: Any, key: Any) -> jax.Array:
-        """Mean nats per token."""
-        params = frozen(params, self.trained)
-        return self.token_losses(params, inputs, targets).mean()
 
     def batches(
         self, batch_size: int, seed: int
@@ -202,15 +170,6 @@ class FinetuningTask:
         )
         tokens = processes.fetch(generated)[0].tolist()
         return {"label": label, "text": self.tokenizer.decode(tokens)}
-
-    def save(self, params: Params, out: Path, provenance: Mapping[str, Any]) -> None:
-        """Writes a directory like the one the model came from."""
-        if self.write is None:
-            return
-        leaves = jp.tree.named_leaves(params)
-        self.write(
-            {k: x for k, x in leaves.items() if self.trained(k)}, out, provenance
-        )
 
     def solved(
         self,

@@ -1,25 +1,20 @@
 """A GPT and a corpus, as the stages of a run see them."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
-import optax
 
-import jaxprune as jp
 from experiments.datasets import Batches, Corpus, validation_batches
-from experiments.harness.optimizer import optimizer
-from experiments.harness.task import Looks, Mean
+from experiments.harness.task import Task
 from experiments.tasks.language_model import LanguageModel
-from jaxprune.typing import Params, Prunable
+from jaxprune.typing import Params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LanguageTask:
-    """Next characters of a text; a `task.Task`.
+class LanguageTask(Task):
+    """Next characters of a text.
 
     Attributes:
       model: the GPT's functions.
@@ -28,26 +23,11 @@ class LanguageTask:
 
     model: LanguageModel
     corpus: Corpus
-    allocations: ClassVar[Mapping[str, tuple[jp.allocation.Name, Prunable]]] = {
-        "global": ("global", jp.tree.prunable),
-        "layer": ("layer", jp.tree.prunable),
-    }
-    looks: ClassVar[Looks] = Looks()
-    begins_trained: ClassVar[bool] = False
 
     @property
     def length(self) -> int:
         """Tokens of a sequence."""
         return self.model.config.context
-
-    @property
-    def shapes(self) -> Params:
-        """The parameters' shapes and types."""
-        return jax.eval_shape(lambda: self.init(0))
-
-    def init(self, seed: int) -> Params:
-        """The parameters before the first step."""
-        return self.model.init(seed)
 
     def loss(self, params: Params, inputs: Any, targets: Any, key: Any) -> jax.Array:
         """Mean nats per token."""
@@ -56,12 +36,6 @@ class LanguageTask:
     def token_losses(self, params: Params, inputs: Any, targets: Any) -> jax.Array:
         """Nats of each token."""
         return self.model.token_losses(params, inputs, targets)
-
-    def optimizer(
-        self, learning_rate: optax.ScalarOrSchedule, *, track: Collection[str]
-    ) -> optax.GradientTransformation:
-        """nanoGPT's."""
-        return optimizer(learning_rate, track=track)
 
     def batches(self, batch_size: int, seed: int) -> Batches:
         """Windows of the training text."""
@@ -88,10 +62,3 @@ class LanguageTask:
             for t in generated
         ]
         return {"label": label, "text": vocabulary.decode(prompt) + "".join(new)}
-
-    def measured(self, params: Params, loss: float, mean: Mean) -> dict[str, Any]:
-        """Nothing but the loss."""
-        return {}
-
-    def save(self, params: Params, out: Path, provenance: Mapping[str, Any]) -> None:
-        """Nothing: the checkpoints are enough for a model trained from nothing."""

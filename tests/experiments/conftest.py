@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from experiments import gpt, report
+from experiments import gpt
+from experiments.report import page
 from tests.support.tiny_job import SMALL
 from tests.support.tiny_run import MODULE
 
@@ -22,7 +23,7 @@ def small_preset() -> Iterator[None]:
 @pytest.fixture
 def numbers_alone(monkeypatch) -> None:
     """No report is written: it is a fifth of so small a run, and not looked at."""
-    monkeypatch.setattr(report, "write_report", lambda results, directory: [])
+    monkeypatch.setattr(page, "write", lambda results, directory, report: "")
 
 
 @pytest.fixture

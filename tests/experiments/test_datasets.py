@@ -148,12 +148,6 @@ def test_a_missing_tfds_names_the_extra(tmp_path, monkeypatch):
         load(data_dir=tmp_path)
 
 
-def test_an_unwritable_folder_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"must be writable, got .*file.*--data-dir"):
-        load(data_dir=tmp_path / "file")
-
-
 def test_a_damaged_data_set_is_named(plays, prepared, tmp_path):
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     (file,) = tmp_path.rglob("*-validation.array_record*")

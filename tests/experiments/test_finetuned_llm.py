@@ -5,24 +5,22 @@ import dataclasses
 import functools
 import json
 import math
-import shlex
 
 import jax
 import numpy as np
 import optax
 import pytest
-import tyro
 from flax import nnx
 from safetensors.numpy import save_file
 
 import jaxprune as jp
 from experiments import finetuned_llm
-from experiments.harness import checkpoint, stages, training
+from experiments.harness import checkpoint, records, training
 from experiments.harness.optimizer import optimizer
-from experiments.report import results as results_
 from experiments.tasks import tiny_directory
 from jaxprune.lm.models import hf
 from tests.support import oracles
+from tests.support.checkpoints import newest
 from tests.support.tiny_run import snapshot, write_text
 
 LENGTH, STEPS, RETRAIN, TOKENS, BOS = 16, 6, 3, 70, 256
@@ -89,7 +87,6 @@ def run(files, tmp_path_factory):
 @pytest.fixture(scope="module")
 def seed(run):
     results = json.loads((run.out / "results.json").read_text())
-    results_.check(results)
     return results["seeds"][0]
 
 
@@ -105,7 +102,7 @@ def ended(run):
     params = nnx.to_pure_dict(nnx.state(loaded(run.model), nnx.Param))
     trained = lambda name: not name.startswith("embedding")  # noqa: E731
     rate = optax.constant_schedule(0.0)
-    tx = optimizer(rate, track=("square", "weight"), trained=trained, watched=trained)
+    tx = optimizer(rate, track=("square",), trained=trained, watched=trained)
     target = jax.eval_shape(lambda: training.init(params, tx))
     state = checkpoint.restore(folder, target).state
     square = jp.tree.named_leaves(jp.get_importance(state.opt_state).square)
@@ -258,19 +255,8 @@ def test_report_and_csv_have_both_texts(run, seed):
         assert float(row["dense_perplexity"]) == seed["dense"]["perplexity"]
         assert (row["foreign_perplexity_retrained"] == "") == (name != "movement")
     page = (run.out / "report.html").read_text()
-    assert "What is left of another text" in page
-    assert "before fine-tuning" in page
-    assert page.count("Right after pruning, ") == 2  # of each text
+    assert "Loss on the foreign text" in page
     assert f"{seed['start']['foreign_loss']:.3f}" in page
-    assert (run.out / "foreign_loss_global.svg").exists()
-
-
-@pytest.mark.full
-def test_the_command_that_is_recorded_is_this_run(run):
-    results = json.loads((run.out / "results.json").read_text())
-    words = shlex.split(results["command"])
-    assert words[:4] == ["python", "-m", "experiments.finetuned_llm", str(run.model)]
-    assert tyro.cli(finetuned_llm.Config, args=words[3:]) == run
 
 
 @pytest.mark.full
@@ -291,9 +277,9 @@ def test_stopped_in_training_and_between_stages_it_ends_with_the_same_bits(
         patch.setattr(training, "_due", stopping(training._due, calls=12))
         with pytest.raises(KeyboardInterrupt):
             finetuned_llm.main(again)
-    assert checkpoint.latest(again.out / "seed-0" / "train").step < STEPS
+    assert newest(again.out / "seed-0" / "train") < STEPS
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "once", stopping(stages.once, calls=6))
+        patch.setattr(records, "once", stopping(records.once, calls=6))
         with pytest.raises(KeyboardInterrupt):
             finetuned_llm.main(again)
     assert not (again.out / "results.json").exists()
@@ -360,10 +346,8 @@ def test_smoke_makes_what_it_needs_and_lean_averages_rank_the_trained_leaves(
         ({"foreign": ()}, "give --foreign FILE"),
         ({"sparsities": (1.0,)}, r"sparsities must be in \(0, 1\), got 1.0"),
         ({"criteria": ("sparsegpt_size",)}, "criteria must be of .*sparsegpt_size"),
-        ({"sequence": 0}, "sequence must be at least 1"),
         ({"sequence": 200}, r"held out.* must have a window of 201 tokens, got 150"),
         ({"sequence": 300}, "must have a window of 301 tokens"),
-        ({"eval_tokens": -1}, "eval_tokens must be >= 0"),
         ({"retrain_criteria": ("magnitude",)}, "retrain_criteria must be of criteria"),
     ],
 )
@@ -384,7 +368,7 @@ def test_files_that_do_not_fit_are_refused(files, tmp_path):
     for changes, sentence in (
         ({"foreign": (short,)}, "foreign text 'short' must have a window of 17"),
         ({"text": (short,)}, "trained on must have a window of 17 tokens, got 9"),
-        ({"foreign": (tmp_path / "none.txt",)}, "must be a readable file"),
+        ({"foreign": (tmp_path / "none.txt",)}, "must be a readable UTF-8 file"),
         ({"foreign": files["foreign"] * 2}, "must have different names"),
         ({"model": other}, "got 'phi3_v'; another family"),
         ({"out": files["model"] / "run"}, "must lie apart from its source"),

@@ -37,7 +37,7 @@ def test_its_steps_end_at_the_cells_sparsity(text, tmp_path, allocation):
     trainer = SeedTrainer(0, config.plan(), task, out, None, {}, None)
     dense = task.init(0)
     params, done = trainer.prune_gradually("retrain/cell", dense, 0.9, allocation)
-    assert done == {"tokens": RETRAIN * BATCH * CONTEXT, "share": 1.0}
+    assert done == {"tokens": RETRAIN * BATCH * CONTEXT}
     zeros = {
         name: np.asarray(leaf) == 0
         for name, leaf in jp.tree.named_leaves(params).items()

@@ -180,11 +180,6 @@ def test_a_sample_shows_pictures_with_what_was_asked_and_said(task, params):
     assert sample["text"].splitlines()[0].startswith(task.held_out[0].question)
 
 
-def test_an_empty_training_set_is_refused(task):
-    with pytest.raises(ValueError, match="got none"):
-        dataclasses.replace(task, train=[]).batches(2, 0)
-
-
 def test_the_pictures_change_what_is_said(task, params, token_losses):
     inputs, targets, _ = task.packed(task.train[:4])
     grey = {**inputs, "pixels": np.zeros_like(inputs["pixels"])}

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from experiments.datasets import picture_questions
 from experiments.phi3_vision import question_answers
 from tests.support.picture_files import LINE, picture, write
 
@@ -43,15 +42,3 @@ def test_what_is_missing_is_named(tmp_path):
     write(tmp_path, [LINE])
     with pytest.raises(FileNotFoundError, match=r"line 1: there is no .*a\.png"):
         question_answers.load(str(tmp_path))
-
-
-def test_a_tfds_data_set_is_read_by_its_features(tmp_path, monkeypatch):
-    monkeypatch.setattr(picture_questions, "SIZES", {"train": 3, "validation": 2})
-    splits = question_answers.load("picture_questions", data_dir=tmp_path)
-    same = question_answers.load("tfds:picture_questions", data_dir=tmp_path)
-    assert [x.answer for x in splits["train"]] == [x.answer for x in same["train"]]
-    fields = ("image", "question", "answer")
-    with pytest.raises(ValueError, match="lack image; give --fields"):
-        question_answers.load(
-            "tfds:picture_questions", data_dir=tmp_path, fields=fields
-        )

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import shlex
 
 import jax
 import numpy as np
@@ -16,16 +15,12 @@ from experiments import gpt, scaled_down_llm
 from experiments.datasets import load
 from experiments.harness import checkpoint, training
 from experiments.harness.optimizer import optimizer
-from experiments.harness.watched_weights import WATCHED_WEIGHTS
-from experiments.report import results as results_
 from experiments.tasks.language_model import LanguageModel
 from jaxprune.files import atomic
 from tests.support import oracles
 from tests.support.tiny_run import (
-    BATCH,
     CELLS,
     CONTEXT,
-    MODULE,
     RETRAIN,
     RETRAINED,
     SEEDS,
@@ -53,10 +48,8 @@ def results(run):
     return json.loads((run.out / "results.json").read_text())
 
 
-def test_the_report_reads_the_results_and_every_file_is_there(run, results):
+def test_every_cell_and_every_file_is_there(run, results):
     out = run.out
-    results_.check(results)
-    assert results_.read(out) == results
     assert {"config.json", "metrics.jsonl", "results.csv", "report.html"} < files(out)
     assert not [name for name in files(out) if "partial" in name]
     assert [seed["seed"] for seed in results["seeds"]] == [*SEEDS]
@@ -73,21 +66,17 @@ def test_the_report_reads_the_results_and_every_file_is_there(run, results):
 def test_the_csv_has_the_numbers_of_the_results(run, results):
     with open(run.out / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    expected = [
-        {
-            "seed": seed["seed"],
-            **{name: cell[name] for name in results_.COLUMNS[1:7]},
-            "dense_loss": seed["dense"]["loss"],
-            "dense_steps": seed["dense"]["steps"],
-            "control_loss": seed["control"]["loss"],
-            "control_steps": seed["control"]["steps"],
-        }
+    cells = [
+        (
+            *(cell[name] for name in ("criterion", "sparsity", "loss_pruned")),
+            *(seed[name]["loss"] for name in ("dense", "control")),
+        )
         for seed in results["seeds"]
         for cell in seed["cells"]
     ]
-    assert rows == [
-        {name: "" if x is None else str(x) for name, x in row.items()}
-        for row in expected
+    columns = ("criterion", "sparsity", "loss_pruned", "dense_loss", "control_loss")
+    assert [tuple(row[name] for name in columns) for row in rows] == [
+        tuple(map(str, cell)) for cell in cells
     ]
 
 
@@ -122,7 +111,6 @@ def test_seeds_are_runs_of_their_own(results):
     first, second = results["seeds"]
     assert first["dense"] != second["dense"]
     assert first["curve"] != second["curve"]
-    assert first["weights"]["values"] != second["weights"]["values"]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +143,7 @@ def mean_loss(model, corpus):
 def trained(request, run, results, model):
     """A seed's results, and what its last checkpoint holds, found by hand."""
     folder = run.out / f"seed-{request.param}" / "train"
-    tx = optimizer(optax.constant_schedule(0.0), track=("square", "weight"))
+    tx = optimizer(optax.constant_schedule(0.0), track=("square",))
     state = checkpoint.restore(folder, training.abstract(model.shapes, tx)).state
     return results["seeds"][request.param], state
 
@@ -211,32 +199,6 @@ def test_a_cell_is_the_loss_with_the_lowest_scores_at_zero(
     assert cell["achieved"] == removed / size
 
 
-def test_the_shown_weights_are_those_of_the_run_and_so_are_their_flags(trained):
-    seed, state = trained
-    shown = seed["weights"]
-    assert shown["steps"] == [*range(STEPS + 1)]
-    places = [name.removesuffix("]").split("[") for name in shown["names"]]
-    assert len(places) == WATCHED_WEIGHTS
-    weights = prunable(state.params)
-    assert {name for name, _ in places} == weights.keys()
-    last = [float(weights[name].ravel()[int(index)]) for name, index in places]
-    assert [values[-1] for values in shown["values"]] == last
-
-    # The paper's average, from the values shown: after each step, weighed by sqrt(i).
-    weighing = np.sqrt(np.arange(1, STEPS + 1))
-    after = np.array(shown["values"])[:, 1:]
-    np.testing.assert_allclose(
-        shown["averages"], after @ weighing / weighing.sum(), rtol=1e-5, atol=1e-8
-    )
-    assert shown["sparsity"] == 0.9
-    assert shown["kept"].keys() == {"preconditioned_magnitude", "magnitude"}
-    for criterion, flags_ in shown["kept"].items():
-        kept = kept_by_hand(scores_by_hand(criterion, state), 0.9)
-        assert flags_ == [bool(kept[n].ravel()[int(i)]) for n, i in places]
-        assert any(flags_)
-        assert not all(flags_)
-
-
 def test_samples_go_on_from_the_validation_text(trained, model, corpus):
     seed, _ = trained
     assert [sample["label"] for sample in seed["samples"]] == [
@@ -250,25 +212,6 @@ def test_samples_go_on_from_the_validation_text(trained, model, corpus):
     for sample in seed["samples"]:
         assert sample["text"].startswith(prompt)
         assert len(sample["text"]) == length + 8
-
-
-def test_phases_add_up(run, results):
-    phases = results["phases"]
-    names = ["train", "dense", "sample", "control", "prune", "retrain", "weights"]
-    assert [(p["seed"], p["name"]) for p in phases] == [
-        (seed, name) for seed in SEEDS for name in names
-    ]
-    assert all(phase["seconds"] > 0 for phase in phases)
-    assert sum(phase["seconds"] for phase in phases) < run.seconds
-    steps = {"train": STEPS, "control": RETRAIN, "retrain": RETRAIN}
-    for phase in phases:
-        if phase["name"] in steps:
-            tokens = steps[phase["name"]] * BATCH * CONTEXT
-            rate = phase["tokens_per_second"]
-            assert rate * phase["seconds"] == pytest.approx(tokens)
-        else:
-            assert phase["tokens_per_second"] is None
-        assert phase["peak_memory_bytes"] > 2**20
 
 
 def test_costs_are_counted(results):
@@ -306,11 +249,9 @@ def test_retraining_has_a_learning_rate_of_its_own(run, tmp_path):
     assert cell["loss_retrained"] == pytest.approx(cell["loss_pruned"], abs=1e-6)
 
 
-def test_a_finished_run_told_its_own_command_says_so_and_changes_no_file(run, command):
+def test_a_finished_run_says_so_and_changes_no_file(run, command):
     before = snapshot(run.out)
-    recorded = json.loads((run.out / "results.json").read_text())["command"]
-    assert shlex.split(recorded)[:3] == ["python", "-m", MODULE]
-    status, output, errors = command(*shlex.split(recorded)[3:])
+    status, output, errors = command(*flags(run.text, run.out))
     assert status == 0
     assert "is finished" in output
     assert str(run.out) in output
@@ -366,7 +307,6 @@ def test_a_second_process_in_the_folder_is_refused(run, command):
     with atomic.locked(out):
         status, _, errors = command(*flags(run.text, out))
     assert status == 1
-    assert errors == (
-        f"error: another run writes to '{out}'; wait for it, or choose another place"
-    )
+    assert errors.startswith("error: ")
+    assert f"another run writes to '{out}'; wait for it" in errors
     assert snapshot(out) == before

@@ -43,7 +43,6 @@ def text(tmp_path_factory):
         ("--learning-rate", "nan", "learning_rate"),
         ("--eval-tokens", "-1", "eval_tokens"),
         ("--sample-length", "0", "sample_length"),
-        ("--show-sparsity", "nan", "show_sparsity"),
         ("--mesh", "rows=2", "as in data=4,model=2"),
         ("--mesh", "data=16", "16 devices, got 8"),
         ("--mesh", "data=4", "batch_size=2"),
@@ -66,7 +65,7 @@ def test_a_value_out_of_range_is_one_sentence_and_nothing_is_written(
 def test_a_process_that_refuses_prints_one_line_and_exits_with_one(text, tmp_path):
     out = tmp_path / "out"
     ended = subprocess.run(
-        [sys.executable, "-m", MODULE, *flags(text, out, "--sparsities", "1")],
+        [sys.executable, "-m", MODULE, *flags(text, out, "--steps", "0")],
         cwd=ROOT,
         capture_output=True,
         check=False,
@@ -74,10 +73,7 @@ def test_a_process_that_refuses_prints_one_line_and_exits_with_one(text, tmp_pat
     )
     assert ended.returncode == 1
     assert not ended.stdout
-    assert ended.stderr == (
-        "error: sparsities must be in (0, 1), got 1.0; the dense model is always "
-        "measured\n"
-    )
+    assert ended.stderr == "error: steps must be over 0, got 0\n"
     assert not out.exists()
 
 
@@ -104,8 +100,8 @@ def test_a_flag_that_cannot_be_read_is_a_usage_error(
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (b"", "empty"),
-        (b" \n\t\n", "empty"),
+        (b"", "must hold text"),
+        (b" \n\t\n", "must hold text"),
         (b"to be or not to be", "longer text"),
         (b"x" * 20 + b"y" * 40, "longer text"),
         (b"\xff\xfe\x00", "UTF-8"),

@@ -2,9 +2,8 @@
 
 Process `who` kills itself with SIGKILL at the `moment`: "step" (while it trains),
 "retrain" (while it retrains), "prune" (the other one is pruning), or in the second save
-of this start: "arrays:BYTES" (that much of the arrays is written), "manifest" (all of
-them are), "torn" (half of the manifest is, too), "rename" (orbax is about
-to name it). What the run ends with is in `folder`/numbers-NUMBER.json.
+of this start: "arrays:BYTES" (that much of the arrays is written), "rename" (orbax is
+about to name it). What the run ends with is in `folder`/numbers-NUMBER.json.
 """
 
 import json
@@ -32,9 +31,9 @@ def die_at(step, batches):
 
 def die_in_save(moment, written):
     """Lays what kills this process in its second save."""
-    from experiments.harness import checkpoint, manifest
+    from orbax.checkpoint import v1 as ocp
 
-    save, saves = checkpoint._save_arrays, []
+    save, saves = ocp.training.Checkpointer.save, []
     rename = os.rename
 
     def last_rename(source, target, **named):
@@ -42,28 +41,17 @@ def die_in_save(moment, written):
             die()
         rename(source, target, **named)
 
-    def dump(content, file, **named):
-        text = json.dumps(content, **named)
-        file.write(text[: len(text) // 2])
-        file.flush()
-        die()
-
-    def watched(checkpointer, step, leaves):
+    def watched(checkpointer, step, *arguments, **named):
         saves.append(step)
-        if len(saves) == 2:
-            if moment == "arrays":
-                folder = Path(checkpointer.directory)
-                arguments = (folder, size(folder) + int(written))
-                threading.Thread(target=watch, args=arguments, daemon=True).start()
-            elif moment == "manifest":
-                manifest.write = die
-            elif moment == "torn":
-                manifest.json.dump = dump
-            elif moment == "rename":
-                os.rename = os.replace = last_rename
-        save(checkpointer, step, leaves)
+        if len(saves) == 2 and moment == "arrays":
+            folder = Path(str(checkpointer.directory))
+            limits = (folder, size(folder) + int(written))
+            threading.Thread(target=watch, args=limits, daemon=True).start()
+        elif len(saves) == 2:
+            os.rename = os.replace = last_rename
+        return save(checkpointer, step, *arguments, **named)
 
-    checkpoint._save_arrays = watched
+    ocp.training.Checkpointer.save = watched
 
 
 def watch(folder, least):

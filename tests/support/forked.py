@@ -13,7 +13,7 @@ from typing import Any
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["experiments.scaled_down_llm", "experiments.report.sections"]
+    ["experiments.scaled_down_llm", "experiments.report.sweep"]
 )
 
 

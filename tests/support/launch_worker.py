@@ -4,9 +4,7 @@ import errno
 import json
 
 import jax
-import jax.numpy as jnp
 
-from experiments.harness import checkpoint, multi_process, run_dir
 from jaxprune.arrays import processes
 
 
@@ -48,20 +46,6 @@ def main(port, number, folder):
         "first alone fails": attempt(processes.together, only(0)),
         "second alone fails": attempt(processes.together, only(1)),
         "all succeed": processes.together(jax.process_index),
-        "latest": checkpoint.latest(folder / "empty"),
-        "restore": attempt(
-            lambda f: f(), lambda: checkpoint.restore(folder / "empty", {})
-        ),
-        "local": attempt(
-            lambda state: checkpoint.save(
-                folder / "x", state, step=1, configuration={}
-            ),
-            {"a": {"b": jnp.ones(2)}},
-        ),
-        "flags": attempt(multi_process.check_alike, {"steps": jax.process_index()}),
     }
-    with run_dir.locked(folder / "out"):
-        said["begun"] = [run_dir.begun(folder / "out", {"n": 1}) for _ in range(2)]
-        said["other"] = attempt(lambda n: run_dir.begun(folder / "out", {"n": n}), 2)
     (folder / f"said-{number}.json").write_text(json.dumps(said))
     jax.distributed.shutdown()
