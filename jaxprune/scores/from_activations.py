@@ -24,9 +24,6 @@ def wanda(
     Returns:
       Scores (in, out), float32.
 
-    Raises:
-      ValueError: the shapes do not fit.
-
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxprune.scores.from_activations import wanda
@@ -38,9 +35,8 @@ def wanda(
       Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
       2023, arXiv 2306.11695, equation 1.
     """
-    _check_shapes(weight, mean_square)
-    size = jnp.sqrt(mean_square.astype(jnp.float32))  # (in,)
-    return jnp.abs(weight.astype(jnp.float32)) * size[:, None]
+    size = jnp.sqrt(mean_square.astype(jnp.float32)).reshape(-1, 1)  # (in, 1)
+    return jnp.abs(weight.astype(jnp.float32)) * size
 
 
 def ria(
@@ -60,9 +56,6 @@ def ria(
     Returns:
       Scores (in, out), float32; zero for a weight that is zero.
 
-    Raises:
-      ValueError: the shapes do not fit.
-
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxprune.scores.from_activations import ria
@@ -74,24 +67,14 @@ def ria(
       Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large
       Language Models", ICLR 2024, equations 2 and 3.
     """
-    _check_shapes(weight, mean_square)
-    size = jnp.abs(weight.astype(jnp.float32))
+    magnitude = jnp.abs(weight.astype(jnp.float32))
     # Sums run over all outputs of an input, then over all inputs of an output.
-    by_input = size / _positive(jnp.sum(size, 1, keepdims=True))  # (in, out)
-    by_output = size / _positive(jnp.sum(size, 0, keepdims=True))  # (in, out)
-    reach = jnp.sqrt(mean_square.astype(jnp.float32)) ** power  # (in,)
-    return (by_input + by_output) * reach[:, None]
+    by_input = magnitude / _positive(jnp.sum(magnitude, 1, keepdims=True))
+    by_output = magnitude / _positive(jnp.sum(magnitude, 0, keepdims=True))
+    size = jnp.sqrt(mean_square.astype(jnp.float32)).reshape(-1, 1)  # (in, 1)
+    return (by_input + by_output) * size**power
 
 
 def _positive(total: jax.Array) -> jax.Array:
     """The total, or 1 where all its terms are zero."""
     return jnp.where(total == 0, 1, total)
-
-
-def _check_shapes(weight: jax.Array, mean_square: jax.Array) -> None:
-    if weight.ndim != 2 or mean_square.shape != weight.shape[:1]:
-        raise ValueError(
-            "scores by activations need a weight (in, out) and a mean square (in,), "
-            f"got shapes {weight.shape} and {mean_square.shape}; take stacked ones by "
-            "jax.vmap"
-        )

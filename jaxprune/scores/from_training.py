@@ -9,7 +9,7 @@ order counts. Leaves that may not be pruned become `optax.MaskedNode()`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -17,11 +17,10 @@ from optax import MaskedNode
 
 from jaxprune import leaves
 from jaxprune.arrays import lazy, placement, tree
-from jaxprune.arrays.messages import listed, refuse_fractions
+from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import is_between
-from jaxprune.leaves import checked_rule
 from jaxprune.scores import formulas
-from jaxprune.scores.importance import refuse_swapped, tracked
+from jaxprune.scores.importance import is_state, tracked
 from jaxprune.typing import Params, PrunableLike, Scores
 
 
@@ -80,8 +79,7 @@ def averaged_weight(
       Islam, Belhaouari, Bermak, "Systematic Weight Evaluation for Pruning Large
       Language Models", 2025, arXiv 2502.17071.
     """
-    average = tracked(importance, "weight", params)
-    return _score(formulas.size_of_average, params, prunable, average)
+    return _score(formulas.size_of_average, params, prunable, importance, "weight")
 
 
 def averaged_magnitude(
@@ -109,8 +107,7 @@ def averaged_magnitude(
       >>> scores["w"].tolist()
       [[1.0, 2.0]]
     """
-    average = tracked(importance, "magnitude", params)
-    return _score(formulas.statistic_alone, params, prunable, average)
+    return _score(formulas.statistic_alone, params, prunable, importance, "magnitude")
 
 
 def obd(
@@ -144,8 +141,7 @@ def obd(
     Reference:
       LeCun, Denker, Solla, "Optimal Brain Damage", 1989, equation 5.
     """
-    square = tracked(importance, "square", params)
-    return _score(formulas.brain_damage, params, prunable, square)
+    return _score(formulas.brain_damage, params, prunable, importance, "square")
 
 
 def preconditioned_magnitude(
@@ -187,10 +183,11 @@ def preconditioned_magnitude(
     """
     if not is_between(exponent, 0, 1):
         raise ValueError(f"exponent must be in [0, 1], got {exponent}; 0.25 is usual")
-    square = tracked(importance, "square", params)
     if exponent == 0.25:
-        return _score(formulas.size_and_quarter_power, params, prunable, square)
-    return _score(formulas.size_and_power, params, prunable, square, exponent)
+        formula = formulas.size_and_quarter_power
+        return _score(formula, params, prunable, importance, "square")
+    formula = formulas.size_and_power
+    return _score(formula, params, prunable, importance, "square", exponent)
 
 
 def taylor(
@@ -221,12 +218,7 @@ def taylor(
       Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019,
       arXiv 1906.10771; without the outer square.
     """
-    return _score(
-        formulas.statistic_alone,
-        params,
-        prunable,
-        tracked(importance, "taylor", params),
-    )
+    return _score(formulas.statistic_alone, params, prunable, importance, "taylor")
 
 
 def random(
@@ -254,9 +246,6 @@ def random(
       (2, 3)
     """
     # A key for each leaf, pruned or not: excluding one leaf changes no other's scores.
-    # A traced seed is an integer, or `jax.random.key` says so.
-    if not isinstance(seed, jax.core.Tracer):
-        refuse_fractions("scores.random", seed=seed)
     keys = list(jax.random.split(jax.random.key(seed), len(tree.names(params))))
     return _score(formulas.uniform, params, prunable, keys)
 
@@ -306,54 +295,78 @@ def threshold(
         if compare == "average"
         else formulas.weight_in_deviations
     )
-    return _score(formula, params, prunable, tracked(importance, "weight", params))
+    return _score(formula, params, prunable, importance, "weight")
+
+
+def prunable_names(prunable: PrunableLike, named: Mapping[str, Any]) -> set[str]:
+    """The names of the leaves that a rule lets be pruned, which must be some.
+
+    Args:
+      prunable: rule of a criterion.
+      named: leaves by name, with those that were left out.
+
+    Returns:
+      Names of leaves that were not left out.
+    """
+    excluded = [name for name, leaf in named.items() if tree.is_excluded(leaf)]
+    # A node that was left out may stand for names that a glob would match.
+    rule = (
+        leaves.as_rule(prunable)
+        if excluded
+        else leaves.checked_rule(prunable, list(named))
+    )
+    names = {k for k, leaf in named.items() if k not in excluded and rule(k, leaf)}
+    if not names:
+        raise ValueError(
+            f"some leaf must be prunable, but none of {listed(named)} is; give "
+            "prunable=lambda name, leaf: ... that is True for the leaves to prune"
+        )
+    return names
 
 
 def _score(
     formula: Callable[..., jax.Array],
     params: Params,
     prunable: PrunableLike,
-    statistic: list | None = None,
+    importance: Any = None,
+    field: str = "",
     *constants: float,
 ) -> Scores:
-    """`formula(leaf, statistic, *constants)` on every prunable leaf.
+    """`formula(leaf, statistic, *constants)` of every prunable leaf.
 
-    Compiled once a shape.
+    The statistics are a field of the importance; without its name `importance` is a
+    list of them, one for each leaf, or None.
     """
-    refuse_swapped(params)
-    named = tree.named_leaves(params)
-    rule = checked_rule(prunable, list(named))
-    chosen = [not tree.is_excluded(x) and rule(n, x) for n, x in named.items()]
-    if not any(chosen):
-        raise ValueError(
-            f"some leaf must be prunable, but none of {listed(named)} is; give "
-            "prunable=lambda name, leaf: ... that is True for the leaves to prune"
+    if is_state(params):
+        raise TypeError(
+            "a criterion takes the parameters first and the importance second, but got "
+            f"{type(params).__name__} as the parameters; call criterion(params, "
+            "importance)"
         )
-    rows = zip(named, chosen, statistic or chosen, strict=True)
-    untracked = [name for name, take, x in rows if take and tree.is_excluded(x)]
-    if untracked:
+    statistics = tracked(importance, field, params) if field else importance
+    named = tree.named_leaves(params)
+    scored = prunable_names(prunable, named)
+    rows = zip(named, statistics or (), strict=False)
+    if untracked := [n for n, x in rows if n in scored and tree.is_excluded(x)]:
         raise ValueError(
             f"every prunable leaf must have been tracked, but {listed(untracked)} were "
             "not; track them, E[g^2] by optax.chain(jp.track_gradients(), optimizer), "
             "or leave them out with prunable=jp.tree.excluding(...)"
         )
     compiled = _compiled(formula)
+
     # A leaf at a time, each placed as its parameter is: nothing is gathered.
-    leaves = [
-        placement.placed(
-            compiled(
-                lazy.array(leaf),
-                *(() if statistic is None else (statistic[i],)),
-                *constants,
-            ),
-            leaf,
-        )
-        if take
-        else MaskedNode()
-        for i, (take, leaf) in enumerate(zip(chosen, named.values(), strict=True))
+    def score(number: int, leaf: Any) -> jax.Array:
+        statistic = () if statistics is None else (statistics[number],)
+        scores = compiled(lazy.array(leaf), *statistic, *constants)
+        return placement.placed(scores, leaf)
+
+    scores = [
+        score(number, leaf) if name in scored else MaskedNode()
+        for number, (name, leaf) in enumerate(named.items())
     ]
     structure = jax.tree.structure(params, is_leaf=tree.is_leaf)
-    return jax.tree.unflatten(structure, leaves)
+    return jax.tree.unflatten(structure, scores)
 
 
 # One program for each formula and shape, whoever asks for scores.

@@ -11,48 +11,39 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
 from jaxprune.arrays import low_bit, merge, tree
 from jaxprune.typing import Importance, Params
 
-# A state's class in optax: which field is E[g^2], up to one factor, and all its fields.
+# A state's class in optax: which field is E[g^2], up to one factor, then all others.
 _SECOND_MOMENTS = {
-    "ScaleByAdamState": ("nu", {"count", "mu", "nu"}),
-    "ScaleByAmsgradState": ("nu", {"count", "mu", "nu", "nu_max"}),
-    "ScaleByRmsState": ("nu", {"nu"}),
-    "ScaleByRmsWithCountState": ("nu", {"count", "nu"}),
-    "ScaleByRStdDevState": ("nu", {"mu", "nu"}),
-    "ScaleByRStdDevWithCountState": ("nu", {"count", "mu", "nu"}),
-    "ScaleByRssState": ("sum_of_squares", {"sum_of_squares"}),
-    "ScaleByAdaDeltaState": ("e_g", {"e_g", "e_x"}),
-    "ScaleByAdemamixState": ("nu", {"count", "count_m2", "m1", "m2", "nu"}),
-    "ScaleBySimplifiedAdEMAMixState": ("n", {"t", "m", "n"}),
-    "MadgradState": ("grad_sum_sq", {"count", "grad_sum_sq", "s", "x0"}),
-    "MomoAdamState": (
-        "exp_avg_sq",
-        {"exp_avg", "exp_avg_sq", "barf", "gamma", "lb", "count"},
-    ),
+    "ScaleByAdamState": "nu mu count",
+    "ScaleByAmsgradState": "nu mu nu_max count",
+    "ScaleByRmsState": "nu",
+    "ScaleByRmsWithCountState": "nu count",
+    "ScaleByRStdDevState": "nu mu",
+    "ScaleByRStdDevWithCountState": "nu mu count",
+    "ScaleByRssState": "sum_of_squares",
+    "ScaleByAdaDeltaState": "e_g e_x",
+    "ScaleByAdemamixState": "nu m1 m2 count count_m2",
+    "ScaleBySimplifiedAdEMAMixState": "n m t",
+    "MadgradState": "grad_sum_sq s x0 count",
+    "MomoAdamState": "exp_avg_sq exp_avg barf gamma lb count",
     "DAdaptAdamWState": (
-        "exp_avg_sq",
-        {"exp_avg", "exp_avg_sq", "grad_sum", "estim_lr", "numerator_weighted"}
-        | {"count"},
+        "exp_avg_sq exp_avg grad_sum estim_lr numerator_weighted count"
     ),
     "ProdigyState": (
-        "exp_avg_sq",
-        {"exp_avg", "exp_avg_sq", "grad_sum", "params0", "estim_lr"}
-        | {"numerator_weighted", "count"},
+        "exp_avg_sq exp_avg grad_sum params0 estim_lr numerator_weighted count"
     ),
 }
-_SECOND_MOMENTS_BY_FIELDS = {
-    frozenset(fields): field for field, fields in _SECOND_MOMENTS.values()
+_MOMENT = {state: fields.split()[0] for state, fields in _SECOND_MOMENTS.items()}
+_MOMENT_BY_FIELDS = {
+    frozenset(fields.split()): fields.split()[0] for fields in _SECOND_MOMENTS.values()
 }
-# What keeps something else, and what that is.
+# States that keep something else, and what that is.
 _NO_SECOND_MOMENTS = {
     "ScaleByBeliefState": "AdaBelief and ACProp keep the variance of the gradient",
     "ScaleByAdanState": "Adan keeps the square of an extrapolated gradient",
@@ -86,24 +77,19 @@ def get_importance(state: Any) -> Importance:
       The averages, like the parameters, as they are held and where; nothing is copied.
       `square` is the tracked E[g^2] where there is one, else the second moment of the
       optimizer as it stands: of Adam and its kin, AMSGrad, RMSProp, Adagrad, Adadelta,
-      AdEMAMix, MADGRAD, MoMo, D-Adaptation and Prodigy. Yogi's, in the same state as
-      Adam's, is an estimate of its own. Where there is none of the weights (inside
-      `lora` and GaLore, for AdaBelief, Adan, Adafactor, ...), chain `track_gradients()`
-      before it. Where some leaves are tracked, an optimizer's moment of others does not
-      stand in for theirs, since it has another scale; track them too.
-      Leaves nobody tracked are `optax.MaskedNode()`.
+      AdEMAMix, MADGRAD, MoMo, D-Adaptation and Prodigy. Adamax and Yogi keep another
+      statistic in Adam's own state, which nothing tells apart, as nothing tells
+      AdaBelief's in `nnx.state(optimizer)`, which has no types. For these, and where
+      the weights have none (inside `lora` and GaLore, for Adan, Adafactor, ...), chain
+      `track_gradients()` before the optimizer. Where some leaves are tracked, an
+      optimizer's moment of others does not stand in for theirs, since it has another
+      scale; track them too. Leaves nobody tracked are `optax.MaskedNode()`.
 
     Raises:
       ValueError: nothing is tracked in this state, or a leaf is tracked twice.
 
     Warns:
-      UserWarning: a chain has `track_importance` in front of its optimizer.
-      UserWarning: the second moment may be Adamax's. Its state has Adam's type and a
-        maximum of |g| where Adam's has the mean of g^2, so values are looked at, those
-        that this process holds and not under `jit`; `gradual` and `straight_through`,
-        which have the optimizer itself, refuse Adamax. Of `nnx.state(optimizer)`, which
-        has no types, AdaBelief's variance passes for Adam's moment too; give the
-        `nnx.Optimizer` itself.
+      UserWarning: a tracker stands on the wrong side of the optimizer in a chain.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -116,8 +102,9 @@ def get_importance(state: Any) -> Importance:
         return state
     averages = _averages(state)
     if not averages:
+        why = "; ".join(_why_not(state))
         raise ValueError(
-            f"this optimizer state tracks nothing{_in_brackets(_why_not(state))}; for "
+            f"this optimizer state tracks nothing{why and f' ({why})'}; for "
             f"averages of the weights {_TRACK['weight']}, for squared gradients "
             f"{_TRACK['square']}"
         )
@@ -125,8 +112,7 @@ def get_importance(state: Any) -> Importance:
 
 
 def tracked(importance: Any, field: str, params: Params) -> list[Any]:
-    """One statistic's leaves in the parameters' order, or one clear error."""
-    refuse_swapped(params)
+    """The leaves of one statistic in the parameters' order, or one clear error."""
     statistic, why = None, ""
     if isinstance(importance, Importance):
         statistic = getattr(importance, field)
@@ -134,88 +120,83 @@ def tracked(importance: Any, field: str, params: Params) -> list[Any]:
         averages = _averages(importance)
         statistic = averages.get(field)
         reasons = ["this optimizer state tracks nothing"] * (not averages)
-        reasons += [_why_not(importance)] * (field == "square")
-        why = _in_brackets(*reasons)
+        why = "; ".join(reasons + _why_not(importance) * (field == "square"))
     if statistic is None:
         raise ValueError(
-            f"this criterion needs Importance.{field}, which was not tracked{why}; "
+            f"this criterion needs Importance.{field}, which was not tracked"
+            f"{why and f' ({why})'}; "
             f"{_TRACK[field]}, or choose another criterion"
         )
     return tree.align(params, statistic, f"Importance.{field}")
 
 
-def refuse_swapped(params: Params) -> None:
-    """Refuses an importance, or an optimizer's state, where parameters belong."""
-    if isinstance(params, Importance) or _found(params, _held):
-        is_state = not isinstance(params, Importance)
-        what = "an optimizer's state" if is_state else "an Importance"
-        raise TypeError(
-            "a criterion takes the parameters first and the importance second, but got "
-            f"{what} as the parameters; call criterion(params, importance)"
-        )
+def is_state(node: Any) -> bool:
+    """Whether it is an importance or a state that holds one, and no parameters."""
+    return isinstance(node, Importance) or bool(_fields(node, _held))
 
 
 def _averages(state: Any) -> dict[str, Params]:
-    """Field of an `Importance` to what a state holds of it."""
-    trees_by_field = _found(state, _held)
-    if not trees_by_field and isinstance(
-        state, Mapping | list
-    ):  # optax's own are tuples
-        trees_by_field = _found(state, _held_by_name)
+    """Field of an `Importance` to the average of it that a state holds."""
+    trees = _fields(state, _held)
+    if not trees and isinstance(state, Mapping | list):  # optax's own are tuples
+        trees = _fields(state, _held_by_name)
     # An optimizer's own moment serves only where nobody tracked E[g^2] itself.
-    moments = trees_by_field.pop("moment", [])
-    averages = {field: _merged(trees, field) for field, trees in trees_by_field.items()}
-    if averages.keys() & _OF_WEIGHTS and _is_misplaced(state, _OF_WEIGHTS, "early"):
+    if moments := trees.pop("moment", []):
+        trees.setdefault("square", moments)
+    misplaced = _misplaced(state)
+    if misplaced & {"weight", "magnitude"}:
         warnings.warn(
             "track_importance stands before the optimizer in this chain, where an "
             "update is still a gradient, so what it averaged are no weights; put it "
             "last, as in optax.chain(optimizer, jp.track_importance())",
             stacklevel=3,
         )
-    if "square" in averages and _is_misplaced(state, _OF_GRADIENTS, "late"):
+    if "square" in misplaced:
         warnings.warn(
             "track_gradients stands behind the optimizer in this chain, where an "
             "update is no gradient any more; put it first, as in "
             "optax.chain(jp.track_gradients(), optimizer)",
             stacklevel=3,
         )
-    if "square" not in averages and moments:
-        averages["square"] = _merged(moments, "square")
-        _warn_of_maxima(state)
-    return averages
+    # Several transformations may each watch some leaves (masked, partition).
+    return {
+        field: functools.reduce(
+            functools.partial(
+                merge.disjoint,
+                conflict="each leaf must be tracked once, but two transformations in "
+                f"this state track the {field} of one leaf; remove all but one",
+            ),
+            averages,
+        )
+        for field, averages in trees.items()
+    }
 
 
-_OF_WEIGHTS = frozenset({"weight", "magnitude"})
-"""The averages that need the step that is really taken."""
-_OF_GRADIENTS = frozenset({"square"})
-"""The average that needs the gradient before it becomes a step."""
-
-
-def _is_misplaced(
-    state: Any, fields: frozenset[str], when: Literal["early", "late"]
-) -> bool:
-    """Whether a chain has a tracker on the wrong side of an optimizer's moments."""
-    if isinstance(state, tuple) and not hasattr(state, "_fields"):  # of optax.chain
-        steps = [_found(part, _held) for part in state]
-        names = [_leaf_names(held) for held in steps]  # a part may watch some leaves
-        moments = [i for i, held in enumerate(steps) if "moment" in held]
-        for i, held in enumerate(steps):
-            if not held.keys() & fields or i in moments:
-                continue
-            others = [k for k in moments if not names[i].isdisjoint(names[k])]
-            if any(i < k if when == "early" else i > k for k in others):
-                return True
-    parts = state.values() if isinstance(state, Mapping) else state
-    nested = isinstance(state, tuple | list | Mapping)
-    return nested and any(_is_misplaced(part, fields, when) for part in parts)
+def _misplaced(state: Any) -> set[str]:
+    """Fields that are averaged on the wrong side of an optimizer's moments."""
+    if not isinstance(state, tuple | list | Mapping):
+        return set()
+    parts = list(state.values() if isinstance(state, Mapping) else state)
+    fields = set[str]().union(*map(_misplaced, parts))
+    if not isinstance(state, tuple) or hasattr(state, "_fields"):
+        return fields  # not the state of `optax.chain`
+    held = [_fields(part, _held) for part in parts]
+    for first, second in itertools.combinations(held, 2):
+        if ("moment" in first) == ("moment" in second):
+            continue
+        if _leaf_names(first).isdisjoint(_leaf_names(second)):
+            continue  # each watches some leaves
+        # The weights need the step that is really taken, the square the raw gradient.
+        late = "moment" in first
+        fields |= second.keys() & {"square"} if late else first.keys() - {"square"}
+    return fields - {"taylor"}
 
 
 def _leaf_names(held: Mapping[str, list[Params]]) -> set[str]:
     """The names of all leaves that a part of a chain holds something of."""
-    averages = itertools.chain.from_iterable(held.values())
     return {
         name
-        for average in averages
+        for average in itertools.chain.from_iterable(held.values())
         for name, leaf in tree.named_leaves(average).items()
         if not tree.is_excluded(leaf)
     }
@@ -227,30 +208,21 @@ def _optax_name(node: Any) -> str:
     return state_class.__name__ if state_class.__module__.startswith("optax.") else ""
 
 
-def _in_brackets(*reasons: str) -> str:
-    """The reasons that there are, as one aside."""
-    reasons = tuple(filter(None, reasons))
-    return f" ({'; '.join(reasons)})" if reasons else ""
+def _why_not(state: Any) -> list[str]:
+    """Why the states that keep something else than E[g^2] do not serve, each once."""
 
+    def keeps_other(node: Any) -> bool:
+        return _optax_name(node) in _NO_SECOND_MOMENTS
 
-def _why_not(state: Any) -> str:
-    """Which states there are that keep something else than E[g^2]."""
-
-    def reason(node: Any) -> str | None:
-        # AdamaxState says it itself.
-        default = getattr(node, "why_no_square", None)
-        return _NO_SECOND_MOMENTS.get(_optax_name(node), default)
-
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: reason(node) is not None)
-    # Each reason once, in the order of the state.
-    return "; ".join(dict.fromkeys(filter(None, map(reason, nodes))))
+    nodes = filter(keeps_other, jax.tree.leaves(state, is_leaf=keeps_other))
+    return [_NO_SECOND_MOMENTS[name] for name in dict.fromkeys(map(_optax_name, nodes))]
 
 
 def _held(node: Any) -> dict[str, str] | None:
     """Field of a node to field of `Importance`; None where the node is no state."""
     name = _optax_name(node)
-    if name in _SECOND_MOMENTS:
-        return {_SECOND_MOMENTS[name][0]: "moment"}
+    if name in _MOMENT:
+        return {_MOMENT[name]: "moment"}
     if name in _NO_SECOND_MOMENTS:
         return {}
     fields = getattr(node, "importance_fields", None)
@@ -258,11 +230,11 @@ def _held(node: Any) -> dict[str, str] | None:
 
 
 def _held_by_name(node: Any) -> dict[str, str] | None:
-    """The same of a node that kept the names of its fields and not its type."""
+    """Like `_held`, for a node that lost its type (`nnx.state`)."""
     if not isinstance(node, Mapping):
         return None
     names = frozenset(node)
-    if (field := _SECOND_MOMENTS_BY_FIELDS.get(names)) is not None:
+    if (field := _MOMENT_BY_FIELDS.get(names)) is not None:
         return {field: "moment"}
     if names >= {"adapters", "inner"}:  # LoRA's moments are of its factors
         return {}
@@ -277,10 +249,10 @@ def _field(node: Any, name: str) -> Any:
     return node.get(name) if isinstance(node, Mapping) else getattr(node, name, None)
 
 
-def _found(
+def _fields(
     state: Any, held: Callable[[Any], dict[str, str] | None]
 ) -> dict[str, list[Params]]:
-    """What the nodes of a state hold, each field with all trees that were found."""
+    """The fields that the nodes of a state hold, each with all of its trees."""
     trees_by_field: dict[str, list[Params]] = {}
     nodes = jax.tree.leaves(state, is_leaf=lambda node: held(node) is not None)
     for node in nodes:
@@ -293,59 +265,3 @@ def _found(
                 )
                 trees_by_field.setdefault(field, []).append(average)
     return trees_by_field
-
-
-def _merged(trees: list[Params], what: str) -> Params:
-    """One tree of several that each watch some leaves (masked, partition)."""
-    conflict = (
-        "each leaf must be tracked once, but two transformations in this state track "
-        f"the {what} of one leaf; remove all but one"
-    )
-    return functools.reduce(lambda a, b: merge.disjoint(a, b, conflict), trees)
-
-
-def _warn_of_maxima(state: Any) -> None:
-    """Says where what has Adam's type may be Adamax's."""
-
-    def adams(node: Any) -> bool:
-        by_name = isinstance(node, Mapping) and set(node) == {"count", "mu", "nu"}
-        return by_name or _optax_name(node) == "ScaleByAdamState"
-
-    nodes = filter(adams, jax.tree.leaves(state, is_leaf=adams))
-    if any(_are_maxima(*(_field(x, k) for k in ("count", "mu", "nu"))) for x in nodes):
-        warnings.warn(
-            "the second moment in this state may be Adamax's, a maximum of |g| and not "
-            "the mean of g^2: |mu| is under nu everywhere, which with Adam is so only "
-            "if all gradients are large; with Adamax chain jp.track_gradients() first, "
-            "with Adam pass jp.Importance(square=...) to be rid of this",
-            stacklevel=2,
-        )
-
-
-def _are_maxima(count: Any, mu: Any, nu: Any) -> bool:
-    """Whether |mu| is under Adamax's bound in all that this process holds."""
-    # After t steps Adamax has |mu| <= nu (1 - b1^t), but for the decay of nu. Adam has
-    # |mu| / nu >= 1 / |g| for a gradient g that stays. One leaf nearly always decides.
-    # Inside `jit` nothing can be looked at, not even a state that it closes over.
-    if isinstance(jnp.zeros(()), jax.core.Tracer):
-        return False
-    moved = False
-    for pair in zip(jax.tree.leaves(mu), jax.tree.leaves(nu), strict=True):
-        if any(isinstance(x, jax.core.Tracer) for x in (*pair, count)):
-            return False
-        first, second = (jnp.asarray(x).addressable_data(0) for x in pair)
-        steps = np.asarray(jax.tree.leaves(count)[0]).max()  # of seeds side by side
-        # One shard is on one device; inside `jax.set_mesh` that is not the mesh's.
-        with jax.set_mesh(Mesh(np.array([*first.devices()]), ("device",))):
-            over, some = jax.device_get(_over(steps, first, second))
-        if over:
-            return False
-        moved |= bool(some)
-    return moved
-
-
-@jax.jit
-def _over(steps: Any, mu: jax.Array, nu: jax.Array) -> tuple[jax.Array, jax.Array]:
-    size, bound = (jnp.abs(x).astype(jnp.float32) for x in (mu, nu))
-    most = 1.02 * (1 - 0.9 ** steps.astype(jnp.float32))
-    return jnp.any(size > most * bound), jnp.any(size > 0)

@@ -21,8 +21,8 @@ from optax import MaskedNode
 
 from jaxprune.arrays import placement, tree
 from jaxprune.arrays.messages import check_steps, listed
-from jaxprune.leaves import as_rule, checked_rule
 from jaxprune.masking import packing, selection
+from jaxprune.scores.from_training import prunable_names
 from jaxprune.training.event_table import EventTable, PatternCounts
 from jaxprune.training.kept_units import masks_at
 from jaxprune.training.masked import check_packed, unpack_masks
@@ -220,7 +220,7 @@ class MaskEvents:
 
     def scores(self, params: Params, importance: Any) -> Scores:
         """The criterion's scores of the leaves that may be pruned."""
-        prunable = self._prunable_names(params)
+        prunable = prunable_names(self.prunable, tree.named_leaves(params))
         scores = _call_criterion(self.criterion, params, importance, prunable)
         aligned = tree.align(params, scores, "scores")
         named = dict(zip(tree.named_leaves(params), aligned, strict=True))
@@ -261,24 +261,6 @@ class MaskEvents:
         except Exception:  # a user's criterion may raise anything
             return False
         return True
-
-    def _prunable_names(self, params: Params) -> set[str]:
-        """The names of the leaves that may be pruned."""
-        named = tree.named_leaves(params)
-        if not any(map(tree.is_excluded, named.values())):  # else names are missing
-            checked_rule(self.prunable, list(named))
-        rule = as_rule(self.prunable)
-        prunable = {
-            name
-            for name, leaf in named.items()
-            if not tree.is_excluded(leaf) and rule(name, leaf)
-        }
-        if not prunable:
-            raise ValueError(
-                f"some leaf must be prunable, but none of {listed(named)} is; give "
-                "prunable=lambda name, leaf: ... that is True for the leaves to prune"
-            )
-        return prunable
 
 
 def _call_criterion(

@@ -1,6 +1,5 @@
 """What went wrong in the predecessors stays right here: one trap, one test."""
 
-import contextlib
 import inspect
 import re
 
@@ -88,9 +87,7 @@ def test_every_optimizer_and_a_model_with_a_bias(name):
     assert not kernel[:, ~mask].any()
     assert np.count_nonzero(kernel[-1]) == mask.sum()
     assert all(np.isfinite(x).all() for x in leaves(run.weights))
-    doubted = pytest.warns(UserWarning, match="Adamax")
-    with doubted if name == "adamax" else contextlib.nullcontext():
-        importance = jp.get_importance(run.state)
+    importance = jp.get_importance(run.state)
     average = array(importance.weight["layer"]["kernel"])
     expected = oracles.average(kernel, "power", 0.5)
     np.testing.assert_allclose(average, expected, atol=1e-6 * np.abs(kernel).max())

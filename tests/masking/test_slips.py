@@ -47,7 +47,7 @@ def importance():
 SLIPS = {
     "criterion(importance, params)": (
         lambda: jp.scores.preconditioned_magnitude(importance(), params()),
-        r"parameters first and the importance second, but got an Importance",
+        r"parameters first and the importance second, but got Importance",
     ),
     "criterion(state, params)": (
         lambda: jp.scores.obd(state(), params()),

@@ -1,7 +1,5 @@
 """E[g^2] is found where an optimizer keeps it, and nothing else is taken for it."""
 
-import warnings
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,7 @@ from flax import nnx
 from optax import contrib
 
 import jaxprune as jp
-from tests.support.trajectories import gradients, record, weights
+from tests.support.trajectories import record
 
 PARAMS = {"kernel": jnp.asarray(np.ones((2, 2), np.float32))}
 SIZES = np.array([[1.0, 0.1], [0.01, 0.001]], np.float32)
@@ -83,42 +81,6 @@ def test_what_is_no_mean_of_squares_is_refused_with_the_tracker_that_serves(name
     state = trained(optax.chain(jp.track_gradients(), tx))
     square = np.asarray(jp.get_importance(state).square["kernel"], np.float64)
     np.testing.assert_allclose(square, np.asarray(SIZES, np.float64) ** 2, rtol=1e-5)
-
-
-def states(tx):
-    """After 1, 4 and 500 steps."""
-    params = weights()
-    state, drawn = tx.init(params), gradients(params, 500)
-    drawn = jax.tree.map(np.asarray, drawn)
-
-    @jax.jit
-    def step(params, state, gradient):
-        updates, state = tx.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
-
-    for number in range(500):
-        gradient = jax.tree.map(lambda g, i=number: g[i], drawn)
-        params, state = step(params, state, gradient)
-        if number + 1 in (1, 4, 500):
-            yield state
-
-
-@pytest.mark.parametrize("make", [optax.adamax, optax.adamaxw])
-def test_adamax_in_adams_own_state_is_noticed(make):
-    for state in states(make(0.01)):
-        with pytest.warns(UserWarning, match=r"Adamax.*jp\.track_gradients\(\) first"):
-            jp.get_importance(state)
-    for state in states(optax.chain(jp.track_gradients(), make(0.01))):
-        jp.get_importance(state)
-
-
-@pytest.mark.parametrize("make", [optax.adam, optax.adamw, optax.nadam, optax.radam])
-def test_adam_is_not_taken_for_adamax(make):
-    found = [make(0.01).init(weights()), *states(make(0.01))]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for state in found:
-            jp.get_importance(state)
 
 
 def test_parameters_named_as_a_states_fields_are_none():
