@@ -141,7 +141,7 @@ def recover(
     # To prune nothing is a job that trains alone, of any directory.
     run_module(
         *("jaxprune", "prune", model, out, "--dtype", "bfloat16", "--sparsity", 0),
-        *("--method", "magnitude", "--prompt-steps", 0, "--overwrite"),
+        *("--method", "magnitude", "--overwrite"),
         *("--calibration", *files.texts, "--sequences", 2, "--length", LENGTH),
         *("--recover-teacher", teacher, "--recover-text", *files.texts, files.own),
         *words,

@@ -31,7 +31,7 @@ STAGES = ("make", "measure", "time", "draw")
 
 _PRUNE = ("prune", "--method", "alps", "--sparsity")
 # The forms are measured and timed all together.
-_QUICKLY = {"prune": ("--prompt-steps", 0), "shrink": ("--speed-rounds", 0)}
+_QUICKLY = {"prune": (), "shrink": ("--speed-rounds", 0)}
 _ROUND = ("prune", "--method", "sparsegpt", "--sparsity", "0", "--quantize", "int4")
 
 

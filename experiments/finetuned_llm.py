@@ -36,7 +36,6 @@ from jaxprune.arrays.low_bit import Storage
 from jaxprune.arrays.rules import Rule
 from jaxprune.files import atomic
 from jaxprune.lm.models import hf
-from jaxprune.lm.models.decoder.config import DecoderConfig
 
 # Enough for the windows of every part.
 _SMOKE_CHARACTERS = 40_000
@@ -221,7 +220,7 @@ def main(config: Config) -> Path:
     with _directory(config) as directory:
         # Results written into the model's directory would change its fingerprint.
         atomic.apart(config.out, directory)
-        model = model_directory.opened(directory, mesh, DecoderConfig)
+        model = model_directory.opened(directory, mesh)
         texts = _texts(small, model.tokenizer)
         task = _task(small, model, texts, mesh)
         identity = runner.identity_of(
@@ -299,7 +298,7 @@ def _texts(config: Config, tokenizer: hf.Tokenizer) -> Texts:
 
 def _task(
     config: Config,
-    model: model_directory.ModelDirectory[DecoderConfig],
+    model: model_directory.ModelDirectory,
     texts: Texts,
     mesh: Mesh | None,
 ) -> FinetuningTask:

@@ -17,7 +17,6 @@ __all__ = [
     "load",
     "picture_questions",
     "prefetch",
-    "question_answers",
     "shakespeare_plays",
     "text",
     "tfds_builder",

@@ -160,8 +160,8 @@ _RULES = (
     ),
     *(at_least(name, 0) for name in ("eval_tokens", "seeds")),
     at_least("batch_size", 1),
-    rules.excludes(
-        *("from_dense", "dense_small"),
+    Rule(
+        lambda v: not (v.from_dense and v.dense_small),
         f"{DENSE_SMALL} starts from weights of its own and not from a dense model, so "
         "after_dense takes none",
         "give --methods {remaining}",

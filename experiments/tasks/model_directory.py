@@ -4,7 +4,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,16 +15,12 @@ import jaxprune as jp
 from experiments.harness import device_mesh
 from jaxprune.files import atomic
 from jaxprune.lm.checkpoints import rewrite
-from jaxprune.lm.checkpoints.checkpoint_dir import Unknown, open_directory
+from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.models import hf
-from jaxprune.lm.models.decoder.config import DecoderConfig
-from jaxprune.lm.models.phi3_vision import Phi3VisionConfig
 from jaxprune.typing import Params
 
-C = TypeVar("C", bound=DecoderConfig | Phi3VisionConfig)
 
-
-class ModelDirectory(NamedTuple, Generic[C]):
+class ModelDirectory(NamedTuple):
     """What is known of a directory before its weights are read.
 
     Attributes:
@@ -35,19 +31,21 @@ class ModelDirectory(NamedTuple, Generic[C]):
         one with these leaves in place of its own; the others keep their bytes.
     """
 
-    config: C
+    config: Any
     tokenizer: hf.Tokenizer
     read: Callable[[], Params]
     write: Callable[[Mapping[str, jax.Array], Path, Mapping[str, Any]], None]
 
 
-def opened(path: Path, mesh: Mesh | None, config_class: type[C]) -> ModelDirectory[C]:
+def opened(
+    path: Path, mesh: Mesh | None, load: Callable[..., Any] = hf.load
+) -> ModelDirectory:
     """Reads a directory's configuration and words, none of its weights.
 
     Args:
       path: directory with config.json, safetensors and a tokenizer.
       mesh: devices that the parameters will be split over; None for one device.
-      config_class: `DecoderConfig` for a language model, or `Phi3VisionConfig`.
+      load: reader of the directory: `hf.load` for a language model.
 
     Returns:
       What is known of it.
@@ -59,12 +57,8 @@ def opened(path: Path, mesh: Mesh | None, config_class: type[C]) -> ModelDirecto
     """
     if jax.process_count() > 1:
         raise ValueError("a directory is fine-tuned by one process; start one alone")
-    model_type, vision = open_directory(path).config.get("model_type"), "phi3_v"
-    if (model_type == vision) != (config_class is Phi3VisionConfig):
-        expected = "a language model's" if model_type == vision else vision
-        raise Unknown(f"'{path}': model_type must be {expected}, got {model_type!r}")
     # Names and shapes; no weight is read before a seed begins.
-    loaded = hf.load(path, dtype="float32", lazy=True)
+    loaded = load(path, dtype="float32", lazy=True)
     words = hf.load_tokenizer(path)
 
     def write(
@@ -82,7 +76,7 @@ def opened(path: Path, mesh: Mesh | None, config_class: type[C]) -> ModelDirecto
             source, out, replaced, provenance=provenance, overwrite=True
         )
 
-    read = functools.partial(_read, path, mesh)
+    read = functools.partial(_read, path, mesh, load)
     return ModelDirectory(loaded.config, words, read, write)
 
 
@@ -96,19 +90,19 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()
 
 
-def _read(path: Path, mesh: Mesh | None) -> Params:
-    model = hf.load(path, dtype="float32", shardings=_places(path, mesh)).model
+def _read(path: Path, mesh: Mesh | None, load: Callable[..., Any]) -> Params:
+    model = load(path, dtype="float32", shardings=_places(path, mesh, load)).model
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def _places(
-    path: Path, mesh: Mesh | None
+    path: Path, mesh: Mesh | None, load: Callable[..., Any]
 ) -> Callable[[str, tuple[int, ...]], Sharding] | None:
     """The sharding of each leaf, by its name."""
     if mesh is None:
         return None
-    loaded = hf.load(path, lazy=True)
-    shapes = nnx.to_pure_dict(nnx.state(hf.abstract(loaded.config), nnx.Param))
+    model = load(path, lazy=True).model  # shapes alone
+    shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     places = jp.tree.named_leaves(device_mesh.shardings(shapes, mesh))
     return lambda name, shape: places[name]
 

@@ -150,6 +150,20 @@ def at_once(leaves: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
+def varying(tree: Any, like: Sequence[Any]) -> Any:
+    """The tree, inside of `shard_map`, as different on each device as these arrays."""
+
+    def varied(x: Any) -> frozenset[Any]:
+        return jax.typeof(x).manual_axis_type.varying
+
+    def vary(x: jax.Array) -> jax.Array:
+        missing = tuple(axes - varied(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    axes = frozenset().union(*map(varied, like))
+    return jax.tree.map(vary, tree) if axes else tree
+
+
 def _never(leaf: jax.Array) -> jax.Array:
     """False everywhere, for any value, and placed like the leaf.
 

@@ -50,7 +50,12 @@ def on_first(function: Callable[[], T]) -> T:
         return function()
     # The others wait in the broadcast until the first one has its answer.
     value, failure = _outcome(function) if is_first() else (None, None)
-    value, reported = _broadcast((value, _sendable(failure)))
+    try:
+        pickle.loads(pickle.dumps(failure))
+        sendable = failure
+    except Exception:  # its words, where it cannot be pickled
+        sendable = RuntimeError(f"{type(failure).__name__}: {failure}")
+    value, reported = _broadcast((value, sendable))
     if failure or reported:
         raise failure or reported
     return value
@@ -88,15 +93,6 @@ def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
         return function(), None
     except Exception as error:
         return None, error
-
-
-def _sendable(error: Exception | None) -> Exception | None:
-    """The error, or its words where it cannot be pickled."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
 
 
 def _broadcast(value: Any) -> Any:

@@ -7,13 +7,13 @@ in the words of Python and, where it differs, in those of the command.
 
 import numbers
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.arrays.messages import listed, one_line
+from jaxprune.arrays.messages import one_line
 
 
 class Rule(NamedTuple):
@@ -58,18 +58,12 @@ def check(rules: Rule | Iterable[Rule], /, **values: Any) -> None:
     namespace = SimpleNamespace(**values)
     for rule in (rules,) if isinstance(rules, Rule) else rules:
         if not rule.holds(namespace):
-            raise error(rule, **values)
-
-
-def error(rule: Rule, /, **values: Any) -> Exception:
-    """The exception of a rule, with its sentence filled in; not raised yet."""
-    if rule.details is not None:
-        values |= rule.details(SimpleNamespace(**values))
-    sentence, hint, command = (
-        _FORMATTER.format(text, **values)
-        for text in (rule.sentence, rule.hint, rule.command)
-    )
-    return refusal(sentence, hint, command, rule.error)
+            details = rule.details(namespace) if rule.details is not None else {}
+            sentence, hint, command = (
+                _OneLine().format(text, **values, **details)
+                for text in (rule.sentence, rule.hint, rule.command)
+            )
+            raise refusal(sentence, hint, command, rule.error)
 
 
 class _OneLine(string.Formatter):
@@ -77,9 +71,6 @@ class _OneLine(string.Formatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         return one_line(super().format_field(value, format_spec))
-
-
-_FORMATTER = _OneLine()
 
 
 def refusal(
@@ -115,8 +106,8 @@ def command_words(error: BaseException) -> str:
       Its sentence.
 
     Example:
-      >>> rule = Rule(bool, "a seed is needed", "pass seed=0", "give --seed 0")
-      >>> command_words(error(rule)), command_words(ValueError("no seed"))
+      >>> error = refusal("a seed is needed", "pass seed=0", "give --seed 0")
+      >>> command_words(error), command_words(ValueError("no seed"))
       ('a seed is needed; give --seed 0', 'no seed')
     """
     return getattr(error, "command", "") or str(error)
@@ -139,48 +130,6 @@ def reworded(
     command = f"{prefix}{command_words(error)}"
     exception.command = command  # type: ignore[attr-defined]
     return exception
-
-
-def excludes(
-    first: str, second: str, sentence: str, hint: str = "", **more: Any
-) -> Rule:
-    """A rule that two settings are not given together: at most one is not None.
-
-    Args:
-      first: name of a value.
-      second: name of the other.
-      sentence: sentence of the `Rule`.
-      hint: hint of the `Rule`.
-      **more: other fields of the `Rule`.
-
-    Returns:
-      The rule. `benchmarks.house` counts these: each is a pair that does not compose.
-    """
-
-    def holds(values: Any) -> bool:
-        return not (_is_set(values, first) and _is_set(values, second))
-
-    return Rule(holds, sentence, hint, **more)
-
-
-def needs(first: str, second: str, sentence: str, hint: str = "", **more: Any) -> Rule:
-    """A rule that a setting is only given together with another one.
-
-    Args:
-      first: name of a value.
-      second: name of the one it needs.
-      sentence: sentence of the `Rule`.
-      hint: hint of the `Rule`.
-      **more: other fields of the `Rule`.
-
-    Returns:
-      The rule.
-    """
-
-    def holds(values: Any) -> bool:
-        return not _is_set(values, first) or _is_set(values, second)
-
-    return Rule(holds, sentence, hint, **more)
 
 
 def within(
@@ -226,36 +175,3 @@ def is_between(value: Any, low: float, high: float) -> bool:
     is_scalar = hasattr(value, "dtype") and np.ndim(value) == 0
     is_number = is_scalar or isinstance(value, numbers.Real)
     return is_number and bool(low <= value <= high)
-
-
-def finds_none(
-    find: Callable[[Any], Sequence[Any] | str],
-    sentence: str,
-    hint: str = "",
-    **more: Any,
-) -> Rule:
-    """A rule that nothing breaks; its sentence names at once all that does.
-
-    Args:
-      find: function of the values to the names that break the rule, or to words.
-      sentence: sentence of the `Rule`; {names} stands for the first few names.
-      hint: hint of the `Rule`.
-      **more: other fields of the `Rule`.
-
-    Returns:
-      The rule.
-    """
-
-    def holds(values: Any) -> bool:
-        return not find(values)
-
-    def details(values: Any) -> dict[str, Any]:
-        names = find(values)
-        return {"names": names if isinstance(names, str) else listed(names)}
-
-    return Rule(holds, sentence, hint, details=details, **more)
-
-
-def _is_set(values: Any, name: str) -> bool:
-    value = getattr(values, name)
-    return value is not None and value is not False

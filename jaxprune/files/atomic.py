@@ -54,8 +54,7 @@ def replace(path: Path, content: bytes) -> None:
         os.replace(partial, path)
     finally:
         # After the rename there is nothing left to remove; after an error there is.
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        partial.unlink(missing_ok=True)
 
 
 def replace_json(path: Path, content: Any) -> None:
@@ -133,16 +132,9 @@ def check_room(place: Path, size: int) -> None:
     """Refuses a place that cannot be written to, or has no room for so many bytes."""
     home = next(parent for parent in place.resolve().parents if parent.exists())
     # Permissions say too little (a read-only mount, a quota): a file is made and gone.
-    try:
-        with tempfile.TemporaryFile(dir=home):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"'{home}' must be a directory that can be written to, but it is not "
-            f"({error.strerror}); choose another place"
-        ) from None
+    tempfile.TemporaryFile(dir=home).close()
     free = shutil.disk_usage(home).free
-    if not free >= size:
+    if free < size:
         raise OSError(
             f"'{home}' must have room for {size:,} bytes, but {free:,} are free; make "
             "room, or choose another place"
@@ -208,7 +200,10 @@ def staged(
         except BaseException as error:
             _recover(place)
             # What a crash of the disk or device left is good; other errors come again.
-            if not (resume and _may_go_on(error)):
+            # RuntimeError is JAX's, of a device.
+            passing = OSError | MemoryError | RuntimeError
+            stopped = not isinstance(error, Exception) or isinstance(error, passing)
+            if not (resume and stopped):
                 shutil.rmtree(partial, ignore_errors=True)
             # An empty one is of no use to a run that resumes.
             with contextlib.suppress(OSError):
@@ -271,12 +266,6 @@ def sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _may_go_on(error: BaseException) -> bool:
-    """Whether the same run may do better when it is started again."""
-    passing = OSError | MemoryError | RuntimeError  # the last is JAX's, of a device
-    return not isinstance(error, Exception) or isinstance(error, passing)
-
-
 def _beside(place: Path, what: str) -> Path:
     return place.with_name(f".{place.name}.{what}")
 
@@ -291,17 +280,13 @@ def _check_still_free(place: Path, replaceable: Replaceable | None) -> None:
 
 def check_free(place: Path, replaceable: Replaceable | None) -> None:
     """Refuses a place that holds something, unless `replaceable` allows it."""
-    if place.is_mount():
+    inside = place.is_dir() and Path.cwd().is_relative_to(place.resolve())
+    if place.is_mount() or inside:
         raise ValueError(
-            f"'{place}' is where a disk is mounted, which no result can take the place "
-            "of; give a directory inside it"
+            f"a result cannot take the place of '{place}', where a disk is mounted or "
+            "this process runs; give a directory inside it"
         )
-    if place.is_dir() and Path.cwd().is_relative_to(place.resolve()):
-        raise ValueError(
-            f"'{place}' is the directory that this runs in, whose place the result "
-            "would take; run it from another one"
-        )
-    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+    if _is_free(place):
         return
     reason: str | None = "there is something already"
     ways = [f", or {way} if it is an earlier result" for way in _OVERWRITE]
@@ -319,7 +304,7 @@ def _place(partial: Path, place: Path) -> None:
     """Puts a whole directory into its place, and removes what was there after that."""
     # The system replaces no directory that holds something: two renames, which
     # `_recover` completes or undoes if the process dies in between.
-    if place.exists() and any(place.iterdir()):
+    if not _is_free(place):
         os.rename(place, _beside(place, "replaced"))
     os.rename(partial, place)
     sync(place.parent)
@@ -331,10 +316,15 @@ def _recover(place: Path) -> None:
     replaced = _beside(place, "replaced")
     if not replaced.exists():
         return
-    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-        shutil.rmtree(replaced)
-    else:  # an empty directory may be what a job's script made
+    if _is_free(place):  # an empty directory may be what a job's script made
         os.rename(replaced, place)
+    else:
+        shutil.rmtree(replaced)
+
+
+def _is_free(place: Path) -> bool:
+    """Whether there is nothing, or an empty directory."""
+    return not place.exists() or (place.is_dir() and not any(place.iterdir()))
 
 
 def _empty(directory: Path) -> None:

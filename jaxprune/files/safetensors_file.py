@@ -108,13 +108,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     pairs = [(n, _entry(path, n, e, 8 + length)) for n, e in entries.items()]
     # Empty tensors begin where the next one begins, and come before it.
     tensors = dict(sorted(pairs, key=lambda pair: (pair[1].offset, pair[1].size)))
-    end = 8 + length
-    for name, info in tensors.items():
-        if info.offset != end:
-            raise damaged(path, f"'{name}' begins at {info.offset} and not at {end}")
-        end += info.size
-    if end != size:
-        raise damaged(path, f"its tensors end at {end}, and the file at {size}")
+    begins = [*(info.offset for info in tensors.values()), size]
+    if begins != [8 + length, *(i.offset + i.size for i in tensors.values())]:
+        raise damaged(path, "its tensors leave gaps, overlap or miss its end")
     return tensors, metadata
 
 
@@ -136,7 +132,7 @@ def write(
     header = {n: (codes[np.dtype(dtype)], s) for n, (dtype, s) in entries.items()}
     with open(path, "wb") as file:
         places = write_header(file, header, metadata or {})
-        for name in sorted(places, key=lambda name: places[name].offset):
+        for name in places:  # in the order of their places
             # A scalar has no bytes to view until it has an axis.
             array = np.ascontiguousarray(read(name)).reshape(-1)
             file.write(array.view(np.uint8).data)
@@ -160,35 +156,26 @@ def write_header(
       Name to place. Wider dtypes come first, so that every tensor is aligned.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    places: dict[str, tuple[int, int]] = {}
     end = 0
     # The widest first: then each begins at a multiple of its own item's size.
     for name in sorted(entries, key=lambda name: -DTYPES[entries[name][0]].itemsize):
         code, shape = entries[name]
         begin, end = end, end + math.prod(shape) * DTYPES[code].itemsize
-        places[name] = (begin, end)
-        offsets = {"data_offsets": [begin, end]}
-        header[name] = {"dtype": code, "shape": list(shape)} | offsets
+        offsets = [begin, end]
+        header[name] = dict(dtype=code, shape=list(shape), data_offsets=offsets)
     text = json.dumps(header, separators=(",", ":")).encode()
     # The format pads its header with spaces: tensors begin at a multiple of 8.
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    start = 8 + len(text)
-    return {
-        name: TensorInfo(
-            "", DTYPES[entries[name][0]], entries[name][1], start + begin, end - begin
-        )
-        for name, (begin, end) in places.items()
-    }
+    del header["__metadata__"]
+    path = Path(file.name)
+    return {name: _entry(path, name, e, 8 + len(text)) for name, e in header.items()}
 
 
 def view(path: Path, info: TensorInfo) -> np.ndarray:
     """A tensor of a safetensors file, read-only; the array's memory is the file's."""
-    # No memory map is empty.
-    if not info.size:
-        empty = np.empty(info.shape, info.dtype)
-        empty.flags.writeable = False
-        return empty
+    if not info.size:  # no memory map is empty
+        return np.frombuffer(b"", info.dtype).reshape(info.shape)
     try:
         mapped = np.memmap(path, info.dtype, "r", info.offset, info.shape)
     except ValueError:
@@ -246,12 +233,16 @@ def damaged(path: Path, what: str) -> Damaged:
 def _entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     """One tensor of a header, checked in itself."""
     match entry:
-        case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]}:
-            numbers = [*shape, begin, end]
-        case _:  # not even the keys that tell where it lies
-            raise damaged(path, f"'{name}' has no dtype, shape and data_offsets")
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise damaged(path, f"'{name}' has a shape or offset that is no whole number")
+        case {
+            "dtype": str(code),
+            "shape": [*shape],
+            "data_offsets": [begin, end],
+        } if all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            pass
+        case _:
+            raise damaged(
+                path, f"'{name}' needs a dtype, and shape and data_offsets of integers"
+            )
     if code not in DTYPES:
         raise Unknown(
             f"the dtypes read here are {', '.join(DTYPES)}, but '{name}' in '{path}' "

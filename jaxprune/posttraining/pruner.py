@@ -104,7 +104,8 @@ def _prune(
         started = time.perf_counter()
         before = {op: store.read(op.view) for op in group}  # (batch, in, out)
         if devices is not None:
-            before = devices.everywhere(before)
+            # One by one: operations cannot be sorted, as the keys of a tree are.
+            before = {op: devices.everywhere(w) for op, w in before.items()}
         moments = {op.name: inputs.statistics.pop(op.name) for op in group}
         solved = solve_weight.solve_weights(plan, before, moments, devices)
         del moments

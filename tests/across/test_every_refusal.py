@@ -49,7 +49,7 @@ def _text(node):
     return None
 
 
-RULES = {"Rule": 1, "excludes": 2, "needs": 2, "within": 3}  # argument: the sentence
+RULES = {"Rule": 1, "within": 3}  # argument: the sentence
 
 
 def sentences(source):
@@ -84,6 +84,6 @@ def test_a_sentence_that_is_none_is_found():
     ]
     assert faults("rank\nis 0") == ["it is more than a line"]
     assert faults("bad rank: 0") == ["it says no rule"]
-    rule = 'rules = [needs("a", "b", "a needs b.", "give b.")]'
+    rule = 'rules = [Rule("a", "a needs b.", "give b.")]'
     assert [text for _, text in sentences(rule)] == ["a needs b.", "give b."]
     assert [*sentences('raise ValueError(f"a {b} c" + d)')] == [(1, "a {} c{}")]

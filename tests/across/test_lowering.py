@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import jaxprune as jp
-from experiments.tasks import picture_model
+from experiments.phi3_vision import checkpoint, presets
 from jaxprune.lm.models import generate, hf
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.recovery import distill, retrain
@@ -259,8 +259,8 @@ def test_a_decoder_and_what_it_writes(family):
 
 @pytest.mark.full
 def test_a_model_that_sees_pictures():
-    config = hf.vision_config(picture_model.PRESETS["smoke"])
-    graph, state = nnx.split(hf.abstract(config))
+    config = checkpoint.vision_config(presets.PRESETS["smoke"])
+    graph, state = nnx.split(checkpoint.abstract(config))
     size = config.tower.image
     pixels = np.zeros((2, size, size, 3), np.float32)
     tokens, sources = np.zeros((2, 8), np.int32), np.full((2, 8), -1, np.int32)

@@ -177,69 +177,41 @@ def test_a_glob_that_excludes_nothing_is_told_with_names_near_it(use):
     use(params, jp.tree.excluding("mlp/*", "attn/value"))
 
 
-def prunes(*names):
-    return {name: jp.tree.prunable(name, ONES) for name in names}
+def prunes(names):
+    return {name: jp.tree.prunable(name, ONES) for name in names.split()}
 
 
 def test_whole_words_say_what_is_left_alone():
     innocent = prunes(
-        "embedder/enc/dense/kernel",
-        "text_embedding_model/layers/0/kernel",
-        "denormalizer/kernel",
-        "normformer/mlp/kernel",
-        "head/mlp/kernel",
-        "multi_head/kernel",
-        "mlp/gate/kernel",
-        "model/layers/0/mlp/gate_proj/weight",
-        "biased/kernel",
-        "bias_proj/kernel",
-        "overhead/kernel",
-        "blocks/0/kernel",
-        "block_0/output_layer/kernel",
-        "blocks/0/mlp/output_layer/kernel",
+        """
+        embedder/enc/dense/kernel text_embedding_model/layers/0/kernel
+        denormalizer/kernel normformer/mlp/kernel head/mlp/kernel
+        multi_head/kernel mlp/gate/kernel model/layers/0/mlp/gate_proj/weight
+        biased/kernel bias_proj/kernel overhead/kernel blocks/0/kernel
+        block_0/output_layer/kernel blocks/0/mlp/output_layer/kernel
+        """
     )
     assert all(innocent.values()), innocent
 
 
 def test_embeddings_norms_and_heads_are_left_alone_in_every_spelling():
     left = prunes(
-        "wte/embedding",
-        "transformer/wpe/weight",
-        "Embed_0/embedding",
-        "model/embed_tokens/weight",
-        "gpt_neox/embed_in/weight",
-        "embed_out/weight",
-        "bert/embeddings/word_embeddings/weight",
-        "vit/embeddings/patch_embeddings/projection/weight",
-        "pos_embed",
-        "shared/weight",
-        "LayerNorm_0/scale",
-        "model/layers/0/input_layernorm/weight",
-        "post_attention_norm/weight",
-        "ln_f/scale",
-        "ln1/kernel",
-        "batch_norm1/kernel",
-        "RMSNorm_3/weight",
-        "SelfAttention/relative_attention_bias/weight",
-        "attn/relative_position_bias_table",
-        "lm_head/weight",
-        "output/weight",
-        "transformer/output_layer/weight",
-        "head/kernel",
-        "classifier/weight",
-        "score/weight",
-        "mlp/output_layer/kernel",
-        "output_layer/kernel",
-        "value_head/kernel",
-        "LMHead/kernel",
-        "LMHead_0/kernel",
-        "Classifier_0/kernel",
-        "blocks/QKNorm/kernel",
-        "cls_token",
-        "encoder/register_tokens",
-        "lm_head/base_layer/weight",
-        "classifier/modules_to_save/default/weight",
-        "score/original_module/weight",
+        """
+        wte/embedding transformer/wpe/weight Embed_0/embedding
+        model/embed_tokens/weight gpt_neox/embed_in/weight embed_out/weight
+        bert/embeddings/word_embeddings/weight
+        vit/embeddings/patch_embeddings/projection/weight pos_embed
+        shared/weight LayerNorm_0/scale model/layers/0/input_layernorm/weight
+        post_attention_norm/weight ln_f/scale ln1/kernel batch_norm1/kernel
+        RMSNorm_3/weight SelfAttention/relative_attention_bias/weight
+        attn/relative_position_bias_table lm_head/weight output/weight
+        transformer/output_layer/weight head/kernel classifier/weight
+        score/weight mlp/output_layer/kernel output_layer/kernel
+        value_head/kernel LMHead/kernel LMHead_0/kernel Classifier_0/kernel
+        blocks/QKNorm/kernel cls_token encoder/register_tokens
+        lm_head/base_layer/weight classifier/modules_to_save/default/weight
+        score/original_module/weight
+        """
     )
     assert not any(left.values()), left
 
@@ -247,23 +219,25 @@ def test_embeddings_norms_and_heads_are_left_alone_in_every_spelling():
 def test_routers_and_decays_are_left_alone():
     """Of mixtures of experts and state spaces, as Hugging Face names them."""
     left = prunes(
-        "model/layers/0/block_sparse_moe/gate/weight",
-        "model/layers/0/mlp/gate/weight",
-        "model/layers/0/mlp/shared_expert_gate/weight",
-        "model/layers/0/mlp/router/weight",
-        "model/layers/0/feed_forward/router/weight",
-        "model/layers/0/block_sparse_moe/router/layer/weight",
-        "model/layers/0/mlp/gate/wg/weight",
-        "moe/gate/kernel",
-        "Block_1/Router_0/kernel",
-        "backbone/layers/0/mixer/A_log",
+        """
+        model/layers/0/block_sparse_moe/gate/weight
+        model/layers/0/mlp/gate/weight
+        model/layers/0/mlp/shared_expert_gate/weight
+        model/layers/0/mlp/router/weight
+        model/layers/0/feed_forward/router/weight
+        model/layers/0/block_sparse_moe/router/layer/weight
+        model/layers/0/mlp/gate/wg/weight moe/gate/kernel
+        Block_1/Router_0/kernel backbone/layers/0/mixer/A_log
+        """
     )
     assert not any(left.values()), left
     experts = prunes(
-        "model/layers/0/block_sparse_moe/experts/0/w1/weight",
-        "model/layers/0/mlp/experts/gate_up_proj",
-        "model/layers/0/mlp/shared_expert/up_proj/weight",
-        "backbone/layers/0/mixer/in_proj/weight",
+        """
+        model/layers/0/block_sparse_moe/experts/0/w1/weight
+        model/layers/0/mlp/experts/gate_up_proj
+        model/layers/0/mlp/shared_expert/up_proj/weight
+        backbone/layers/0/mixer/in_proj/weight
+        """
     )
     assert all(experts.values()), experts
 

@@ -14,17 +14,17 @@ from experiments import (
     prune_while_training,
     scaled_down_llm,
 )
-from experiments.datasets.question_answers import Asked
 from experiments.harness import records, runner
 from experiments.harness.option_rules import check_lists
 from experiments.harness.progress import Progress
+from experiments.phi3_vision import presets
+from experiments.phi3_vision.checkpoint import vision_config
+from experiments.phi3_vision.question_answers import Asked
+from experiments.phi3_vision.task import PictureTask
+from experiments.phi3_vision.vision_model import Tokenizer, VisionModel
 from experiments.prune_while_training.run import Run
-from experiments.tasks import picture_model
 from experiments.tasks.finetuning import Texts
 from experiments.tasks.language_task import LanguageTask
-from experiments.tasks.picture_task import PictureTask
-from experiments.tasks.vision_model import Tokenizer, VisionModel
-from jaxprune.lm.models.hf import vision_config
 from tests.support.tiny_run import flags, write_text
 
 
@@ -167,7 +167,7 @@ def test_an_answer_is_counted_where_it_stands(strips):
     tokenizer = Tokenizer(
         lambda text: made.encode(text, add_special_tokens=False).ids, made.decode, 1
     )
-    shape = vision_config(picture_model.PRESETS["smoke"])
+    shape = vision_config(presets.PRESETS["smoke"])
     shape = dataclasses.replace(shape, crops=2)
     asked = Asked(np.zeros((28, 56, 3), np.uint8), "What?", "Thu")
     task = PictureTask(VisionModel(shape), tokenizer, [asked], [asked])

@@ -386,7 +386,7 @@ def test_files_that_do_not_fit_are_refused(files, tmp_path):
         ({"text": (short,)}, "trained on must have a window of 17 tokens, got 9"),
         ({"foreign": (tmp_path / "none.txt",)}, "must be a readable file"),
         ({"foreign": files["foreign"] * 2}, "must have different names"),
-        ({"model": other}, "model_type must be a language model's, got 'phi3_v'"),
+        ({"model": other}, "got 'phi3_v'; another family"),
         ({"out": files["model"] / "run"}, "must lie apart from its source"),
     ):
         with pytest.raises((ValueError, OSError), match=sentence):

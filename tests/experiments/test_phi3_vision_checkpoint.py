@@ -13,12 +13,10 @@ import jaxprune as jp
 from experiments import phi3_vision
 from experiments.harness import device_mesh, training
 from experiments.harness.optimizer import EVERYTHING
-from experiments.tasks import picture_model
+from experiments.phi3_vision import checkpoint, presets
+from experiments.phi3_vision.model import Phi3Vision
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import Unknown
-from jaxprune.lm.models import hf
-from jaxprune.lm.models.hf import vision_config
-from jaxprune.lm.models.phi3_vision import Phi3Vision
 from tests.support.picture_files import picture, write
 
 
@@ -26,11 +24,11 @@ from tests.support.picture_files import picture, write
 def model(tmp_path_factory):
     """A folder of a tiny Phi-3-vision, with a tokenizer."""
     folder = tmp_path_factory.mktemp("model")
-    config = picture_model.PRESETS["smoke"]
-    made = Phi3Vision(vision_config(config), rngs=nnx.Rngs(0))
-    save_file(dict(hf.tensors(made, config)), folder / "model.safetensors")
+    config = presets.PRESETS["smoke"]
+    made = Phi3Vision(checkpoint.vision_config(config), rngs=nnx.Rngs(0))
+    save_file(dict(checkpoint.tensors(made)), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    picture_model.words().save(str(folder / "tokenizer.json"))
+    presets.words().save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -97,8 +95,8 @@ def test_lora_writes_a_folder_whose_pruned_weights_are_zero(model, data, tmp_pat
     assert provenance["retrain_steps"] == 2
     assert provenance["sparsity"] == 0.5
     assert provenance["allocation"] == "all"
-    loaded = hf.load(written)
-    before = jp.tree.named_leaves(nnx.state(hf.load(model).model, nnx.Param))
+    loaded = checkpoint.load(written)
+    before = jp.tree.named_leaves(nnx.state(checkpoint.load(model).model, nnx.Param))
     leaves = jp.tree.named_leaves(nnx.state(loaded.model, nnx.Param))
     changed = 0
     for name, leaf in leaves.items():

@@ -8,25 +8,23 @@ import pytest
 from PIL import Image
 
 import jaxprune as jp
-from experiments.datasets import picture_questions
-from experiments.datasets.question_answers import Asked
-from experiments.tasks import picture_model
-from experiments.tasks.picture_task import PictureTask, without_gradient
-from experiments.tasks.vision_model import VisionModel
-from jaxprune.lm.models.hf import vision_config
-from jaxprune.lm.models.phi3_vision import preprocess
+from experiments.datasets import picture_questions, preprocess, presets
+from experiments.phi3_vision.checkpoint import vision_config
+from experiments.phi3_vision.question_answers import Asked
+from experiments.phi3_vision.task import PictureTask, without_gradient
+from experiments.phi3_vision.vision_model import VisionModel
 
 
 @pytest.fixture(scope="module")
 def task():
-    config = vision_config(picture_model.PRESETS["smoke"])
+    config = vision_config(presets.PRESETS["smoke"])
     config = dataclasses.replace(config, crops=2)
     parts = picture_questions.parts(picture_questions.read_source())
     train, held_out = (
         [Asked(*picture_questions.example(parts[split], i)) for i in range(count)]
         for split, count in (("train", 40), ("validation", 70))
     )
-    tokenizer = picture_model.tokenizer()
+    tokenizer = presets.tokenizer()
     return PictureTask(VisionModel(config), tokenizer, train, held_out)
 
 

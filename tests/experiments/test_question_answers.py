@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments.datasets import picture_questions, question_answers
+from experiments.datasets import picture_questions
+from experiments.phi3_vision import question_answers
 from tests.support.picture_files import LINE, picture, write
 
 

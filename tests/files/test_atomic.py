@@ -78,7 +78,7 @@ def test_a_directory_is_held_by_one_at_a_time(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_to_or_has_no_room_is_refused(monkeypatch):
-    with pytest.raises(OSError, match=r"'/proc' must be a directory that can be wri"):
+    with pytest.raises(OSError, match="/proc"):
         atomic.check_room(Path("/proc/a/b"), 1)
     with pytest.raises(OSError, match="must have room for 1,000,000,000,000,000,000"):
         atomic.check_room(Path("/tmp/a/b"), 10**18)
@@ -120,7 +120,7 @@ def test_a_result_does_not_take_the_place_of_the_working_directory(
     tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="the directory that this runs in"):
+    with pytest.raises(ValueError, match="or this process runs"):
         atomic.check_free(tmp_path, None)
     atomic.check_free(tmp_path / "out", None)
 

@@ -16,9 +16,9 @@ from flax import nnx
 import jaxprune as jp
 from experiments import gpt
 from experiments.gpt.config import GPTConfig
+from experiments.phi3_vision.tower import ClipConfig, ClipTower
 from jaxprune.lm.models import hf
 from jaxprune.lm.models.decoder.model import Decoder
-from jaxprune.lm.models.phi3_vision.tower import ClipConfig, ClipTower
 from tests.support import tiny_hf
 from tests.support.removal import check, check_alone, check_each_kind, row
 from tests.support.small_models import draw, filled

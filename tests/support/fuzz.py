@@ -147,10 +147,7 @@ class Fuzzer:
             "--exclude": ["*q_proj*", "*", "", "["],
             "--evaluate": [self.root / "text.txt", "none.txt", folder],
             "--allocation": ["layer", "owl", "erk", "x"],
-            "--damping": ["0.1", "0", "nan", "inf"],
             "--ignore-config": ["vocab_size", "x", "rope_parameters"],
-            "--inputs": ["left", "dense", "x"],
-            "--prompt-steps": ["0", "-1"],
         }  # fmt: skip
         words = ["prune", folder, out]
         for name in chance.sample(sorted(pool), chance.randrange(1, 5)):

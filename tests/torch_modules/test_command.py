@@ -111,7 +111,7 @@ def test_the_weights_are_those_that_prune_trained_gives(place, capsys, tmp_path)
     words = ["--calibration", tmp_path / "ids.npz", "--evaluate", tmp_path / "ids.npz"]
     code, found, err = run(
         capsys, "prune", place / "bert", tmp_path / "out", *words, *SAMPLES,
-        "--sparsity", "0.5", "--method", "wanda", "--relative", "no",
+        "--sparsity", "0.5", "--method", "wanda",
     )  # fmt: skip
     assert code == 0, err
     assert found["outputs"]["ids.npz"]["role"] == "calibrated on too"
@@ -124,7 +124,7 @@ def test_the_weights_are_those_that_prune_trained_gives(place, capsys, tmp_path)
         fn,
         params,
         batches,
-        "wanda",
+        jp.passes.wanda(relative=True),
         sparsity=0.5,
         prunable=lambda name, leaf: leaf.ndim == 2 and "embeddings" not in name,
     ).params

@@ -3,6 +3,5 @@
 __all__ = [
     "count_search",
     "float_order",
-    "sampling",
     "thresholds",
 ]

@@ -23,7 +23,6 @@ class Line(NamedTuple):
     signed: np.dtype  # of ranks
     unsigned: np.dtype  # of positions
     top: int  # the position over infinity
-    octave: int  # how many floats there are between two powers of two
 
     @classmethod
     def of(cls, *dtypes: Any) -> "Line":
@@ -38,20 +37,12 @@ class Line(NamedTuple):
             np.dtype(f"int{info.bits}"),
             np.dtype("uint64" if info.bits == 64 else "uint32"),
             (1 << info.bits - 1) + infinity + 1,
-            1 << info.nmant,
         )
 
     def rank(self, position: UInt[Array, "..."]) -> Int[Array, "..."]:
         """The rank at a position."""
-        return (position - self._half()).astype(self.signed)
-
-    def position(self, rank: Int[Array, "..."]) -> UInt[Array, "..."]:
-        """The position of a rank; a rank under zero wraps around and back."""
-        return rank.astype(self.unsigned) + self._half()
-
-    def _half(self) -> np.unsignedinteger:
-        """The position of zero."""
-        return self.unsigned.type(1 << np.iinfo(self.signed).bits - 1)
+        zero = self.unsigned.type(1 << np.iinfo(self.signed).bits - 1)
+        return (position - zero).astype(self.signed)
 
 
 def of(scores: Float[Array, "..."], signed: Any) -> Int[Array, "..."]:

@@ -1,11 +1,10 @@
 """The k highest of many scores, exactly, by counting.
 
-The threshold is found by narrowing a bracket of positions in the order of the floats. A
-sample says where to begin, exact counts decide. Nothing is sorted, joined or gathered,
-so it works on any sharding; leaves are only read, a few times, and masks are made leaf
-by leaf from a `Cut`. Ties keep the first by (leaf, flat index). NaN ranks lowest, under
-minus infinity. Counts are Python integers of any size, or integers traced by `jit`: one
-compiled program then serves every count.
+The threshold is found digit by digit in the order of the floats. Nothing is sorted,
+joined or gathered, so it works on any sharding; leaves are only read, and masks are
+made leaf by leaf from a `Cut`. Ties keep the first by (leaf, flat index). NaN ranks
+lowest, under minus infinity. Counts are Python integers of any size, or integers traced
+by `jit`: one compiled program then serves every count.
 
 One search has two levels: the threshold among the positions of floats, then, of what is
 equal to the threshold, the flat index under which ties are kept. A row, in the shapes
@@ -24,8 +23,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt, UInt32
 
 from jaxprune.arrays import low_bit, placement
-from jaxprune.arrays.topk import count_search, float_order, sampling
-from jaxprune.arrays.topk.count_search import Bracket, Count, Order
+from jaxprune.arrays.topk import count_search, float_order
+from jaxprune.arrays.topk.count_search import Bracket, Count
 from jaxprune.arrays.topk.float_order import Line
 
 
@@ -201,16 +200,15 @@ def _checked(kept: int, size: int) -> int:
     return kept
 
 
-class _Level(NamedTuple):
-    """One level of the search: where it begins, and the result of the level before."""
+_PASSES_AT_ONCE = 3  # between two moments at which the host waits
 
-    place: UInt[Array, " rows"]  # the positions of the thresholds
-    bound: UInt32[Array, " rows"]  # the flat index under which ties are kept
-    target: Count  # how much counts enough: of all scores, then of each row's ties
+
+class _State(NamedTuple):
+    """A bracket, where to count next, and which rows need it."""
+
     bracket: Bracket
-    guess: UInt[Array, "2 rows"]
-    joint: Bool[Array, ""]
-    smooth: UInt[Array, ""]
+    candidates: UInt[Array, "rows candidates"]
+    unsettled: Bool[Array, " rows"]
 
 
 def _cut(
@@ -225,83 +223,89 @@ def _cut(
     with placement.at_once([*leaves, *target]):
         line = Line.of(*(leaf.dtype for leaf in leaves))
         size = [leaf.size for leaf in leaves]
-        rows: Any = _numbers(len(leaves)) if traced else range(len(leaves))
+        numbers: Any = _numbers(len(leaves)) if traced else range(len(leaves))
         if by_row:
             size = [math.prod(leaves[0].shape[1:])] * len(leaves[0])
-            rows = [None]
+            numbers = [None]
         sizes = np.array(size, np.uint32)  # (rows,)
         target = target.clipped(Count.of([sum(size)] if joint else size))
-        apart = not traced and _are_apart(leaves)
-        guess = None
-        if not (by_row or apart):
-            guess = sampling.guess(leaves, target, line, joint=joint)
+        # Counts of pipeline stages, on several devices, meet on the host.
+        arrays = [leaf for leaf in leaves if placement.is_concrete(leaf)]
+        apart = len({placement.devices(leaf) for leaf in arrays}) > 1
 
-        def search_level(level: _Level, ties: bool) -> _Level:
-            def counts(candidates: jax.Array, unsettled: jax.Array) -> list[jax.Array]:
-                leaf_counts = [
-                    _count(leaf, row, level.place, candidates, unsettled, line, ties)
-                    for leaf, row in zip(leaves, rows, strict=True)
+        def search(state: _State, target: Count, joint: bool, tied: Any) -> Bracket:
+            def narrow(state: _State) -> _State:
+                counts = [
+                    _count(leaf, i, state.candidates, state.unsettled, tied, line)
+                    for i, leaf in zip(numbers, leaves, strict=True)
                 ]
-                # Counts of pipeline stages, on several devices, meet on the host.
-                return jax.device_get(leaf_counts) if apart else leaf_counts
+                counts = jax.device_get(counts) if apart else counts
+                return _narrowed(state, counts, target, joint=joint)
 
-            order = Order(counts, level.joint, level.smooth)
-            start = level.target, level.bracket, level.guess
-            bracket = count_search.search(order, *start, traced=traced)
-            after = _next_level(level, bracket, sizes, ties, joint=joint)
-            return _varying(after, leaves)
+            def narrow_apart(state: _State) -> _State:
+                # The candidates are sorted already. But XLA compiles a loop without a
+                # sort as one function on a CPU: twice as long for 100 leaves.
+                state = narrow(state)
+                return state._replace(candidates=jnp.sort(state.candidates, 1))
 
-        level = _first_level(sizes, target, guess, line=line, joint=joint)
-        level = _varying(level, leaves)
+            def goes_on(state: _State) -> Bool[Array, ""]:
+                return jnp.any(state.unsettled)
+
+            state = placement.varying(state, leaves)
+            if traced:
+                return jax.lax.while_loop(goes_on, narrow_apart, state).bracket
+            while np.asarray(state.unsettled).any():
+                # A pass too many costs little: settled rows are not read again.
+                for _ in range(_PASSES_AT_ONCE):
+                    state = narrow(state)
+            return state.bracket
+
         # First the thresholds, then the flat indices among what is equal to them.
-        level = search_level(search_level(level, False), True)
-        return _as_cut(level, line)
+        start, target = _first(sizes, target, line=line, joint=joint)
+        found = search(start, target, joint, None)
+        start, ties = _ties(found, target, sizes, joint=joint)
+        return _as_cut(found, search(start, ties, False, found.low), ties, sizes, line)
 
 
-def _are_apart(leaves: Sequence[Any]) -> bool:
-    """Whether arrays lie on different devices; NumPy's lie on none."""
-    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-    return len({placement.devices(leaf) for leaf in arrays}) > 1
-
-
-def _varying(tree: Any, like: Sequence[Any]) -> Any:
-    """The tree, inside of `shard_map`, as different on each device as these arrays."""
-
-    def varying(x: Any) -> frozenset[Any]:
-        return jax.typeof(x).manual_axis_type.varying
-
-    def vary(x: jax.Array) -> jax.Array:
-        missing = tuple(axes - varying(x))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    axes = frozenset().union(*map(varying, like))
-    return jax.tree.map(vary, tree) if axes else tree
+def _state(bracket: Bracket, target: Count, joint: bool) -> _State:
+    unsettled = bracket.unsettled(target, joint)
+    return _State(bracket, count_search.candidates(bracket), unsettled)
 
 
 @functools.partial(jax.jit, static_argnames=("line", "joint"))
-def _first_level(
-    sizes: UInt32[Array, " rows"], target: Count, guess: Any, *, line: Line, joint: bool
-) -> _Level:
-    """The thresholds among the positions of floats."""
-    unsigned = line.unsigned.type
-    bracket = count_search.full_bracket(sizes, unsigned(line.top))
+def _first(
+    sizes: UInt32[Array, " rows"], target: Count, *, line: Line, joint: bool
+) -> tuple[_State, Count]:
+    """The search of thresholds: all scores count at position 0, none at the top."""
     target = jax.tree.map(lambda half: jnp.broadcast_to(half, sizes.shape), target)
-    guess = jnp.broadcast_to(unsigned(0) if guess is None else guess, (2, sizes.size))
-    rule = jnp.asarray(joint), jnp.asarray(unsigned(line.octave))
-    return _Level(bracket.low, jnp.zeros_like(sizes), target, bracket, guess, *rule)
+    low = jnp.zeros(sizes.shape, line.unsigned)
+    high = jnp.full_like(low, line.unsigned.type(line.top))
+    bracket = Bracket(low, high, sizes, jnp.zeros_like(sizes))
+    return _state(bracket, target, joint), target
 
 
 @functools.partial(jax.jit, static_argnames="joint")
-def _next_level(
-    level: _Level,
-    bracket: Bracket,
-    sizes: UInt32[Array, " rows"],
-    ties: bool,
-    *,
-    joint: bool,
-) -> _Level:
-    """A search's result and, after that of the thresholds, the level of ties."""
-    spare = level.target.minus(count_search.totals(bracket.above, level.joint))
+def _narrowed(
+    state: _State, counts: Sequence[jax.Array], target: Count, *, joint: bool
+) -> _State:
+    """The state after a pass; next candidates are made here, once for all leaves."""
+    counted = jnp.concatenate(counts)  # (rows, candidates)
+    bracket = count_search.narrowed(
+        state.bracket, state.candidates, counted, target, joint
+    )
+    return _state(bracket, target, joint)
+
+
+@functools.partial(jax.jit, static_argnames="joint")
+def _ties(
+    bracket: Bracket, target: Count, sizes: UInt32[Array, " rows"], *, joint: bool
+) -> tuple[_State, Count]:
+    """The search among scores equal to the thresholds, and how many of them are kept.
+
+    Their positions are places from the end, 1 to the size, so that counts fall as
+    positions rise.
+    """
+    spare = target.minus(count_search.totals(bracket.above, joint))
     tied = bracket.at - bracket.above  # (rows,) scores equal to the row's threshold
 
     def take(spare: Count, ties: jax.Array) -> tuple[Count, jax.Array]:
@@ -312,39 +316,27 @@ def _next_level(
     if joint:  # the first leaves' ties first
         first = jax.tree.map(lambda half: half[0], spare)
         ties_kept = jax.lax.scan(take, first, tied)[1]
-    # Ties lie at their places from the end, 1 to the size, so that counts fall as
-    # positions rise. A row that keeps all its ties, or none, has nothing to look for.
-    one, unsigned = np.uint32(1), bracket.low.dtype.type
-    last = jnp.where((ties_kept > 0) & (ties_kept < tied), sizes, one).astype(unsigned)
-    none = jnp.zeros_like(ties_kept)
-    place = jnp.where(ties, level.place, bracket.low)
-    bound = sizes + one - bracket.low.astype(np.uint32)
-    return _Level(
-        place=place,
-        bound=jnp.where(level.target.low > 0, bound, none),
-        target=Count(none, ties_kept),
-        bracket=Bracket(jnp.ones_like(last), last, tied, none),
-        guess=jnp.zeros_like(level.guess),
-        joint=jnp.zeros_like(level.joint),
-        smooth=jnp.asarray(unsigned(1 << 31)),
-    )
+    # A row that keeps all its ties, or none, has nothing to look for.
+    none, one = jnp.zeros_like(tied), jnp.ones_like(bracket.low)
+    last = jnp.where((ties_kept > 0) & (ties_kept < tied), sizes, np.uint32(1))
+    kept = Count(none, ties_kept)
+    return _state(Bracket(one, last.astype(one.dtype), tied, none), kept, False), kept
 
 
 # In a larger program too: leaves of a shape are traced and lowered once.
-@functools.partial(jax.jit, static_argnames=("line", "ties"))
+@functools.partial(jax.jit, static_argnames="line")
 def _count(
     leaf: Float[Array, "..."],
     i: Any,
-    place: UInt[Array, " rows"],
     candidates: UInt[Array, "rows candidates"],
     unsettled: Bool[Array, " rows"],
+    tied: UInt[Array, " rows"] | None,
     line: Line,
-    ties: bool,
 ) -> UInt32[Array, "some candidates"]:
     """How many of a leaf, row `i` or all rows (None), lie at or above candidates.
 
-    Candidates are positions of scores or, if `ties`, places of those equal to `place`,
-    from the row's end. Without an unsettled row the leaf is not read.
+    Candidates are positions of scores or, of those at the position `tied`, places from
+    the row's end. Without an unsettled row the leaf is not read.
     """
 
     def row_of(values: jax.Array) -> jax.Array:
@@ -355,14 +347,14 @@ def _count(
     def count(leaf: jax.Array, candidates: jax.Array) -> jax.Array:
         rows = leaf if i is None else leaf[None]  # (rows, ...)
         across = (len(rows),) + (1,) * (rows.ndim - 1)
-        ranks, least = float_order.of(rows, line.signed), row_of(candidates)
-        if ties:
-            tied = ranks == line.rank(row_of(place)).reshape(across)
+        keys, least = float_order.of(rows, line.signed), row_of(candidates)
+        if tied is None:
+            least = line.rank(least)
+        else:
+            is_tied = keys == line.rank(row_of(tied)).reshape(across)
             length = np.uint32(math.prod(rows.shape[1:]))
             keys = length - low_bit.flat_index(rows.shape[1:])[None]  # 1 is the last
-            keys = jnp.where(tied, keys, np.uint32(0)).astype(line.unsigned)
-        else:
-            keys, least = ranks, line.rank(least)
+            keys = jnp.where(is_tied, keys, np.uint32(0)).astype(line.unsigned)
         flags = [keys >= least[:, k].reshape(across) for k in range(least.shape[1])]
         counts = jnp.stack(float_order.count_true(flags, range(1, rows.ndim)), 1)
         mesh = jax.typeof(counts).sharding.mesh
@@ -372,7 +364,7 @@ def _count(
 
     def nothing(leaf: jax.Array, candidates: jax.Array) -> jax.Array:
         zeros = jnp.zeros(row_of(candidates).shape, np.uint32)
-        return _varying(zeros, [leaf, candidates])
+        return placement.varying(zeros, [leaf, candidates])
 
     # XLA would take what is made of the leaf alone out of the loop over passes, and
     # keep it in memory; behind the barrier it depends on the pass.
@@ -381,8 +373,11 @@ def _count(
 
 
 @functools.partial(jax.jit, static_argnames="line")
-def _as_cut(level: _Level, line: Line) -> Cut:
-    return Cut(line.rank(level.place), level.bound)
+def _as_cut(
+    found: Bracket, last: Bracket, ties: Count, sizes: jax.Array, line: Line
+) -> Cut:
+    bound = sizes + np.uint32(1) - last.low.astype(np.uint32)
+    return Cut(line.rank(found.low), jnp.where(ties.low > 0, bound, np.uint32(0)))
 
 
 @functools.partial(jax.jit, static_argnames="size")

@@ -41,7 +41,7 @@ class CompactSource(CheckpointDir):
         """What the file holds of a tensor with a mask, held against its SHA-256.
 
         Args:
-          name: one of `tensors`, of encoding "mask" or "levels".
+          name: one of `tensors` that has a mask.
 
         Returns:
           Views of the file: "mask", "values", and of levels "scales".

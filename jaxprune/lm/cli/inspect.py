@@ -15,7 +15,6 @@ from jaxprune.lm.jobs.exclusions import check_globs, why_kept
 from jaxprune.lm.jobs.option_types import MaybeNumber, ModelPath, Names
 from jaxprune.lm.jobs.prune_settings import MethodName
 from jaxprune.lm.models import hf
-from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.torch_models import routing
 from jaxprune.lm.torch_models.inspection import possible_through_torch
 from jaxprune.masking import counts
@@ -121,14 +120,9 @@ def _possible(source: CheckpointDir) -> dict[str, Any]:
     # Magnitude needs no model, so that it prunes what nothing here can run.
     magnitude = {"methods": ["magnitude"], "shrinkable": []}
     try:
-        config = hf.load(source.path, lazy=True).config  # reads headers alone
+        hf.load(source.path, lazy=True)  # reads headers alone
     except (ValueError, OSError) as error:
         return magnitude | {"unsupported": command_words(error)}
-    if not isinstance(config, DecoderConfig):
-        why = (
-            "it sees pictures; jaxprune.lm.models.hf.load reads it for jp.prune_trained"
-        )
-        return magnitude | {"unsupported": why}
     return {
         "methods": list(get_args(MethodName)),
         "shrinkable": hf.shrinkable(source.config),

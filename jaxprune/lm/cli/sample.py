@@ -1,11 +1,15 @@
 """`jaxprune sample`: what a model writes after a prompt."""
 
 import dataclasses
+import itertools
 import sys
 from typing import Annotated, Any, ClassVar
 
+import jax
+import jax.numpy as jnp
 import tyro
 
+from jaxprune.arrays import processes
 from jaxprune.arrays.rules import check, within
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.checkpoints.compact_source import open_source
@@ -20,14 +24,9 @@ from jaxprune.lm.jobs.packing import (
     open_packable,
     read_decoder,
 )
-from jaxprune.lm.jobs.samples import (
-    Sampling,
-    decode_sample,
-    draw_tokens,
-    encode_prompt,
-)
 from jaxprune.lm.jobs.settings import Devices, Loading, LoadingGroup
 from jaxprune.lm.models import hf
+from jaxprune.lm.models.generate import generate
 
 _RULES = (
     *PACKING_RULES,
@@ -81,7 +80,11 @@ class Sample(Options):
         vocab_size, context = model.config.vocab_size, model.config.context
         _, begins = text_beginning(tokenizer, self.loading, vocab_size)
         # Its tokenizer begins with BOS where the options or the directory say so.
-        prompt = encode_prompt(tokenizer, self.prompt, begins.token)
+        prompt = tokenizer.encode(self.prompt, bos=False)
+        if begins.token is not None:
+            prompt = [begins.token, *prompt]  # (prompt,)
+        if not prompt:
+            raise ValueError("--prompt must have at least one token, got none")
         length, steps = len(prompt), self.steps
         total = length + steps
         if not length + steps <= context:
@@ -91,11 +94,20 @@ class Sample(Options):
                 "prompt or fewer steps"
             )
         note_ignored(model, console)
-        sampling = Sampling(steps, self.temperature, self.top_k, self.seed)
         # Only now are the weights read.
         decoder, packed = read_decoder(model, source, self.packing, console)
-        tokens = draw_tokens(decoder, prompt, sampling)
-        text = decode_sample(tokenizer, prompt, tokens)
+        written = generate(
+            decoder,
+            jnp.array([prompt], jnp.int32),  # (1, prompt)
+            steps=steps,
+            key=jax.random.key(self.seed),
+            temperature=self.temperature,
+            top_k=self.top_k,
+        )  # (1, prompt + steps)
+        tokens = [int(token) for token in processes.fetch(written)[0, length:]]
+        # A token that ends a text ends what is shown.
+        shown = itertools.takewhile(lambda token: token not in tokenizer.eos, tokens)
+        text = tokenizer.decode([*prompt, *shown])
         console.note(f"the prompt begins with {begins.why}")
         console.say(text)
         return {

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
-from jaxprune.arrays.rules import refusal
 from jaxprune.files import atomic
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.export.gguf_shape import (
@@ -99,13 +98,6 @@ def export_gguf(
     gguf = _package()
     loaded = hf.load(source, lazy=True, ignore_config=ignore_config)
     opened, config = open_directory(source), loaded.config
-    if not isinstance(config, DecoderConfig):
-        raise refusal(
-            "GGUF is written of language models that read text alone, but this one "
-            "reads pictures",
-            "",
-            "convert it with llama.cpp's convert_hf_to_gguf.py",
-        )
     architecture = check_shape(opened.config["model_type"], config)
     tokenizer = hf.load_tokenizer(source)  # refuses files that are not what they say
     content = json.loads((opened.path / "tokenizer.json").read_text(encoding="utf-8"))

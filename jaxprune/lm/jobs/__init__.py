@@ -26,7 +26,6 @@ __all__ = [
     "prune_streaming",
     "recovery",
     "recovery_settings",
-    "samples",
     "sane_model",
     "settings",
     "shrink",

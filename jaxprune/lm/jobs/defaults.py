@@ -11,10 +11,8 @@ from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.jobs import settings
 from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.opening import model_context
-from jaxprune.lm.jobs.prune_settings import MethodName, PruneEvaluation, PruneJob
+from jaxprune.lm.jobs.prune_settings import MethodName, PruneJob
 from jaxprune.lm.models.hf.families import FAMILIES
-
-_VISION = "phi3_v"  # it is read, but the command runs language models
 
 _Evaluation = TypeVar("_Evaluation", bound=settings.Evaluation)
 _Calibration = TypeVar("_Calibration", bound=settings.Calibration)
@@ -50,7 +48,7 @@ def _method(job: PruneJob, console: Console) -> MethodName:
         or job.quantization.quantize
         or job.recovery.recover_steps
     )
-    if (family in FAMILIES and family != _VISION) or runs_model:
+    if family in FAMILIES or runs_model:
         return "sparsegpt"
     console.note(
         f"pruned by magnitude, since the code of model_type {family} is not here; "
@@ -60,20 +58,15 @@ def _method(job: PruneJob, console: Console) -> MethodName:
 
 
 def shorten(job: PruneJob) -> PruneJob:
-    """The job with sequences and samples that fit the model, unless they were given."""
+    """The job with sequences that fit the model, unless a length was given."""
     if job.streams and not job.runs_model:
         return job
     source = open_directory(job.model)
     context = model_context(source, job.loading.ignore_config)
-    evaluation = job.evaluation
-    usual = PruneEvaluation.prompt_steps
-    # Half of the context for the prompt, half for the sample.
-    if context is not None and evaluation.prompt_steps == usual >= context:
-        evaluation = dataclasses.replace(evaluation, prompt_steps=context // 2)
     return dataclasses.replace(
         job,
         calibration=shorten_sequences(job.calibration, context),
-        evaluation=shorten_windows(evaluation, context),
+        evaluation=shorten_windows(job.evaluation, context),
     )
 
 

@@ -2,12 +2,9 @@
 
 import dataclasses
 import math
-from typing import Any
 
-from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
-from jaxprune.lm.jobs.option_rules import not_while, option_values
-from jaxprune.lm.jobs.prune_settings import PruneJob, Pruning, Solver
+from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.recovery_settings import Recovery
 from jaxprune.lm.jobs.settings import SELF
 from jaxprune.posttraining.passes.efforts import LEVELS, Level
@@ -15,24 +12,6 @@ from jaxprune.posttraining.passes.efforts import LEVELS, Level
 LARGEST = 10**9
 """Most parameters of a model that an effort trains: a training holds 16 bytes of each
 weight of the matrices."""
-
-
-def _undecided(group: type[Any], option: str) -> Rule:
-    """A rule that an option which the effort decides is left at its default."""
-    default = getattr(group, option)  # a dataclass keeps it on the class
-    return not_while(
-        "effort",
-        option,
-        "--effort {effort} says what {flag} would",
-        "leave one of them out",
-        lambda v: getattr(v, option) != default,
-    )
-
-
-_DECIDED = (
-    _undecided(Pruning, "method"),
-    *(_undecided(Solver, option) for option in ("relative", "correction", "inputs")),
-)
 
 
 def choose_by_effort(job: PruneJob, *, writes: bool) -> PruneJob:
@@ -43,15 +22,19 @@ def choose_by_effort(job: PruneJob, *, writes: bool) -> PruneJob:
       writes: whether the model can write text to calibrate on, and be trained on it.
 
     Returns:
-      The job as it would be without the word; the job itself where no effort is named.
+      The job with the method of its effort; the job itself where no effort is named.
       Options of a recovery that were given take the place of the level's.
 
     Raises:
-      ValueError: an option that the effort decides was given too.
+      ValueError: a method was given too.
     """
     if job.pruning.effort is None:
         return job
-    check(_DECIDED, **option_values(job))
+    if job.pruning.method is not None:
+        raise ValueError(
+            f"--effort {job.pruning.effort} says what --method would; leave one of "
+            "them out"
+        )
     level = LEVELS[job.pruning.effort]
     writes = writes and not job.devices.distributed  # several processes do neither
     calibration = job.calibration
@@ -61,12 +44,11 @@ def choose_by_effort(job: PruneJob, *, writes: bool) -> PruneJob:
         calibration = dataclasses.replace(calibration, calibration=texts)
     chosen = dataclasses.replace(
         job,
-        pruning=dataclasses.replace(job.pruning, method=level.method, effort=None),
+        pruning=dataclasses.replace(job.pruning, method=level.method),
         calibration=calibration,
     )
     recovery = _recovery(chosen, level) if writes else job.recovery
-    solver = dataclasses.replace(job.solver, correction=level.correction)
-    return dataclasses.replace(chosen, solver=solver, recovery=recovery)
+    return dataclasses.replace(chosen, recovery=recovery)
 
 
 def _recovery(job: PruneJob, level: Level) -> Recovery:

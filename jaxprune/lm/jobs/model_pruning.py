@@ -30,7 +30,6 @@ from jaxprune.lm.jobs.prune_record import (
 )
 from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.recovery import as_stored
-from jaxprune.lm.jobs.samples import Samples, prepare_samples
 from jaxprune.lm.jobs.teacher import open_teacher
 from jaxprune.lm.jobs.transformation import Change
 from jaxprune.lm.measure.machine import Costs
@@ -66,7 +65,6 @@ def begin_pruning(
         other_teacher=other_teacher,
         chosen=chosen,
         prunable=prunable,
-        samples=prepare_samples(job, source, texts, model.config.context),
     )
 
 
@@ -77,14 +75,12 @@ class ModelPruning(ModelTransformation[PruneJob]):
     Attributes:
       chosen: method, pattern and what else is done.
       prunable: which leaves may be pruned.
-      samples: what the model writes before and after.
     """
 
     NAME, STAGE = "prune", "pruned"
 
     chosen: passes.Pass
     prunable: Prunable
-    samples: Samples
 
     def facts(self) -> dict[str, Any]:
         """What decides the pruned weights, as far as it is known without reading."""
@@ -94,11 +90,10 @@ class ModelPruning(ModelTransformation[PruneJob]):
         }
 
     def look_at_dense(self) -> None:
-        """Measures the dense model and lets it write: a sample, a calibration."""
+        """Measures the dense model and lets it write a calibration."""
         with self.costs.phase("evaluate before"):
             dense = read_dense(self.model)  # freed when this is done
             self.measurements.measure_dense(dense.decoder())
-            self.samples.add("dense", dense.decoder())
         self.write_calibration(dense)
 
     def change(self) -> Change[LoadedModel]:
@@ -140,11 +135,8 @@ class ModelPruning(ModelTransformation[PruneJob]):
         return model._replace(params=jax.tree.unflatten(structure, params))
 
     def finish(self, change: Change[LoadedModel]) -> None:
-        """Adds a sample of the pruned model, and its sizes."""
-        # Of the model that is written, whatever stage it has come to.
-        self.samples.add(self.last_stage, change.model.decoder())
+        """Adds the sizes of the pruned model."""
         counts = count_zeros(change.model, change.matrices)
-        change.record["samples"] = self.samples.written
         change.record["ignored_config"] = list(self.model.ignored)
         change.record["sizes"] = provenance.weight_sizes(
             self.source, counts, self.job.quantization

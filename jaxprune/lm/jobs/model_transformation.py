@@ -184,11 +184,6 @@ class ModelTransformation(Transformation[AnyJob, LoadedModel]):
             return self.before(change).decoder()
         return self.with_tokens(read_dense(self.other_teacher)).decoder()
 
-    @property
-    def last_stage(self) -> str:
-        """What the model is in the end."""
-        return self.STAGE if self.texts.training is None else self.job.recovery.stage
-
     def recover(self, change: Change[LoadedModel]) -> Change[LoadedModel]:
         """The change after the recovery, where one was asked for; measured too."""
         settings, sequences = self.job.recovery, self.texts.training

@@ -18,7 +18,7 @@ from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.masking import allocation as allocations
 from jaxprune.masking import counts, patterns
 from jaxprune.posttraining.passes import METHODS, Chain, correct, quantize
-from jaxprune.posttraining.passes.base import Inputs
+from jaxprune.posttraining.passes.efforts import LEVELS
 from jaxprune.posttraining.passes.quantization import Quantize
 from jaxprune.typing import Pattern, Prunable
 
@@ -44,16 +44,6 @@ class Pass(NamedTuple):
     quantizer: Quantize | None
 
     @property
-    def needs_hessian(self) -> bool:
-        """Whether the method reads the Hessian of each input."""
-        return "hessian" in self.method.observes
-
-    @property
-    def corrects(self) -> bool:
-        """Whether the dense model runs beside the pruned one."""
-        return self.method.correction > 0
-
-    @property
     def chain(self) -> Chain:
         """All passes in a row, as `jp.prune_trained` takes them."""
         steps = (self.method, self.quantizer)
@@ -68,62 +58,33 @@ class Pass(NamedTuple):
         }
 
 
-def method_settings(name: str) -> set[str]:
-    """The settings that a method has, by their names."""
-    method = METHODS[name]()
-    solves = {"correction"} if "hessian" in method.observes else set()
-    return {*method.settings, *solves}
+def choose_method(name: str, correction: float | None = None) -> Chain:
+    """A method as it was best on real models.
 
-
-def choose_method(
-    name: str,
-    *,
-    damping: float | None = None,
-    inputs: Inputs = "left",
-    relative: bool | None = None,
-    correction: float | None = None,
-) -> Chain:
-    """A method with the settings that were asked for, as far as it has them.
+    Where it looks at inputs, tokens count by their direction alone, and where it
+    updates weights, each matrix makes up for a part of what earlier ones lost. The
+    papers do neither; `jp.prune_trained` takes their settings.
 
     Args:
       name: name of the method.
-      damping: share of the Hessian's mean diagonal; the method's usual one if None.
-      inputs: which inputs a weight is pruned for; see `jp.passes`.
-      relative: whether tokens count by their direction alone; None is yes, which was
-        best on real models.
-      correction: share of the earlier loss that is made up for; None is `CORRECTION`
-        with inputs "left", for the same reason.
+      correction: share of the earlier loss that is made up for.
 
     Returns:
       The method, chained with the correction of its target where it has one.
-
-    Raises:
-      ValueError: a setting is out of range.
 
     Example:
       >>> from jaxprune.lm.jobs import passes
       >>> passes.choose_method("wanda").pruning.settings
       {'inputs': 'left', 'relative': True}
     """
-    # It goes by the inputs that earlier layers leave, which "dense" does not look at.
-    if correction is None and inputs == "left":
-        correction = CORRECTION
-    settings: dict[str, Any] = {
-        "damping": damping,
-        "inputs": inputs,
-        "relative": relative is None or relative,
-        "correction": correction,
-    }
-    # What a method lacks was refused where it was asked for; defaults are dropped.
-    available = method_settings(name)
-    changes = {
-        setting: value
-        for setting, value in settings.items()
-        if setting in available and value is not None
-    }
-    share = changes.pop("correction", 0.0)
-    steps = [correct(share)] if share else []
-    return jp.passes.chain(METHODS[name](**changes), *steps)
+    make: Any = METHODS[name]
+    method = make()
+    if "relative" in method.settings:
+        method = make(relative=True)
+    share = CORRECTION if correction is None else correction
+    if not share or "hessian" not in method.observes:
+        return jp.passes.chain(method)
+    return jp.passes.chain(method, correct(share))
 
 
 def choose_pattern(pruning: Pruning) -> Pattern:
@@ -148,14 +109,10 @@ def pattern_word(pattern: Pattern) -> str:
 
 def choose_pass(job: PruneJob) -> Pass:
     """What the words of a pruning mean; refuses values that do not agree."""
-    pruning, solver, bits = job.pruning, job.solver, job.quantization.bits
-    method = choose_method(
-        pruning.method or "sparsegpt",
-        damping=solver.damping,
-        inputs=solver.inputs,
-        relative=None if solver.relative is None else solver.relative == "yes",
-        correction=solver.correction,
-    )
+    pruning, bits = job.pruning, job.quantization.bits
+    # "quick" leaves the correction out, which takes as long as the rest.
+    correction = LEVELS[pruning.effort].correction if pruning.effort else None
+    method = choose_method(pruning.method or "sparsegpt", correction)
     pattern = choose_pattern(pruning)
     sparsity, rule = counts.agreed(pruning.sparsity, pattern, pruning.allocation)
     quantizer = None

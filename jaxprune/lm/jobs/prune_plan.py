@@ -15,10 +15,8 @@ from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.exclusions import check_globs, prunable_tensor, why_kept
 from jaxprune.lm.jobs.inputs import JobTexts
 from jaxprune.lm.jobs.model_pruning import ModelPruning
-from jaxprune.lm.jobs.opening import open_for_job
 from jaxprune.lm.jobs.plan_words import say_texts
 from jaxprune.lm.jobs.prune_settings import PruneJob
-from jaxprune.lm.jobs.samples import prepare_samples
 from jaxprune.typing import Pattern
 
 
@@ -104,8 +102,6 @@ def _plan_streaming(job: PruneJob, pattern: Pattern) -> _Plan:
     if not job.runs_model:
         return _Plan(source, names, None)
     texts = inputs.read_texts(job, source)
-    model = open_for_job(job.model, job.loading, job.devices)
-    prepare_samples(job, source, texts, model.config.context)  # or refuses them
     return _Plan(source, names, texts)
 
 

@@ -1,55 +1,25 @@
 """The rules that the settings of `jaxprune prune` keep, before anything is opened."""
 
-import math
 import re
-from typing import Any
 
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.jobs import passes, recovery_settings, settings
 from jaxprune.lm.jobs.option_rules import (
-    at_least,
     idle_without,
     not_while,
     option_values,
 )
-from jaxprune.lm.jobs.prune_settings import (
-    PruneEvaluation,
-    PruneJob,
-    Quantization,
-)
+from jaxprune.lm.jobs.prune_settings import PruneJob, Quantization
 from jaxprune.lm.models.loaded_model import device_mesh
 from jaxprune.lm.texts import text_files
 from jaxprune.masking import patterns
 
-_SOLVERS, _OBSERVERS = "sparsegpt and alps", "methods that look at inputs"
 # How a pattern is written: these words, n:m, or rows x columns of a block.
 _PATTERN = re.compile(r"unstructured|per-output|\d+:\d+|\d+x\d+")
 
 
-def _setting(option: str, methods: str, is_given: Any) -> Rule:
-    """A rule that a method which is given a setting has it."""
-    return Rule(
-        lambda v: not is_given(v) or option in v.method_settings,
-        f"--{option} is for {methods}, not for {{method}}",
-    )
-
-
 WORDS = (
-    # What a method does not have would be left out without a word.
-    _setting("damping", _SOLVERS, lambda v: v.damping is not None),
-    Rule(
-        lambda v: v.damping is None or 0 < v.damping < math.inf,
-        "--damping must be positive, got {damping}",
-    ),
-    _setting("inputs", _OBSERVERS, lambda v: v.inputs != "left"),
-    _setting("relative", _OBSERVERS, lambda v: v.relative is not None),
-    _setting("correction", _SOLVERS, lambda v: v.correction),
-    Rule(
-        lambda v: not (v.correction and v.inputs == "dense"),
-        "--correction goes by the inputs that earlier layers leave; give it without "
-        "--inputs dense",
-    ),
     Rule(
         lambda v: v.pattern is None or bool(_PATTERN.fullmatch(v.pattern)),
         "--pattern must be one of unstructured, per-output, n:m as in 2:4, or a block "
@@ -89,15 +59,6 @@ _NUMBERS = (
         lambda v: v.streams or v.sequences % v.batch == 0,
         "--sequences must be divisible by --batch, got {sequences} and {batch}; all "
         "batches have one shape",
-    ),
-    at_least("prompt_steps", 0),
-    Rule(  # 0 asks for no sample, and there is none
-        lambda v: (
-            not (v.streams and v.prompt is None and not v.evaluate)
-            or v.prompt_steps in (0, PruneEvaluation.prompt_steps)
-        ),
-        "--prompt-steps needs a model that is loaded",
-        "give --prompt, --evaluate FILE... or --calibration FILE..., or leave it out",
     ),
     idle_without(
         Quantization, "group", "quantize", "--quantize int4, whose scales it is for"
@@ -222,7 +183,6 @@ def check_pruning(job: PruneJob, *, through_torch: bool = False) -> passes.Pass:
     method = job.pruning.method or "sparsegpt"
     values = option_values(job) | {
         "method": method,
-        "method_settings": passes.method_settings(method),
         "files": job.calibration.files,
         "self_sequences": job.calibration.self_sequences,
         "streams": job.streams,

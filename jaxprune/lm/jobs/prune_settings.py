@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Annotated, Literal, TypeAlias
 
-import tyro
-
 from jaxprune.lm.jobs.option_types import (
     UNSET,
     Count,
@@ -28,7 +26,6 @@ from jaxprune.posttraining.passes.efforts import Effort
 MethodName: TypeAlias = Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"]
 """The methods by the names that the command gives them."""
 
-YesNo: TypeAlias = Literal["yes", "no"]
 Integers: TypeAlias = Literal["int4", "int8"]
 
 
@@ -67,29 +64,6 @@ class Pruning:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Solver:
-    """The settings of the method.
-
-    Attributes:
-      damping: the damping of sparsegpt and alps, as a share of the Hessian's mean
-        diagonal; 0.01 if left out.
-      inputs: which inputs a weight is pruned for: those that the layers pruned before
-        it produce ("left"), or those of the dense layer ("dense"), as in the papers.
-      relative: divide each token by the size of its activations, so that a few massive
-        ones do not decide; yes if left out. The papers do not.
-      correction: how much of what the layers before it lost each matrix makes up for,
-        in [0, 1], by sparsegpt and alps; 0.5 if left out, without --inputs dense. The
-        papers have 0.
-    """
-
-    damping: MaybeNumber = None
-    inputs: Literal["left", "dense"] = "left"
-    # Not a switch: left out is yes for methods that have it, and fits the others.
-    relative: Annotated[YesNo | None, choice_of(YesNo), UNSET] = None
-    correction: MaybeNumber = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantization:
     """Few bits for the weights that stay.
 
@@ -108,20 +82,6 @@ class Quantization:
     def bits(self) -> int | None:
         """Number of bits of a weight, or None."""
         return {None: None, "int4": 4, "int8": 8}[self.quantize]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneEvaluation(Evaluation):
-    """What the model is measured by, before and after.
-
-    Attributes:
-      prompt: the prompt of the samples before and after; the beginning of an evaluated
-        text if left out.
-      prompt_steps: how many tokens a sample has; 0 makes none.
-    """
-
-    prompt: MaybeText = None
-    prompt_steps: Count = 48
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,12 +105,9 @@ class PruneJob(Job):
     """
 
     pruning: Pruning = dataclasses.field(default_factory=Pruning)
-    solver: Annotated[Solver, tyro.conf.arg(name="method")] = dataclasses.field(
-        default_factory=Solver
-    )
     quantization: Quantization = dataclasses.field(default_factory=Quantization)
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
-    evaluation: PruneEvaluation = dataclasses.field(default_factory=PruneEvaluation)
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     recovery: Recovery = dataclasses.field(default_factory=Recovery)
     loading: LoadingGroup = dataclasses.field(default_factory=Loading)
     devices: PruneDevices = dataclasses.field(default_factory=PruneDevices)
@@ -163,4 +120,4 @@ class PruneJob(Job):
     @property
     def runs_model(self) -> bool:
         """Whether the model is run where it is pruned tensor by tensor."""
-        return bool(self.evaluation.evaluate) or self.evaluation.prompt is not None
+        return bool(self.evaluation.evaluate)

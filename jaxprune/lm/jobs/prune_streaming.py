@@ -1,7 +1,7 @@
 """`jaxprune prune --method magnitude`: tensor by tensor, without the model's code.
 
-With `--evaluate` or `--prompt` the model is loaded too, before and after, to measure it
-and to let it write. OUT appears when all of that is done.
+With `--evaluate` the model is loaded too, before and after, to measure it. OUT appears
+when all of that is done.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ from jaxprune.lm.jobs.exclusions import check_globs, prunable_tensor
 from jaxprune.lm.jobs.model_transformation import Measurements
 from jaxprune.lm.jobs.opening import note_ignored, open_for_job
 from jaxprune.lm.jobs.prune_settings import PruneJob
-from jaxprune.lm.jobs.samples import Samples, prepare_samples
 from jaxprune.lm.measure.machine import Costs
 from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.loaded_model import LoadedModel
@@ -48,7 +47,7 @@ def prune_by_magnitude(
     with costs.phase("read"):
         source = open_directory(job.model)
         check_globs(job.pruning.exclude, source.tensors)
-        # Texts and prompt are refused before all weights are read.
+        # Texts are refused before all weights are read.
         look = _open_look(job, source, console) if job.runs_model else None
         progress_dir.check_room(job, source, 1)  # there is no progress
         # All of it: what is not pruned is copied later, and never looked at.
@@ -69,7 +68,6 @@ def prune_by_magnitude(
                 pruned = open_for_job(written, job.loading, job.devices).read()
                 look.at_pruned(pruned.decoder())
             facts["perplexity"] = look.measurements.perplexity
-            facts["samples"] = look.samples.written
         counts = {k: (v["zeros"], v["size"]) for k, v in record["tensors"].items()}
         facts |= {"sizes": provenance.weight_sizes(source, counts), **costs.facts()}
         return facts, provenance.page_file(page, {**record, **facts})
@@ -100,16 +98,13 @@ class _Look(NamedTuple):
 
     model: LoadedModel
     measurements: Measurements
-    samples: Samples
 
     def at_dense(self) -> None:
         decoder = self.model.read().decoder()
         self.measurements.measure_dense(decoder)
-        self.samples.add("dense", decoder)
 
     def at_pruned(self, decoder: Decoder) -> None:
         self.measurements.add("pruned", decoder)
-        self.samples.add("pruned", decoder)
 
 
 def _open_look(job: PruneJob, source: CheckpointDir, console: Console) -> _Look:
@@ -120,5 +115,4 @@ def _open_look(job: PruneJob, source: CheckpointDir, console: Console) -> _Look:
     measurements = Measurements(
         texts, job.calibration.batch, job.evaluation.any_perplexity, console
     )
-    samples = prepare_samples(job, source, texts, model.config.context)
-    return _Look(model, measurements, samples)
+    return _Look(model, measurements)

@@ -5,7 +5,6 @@ __all__ = [
     "generate",
     "hf",
     "loaded_model",
-    "phi3_vision",
     "placement",
     "product",
 ]

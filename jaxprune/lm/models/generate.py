@@ -10,19 +10,13 @@ text becomes long, since every key in it changes.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-
-Pictures: TypeAlias = tuple[
-    Float[Array, "crops height width 3"], Int[Array, "batch time"]
-]
-"""Pixels and sources of a prompt, as `Phi3Vision.embed` takes them."""
-
 
 _GROUP = 512  # neighbours in the vocabulary, about the root of a large one
 
@@ -49,18 +43,8 @@ class LanguageModel(Protocol):
         """Logits after the last of embedded tokens, and the longer cache."""
 
 
-class PictureModel(Protocol):
-    """A model that sees pictures, as `Phi3Vision`; its `decoder` continues the text."""
-
-    config: Any  # says `side`, how many tokens a view has along each side
-    decoder: Any  # a `LanguageModel`
-
-    def embed(self, tokens: Array, pixels: Array, sources: Array) -> Array:
-        """What the decoder's layers get for the prompt, pictures included."""
-
-
 def generate(
-    model: LanguageModel | PictureModel,
+    model: LanguageModel,
     prompt: Int[Array, "batch time"],
     *,
     steps: int,
@@ -68,7 +52,6 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     sliding: bool = False,
-    pictures: Pictures | None = None,
 ) -> Int[Array, "batch time+steps"]:
     """Continues each prompt by `steps` tokens.
 
@@ -77,9 +60,8 @@ def generate(
     `steps` and `top_k`; another temperature or other parameters reuse it.
 
     Args:
-      model: model that writes: a `Decoder`, a `Phi3Vision`, or another `LanguageModel`.
-      prompt: tokens, integers (batch, time) in [0, vocab_size), at least one a row;
-        below 0 where a picture is.
+      model: model that writes: a `Decoder`, or another `LanguageModel`.
+      prompt: tokens, integers (batch, time) in [0, vocab_size), at least one a row.
       steps: number of tokens to draw, 0 or more.
       key: rng key of the draws; not read at temperature 0.
       temperature: divisor of the logits: 0 takes the likeliest token (the first of
@@ -88,10 +70,6 @@ def generate(
         None allows all.
       sliding: whether a text longer than the context is continued from its last
         `context` tokens, instead of refused.
-      pictures: pixels and sources for a `Phi3Vision`, `(prompt.pixels,
-        prompt.sources[None])` of a `preprocess.Prompt`; they are encoded once. For a
-        batch of several prompts use `preprocess.batch_prompts`: it concatenates the
-        pixels of all prompts and shifts their sources to match.
 
     Returns:
       The prompt and its continuation, int32 (batch, time + steps).
@@ -100,8 +78,7 @@ def generate(
       TypeError: the prompt is not made of integers.
       ValueError: the prompt is not (batch, time >= 1), holds a token outside the
         vocabulary, is too long with its continuation, or another argument is
-        outside its range; pictures for a model that sees none, of another shape
-        than the prompt, or with `sliding`.
+        outside its range.
 
     Example:
       >>> from jaxprune.lm.models.decoder.model import Decoder, DecoderConfig
@@ -112,10 +89,8 @@ def generate(
       >>> generate(model, prompt, steps=5, key=jax.random.key(0)).shape
       (2, 8)
     """
-    config = getattr(model, "decoder", model).config  # of the part that writes
-    if pictures is not None:
-        _check_pictures(model, prompt, pictures, sliding)
-    _check_prompt(prompt, config.vocab_size, pictures)
+    config = model.config
+    _check_prompt(prompt, config.vocab_size)
     context = config.context
     time = prompt.shape[1]
     if not steps >= 0:
@@ -147,7 +122,6 @@ def generate(
         window,
         key,
         jnp.float32(temperature),
-        pictures,
         plan=(_stretches(window.shape[1], cached, config.switches), steps - cached),
         # By so little, float32 logits would be infinite.
         top_k=1 if temperature < 1e-30 else top_k,
@@ -171,16 +145,13 @@ def _draw(
     window: Int[Array, "batch time"],
     key: PRNGKeyArray,
     temperature: Float[Array, ""],
-    pictures: Pictures | None,
     *,
     plan: tuple[tuple[int, ...], int],
     top_k: int | None,
 ) -> Int[Array, "batch steps"]:
     """Draws plan[0][i] tokens with the i-th cache, then plan[1] by a sliding window."""
-    merged = nnx.merge(graphdef, params)
-    model: LanguageModel = getattr(merged, "decoder", merged)
-    # (batch, time, width), and longer with each stretch
-    x = model.embed(window) if pictures is None else merged.embed(window, *pictures)
+    model: LanguageModel = nnx.merge(graphdef, params)
+    x = model.embed(window)  # (batch, time, width), and longer with each stretch
     draw = functools.partial(_sample, temperature=temperature, top_k=top_k)
     stretches, slides = plan
     keys = jax.random.split(key, sum(stretches) + slides)  # one a token
@@ -276,31 +247,7 @@ def _first_above(
     return jnp.argmax(above, axis=-1).astype(jnp.int32)
 
 
-def _check_pictures(
-    model: Any, prompt: Array, pictures: Pictures, sliding: bool
-) -> None:
-    pixels, sources = pictures
-    known = not isinstance(sources, jax.core.Tracer) and sources.size > 0
-    last = int(np.max(sources)) if known else -1
-    rows = 2 + len(pixels) * getattr(model.config, "side", 0) ** 2
-    if not (hasattr(model, "decoder") and not sliding):
-        raise ValueError(
-            "generate takes pictures for a Phi3Vision and without sliding, got "
-            f"{type(model).__name__} and sliding={sliding}; leave them out"
-        )
-    if sources.shape != prompt.shape:
-        raise ValueError(
-            f"generate needs a source for each word of the prompt {prompt.shape}, got "
-            f"{sources.shape}; take both from one preprocess.Prompt"
-        )
-    if not last < rows:
-        raise ValueError(
-            f"generate needs sources under {rows}, the rows of {len(pixels)} views, "
-            f"got {last}; give the pixels of every prompt of the batch"
-        )
-
-
-def _check_prompt(prompt: Array, vocab_size: int, pictures: Pictures | None) -> None:
+def _check_prompt(prompt: Array, vocab_size: int) -> None:
     if not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise TypeError(f"generate needs an integer prompt, got {prompt.dtype}")
     if not (prompt.ndim == 2 and prompt.shape[1] > 0):
@@ -311,9 +258,6 @@ def _check_prompt(prompt: Array, vocab_size: int, pictures: Pictures | None) -> 
     if isinstance(prompt, jax.core.Tracer) or prompt.size == 0:
         return
     tokens = np.asarray(prompt)
-    if pictures is not None and not isinstance(pictures[1], jax.core.Tracer):
-        # Where a picture is any number may stand.
-        tokens = np.where(np.asarray(pictures[1]) < 0, tokens, 0)
     for token in (int(tokens.min()), int(tokens.max())):
         if not 0 <= token < vocab_size:
             raise ValueError(

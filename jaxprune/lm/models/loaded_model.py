@@ -74,7 +74,7 @@ def open_model(
       The model.
 
     Raises:
-      ValueError: it is no language model, or the mesh divides none of its parameters.
+      ValueError: the mesh divides none of its parameters.
     """
     loaded = hf.load(
         path,
@@ -84,11 +84,6 @@ def open_model(
         lazy=True,
         ignore_config=ignore_config,
     )
-    if not isinstance(loaded.config, DecoderConfig):
-        raise ValueError(
-            f"the command runs language models, got '{path}', which sees pictures; "
-            "jaxprune.lm.models.hf.load reads it"
-        )
     graphdef, params = nnx.split(loaded.model, nnx.Param)
     devices = mesh.shape.get("fsdp", 1) if mesh else 1
     leaves = jax.tree.leaves(params)

@@ -79,7 +79,7 @@ def _as_stored(source: CompactSource, name: str, dtype: Any) -> PackedMatrix | N
     if across or not whole_words or not is_stored:
         return None
     parts = source.stored(name)
-    on_levels = entry["encoding"] == "levels"
+    on_levels = "bits" in entry
     return pack_bits(
         parts["mask"],
         parts["values"],

@@ -27,7 +27,7 @@ def document(record: Mapping[str, Any]) -> str:
 
     Args:
       record: what jaxprune.json holds: "method", "pattern", "sparsity", "achieved",
-        "tensors", "sizes", and where measured "perplexity", "weights", "samples",
+        "tensors", "sizes", and where measured "perplexity", "weights",
         "retraining", "calibration", "phases".
 
     Returns:

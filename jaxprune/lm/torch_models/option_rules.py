@@ -8,7 +8,7 @@ from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.jobs import passes
 from jaxprune.lm.jobs.option_rules import not_while, option_values
 from jaxprune.lm.jobs.prune_rules import check_pruning
-from jaxprune.lm.jobs.prune_settings import PruneEvaluation, PruneJob
+from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.jobs.shrink_rules import RULES as SHRINK_RULES
 from jaxprune.lm.jobs.shrink_settings import ShrinkEvaluation, ShrinkJob
 from jaxprune.lm.torch_models.model_inputs import check_input_files
@@ -47,13 +47,7 @@ JOB_RULES = (
 
 _PRUNE_RULES = (
     *JOB_RULES,
-    _refused("prompt", "leave it out: nothing is sampled"),
     _refused("distributed", "leave it out: it runs on one device"),
-    Rule(
-        lambda v: v.prompt_steps == PruneEvaluation.prompt_steps,
-        "a model that goes through torch takes no --prompt-steps",
-        "leave it out: nothing is sampled",
-    ),
     Rule(
         lambda v: v.calibration,
         "a model that goes through torch is pruned by what it does to inputs, and none "

@@ -90,11 +90,6 @@ def trim_vocabulary(
     """
     loaded = hf.load(source, lazy=True, ignore_config=ignore_config)
     opened, config = open_directory(source), loaded.config
-    if not isinstance(config, DecoderConfig):
-        raise ValueError(
-            "tokens are left out of language models that read text alone, but this "
-            "one reads pictures; keep its vocabulary whole"
-        )
     check_size(size)
     tokenizer = hf.load_tokenizer(source)  # refuses files that are not what they say
     counts = np.zeros(config.vocab_size, np.int64)

@@ -28,7 +28,7 @@ from jaxprune.lm.models.loaded_model import LoadedModel
 
 __all__ = ["place"]
 
-SMALL = ["--length", "16", "--sequences", "8", "--limit", "4", "--prompt-steps", "0"]
+SMALL = ["--length", "16", "--sequences", "8", "--limit", "4"]
 HALF = ["--method", "wanda", "--sparsity", "0.5"]
 
 
@@ -235,7 +235,6 @@ def test_a_disk_that_is_mounted_is_no_place_for_a_result(place, capsys, monkeypa
             ["--method", "magnitude", "--calibration-temperature", "2"],
             "temperature needs --calibration self",
         ),
-        (["--method", "magnitude", "--prompt-steps", "7"], "give --prompt, --evaluate"),
     ],
 )
 def test_options_without_what_they_are_for_are_refused(place, capsys, words, told):
@@ -308,9 +307,6 @@ def test_a_streamed_pruning_looks_at_its_texts_first(
     code, _, err = run(capsys, *words, "--evaluate", tmp_path / "foreign.npy")
     assert code == 1
     assert "foreign.npy" in err
-    code, _, err = run(capsys, *words, "--prompt", "w4", "--prompt-steps", "1000")
-    assert code == 1
-    assert "--prompt-steps 1000; take fewer steps" in err
 
 
 @pytest.fixture

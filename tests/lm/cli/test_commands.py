@@ -73,27 +73,6 @@ RECOVERED = ("--recover-steps", "2", "--recover-text", "a.txt")
             ),
             "enough for each calibration text and self",
         ),
-        (
-            refused(*CALIBRATED, *HALF, "--method", "wanda", "--damping", "0.1"),
-            "not for wanda",
-        ),
-        (refused(*CALIBRATED, *HALF, "--damping", "-1"), "--damping must be positive"),
-        (
-            refused(*CALIBRATED, *HALF, "--method", "wanda", "--correction", "0.5"),
-            "--correction is for sparsegpt and alps",
-        ),
-        (
-            refused(*CALIBRATED, *HALF, "--correction", "0.5", "--inputs", "dense"),
-            "without --inputs dense",
-        ),
-        (
-            refused(*CALIBRATED, *HALF, "--method", "magnitude", "--inputs", "dense"),
-            "--inputs is for methods that look at inputs",
-        ),
-        (
-            refused(*CALIBRATED, *HALF, "--method", "magnitude", "--relative", "yes"),
-            "--relative is for methods that look at inputs",
-        ),
         (refused(*CALIBRATED, *HALF, "--batch", "3"), "divisible by --batch"),
         (refused(*CALIBRATED, *HALF, "--limit", "0"), "--limit must be at least 1"),
         (refused(*CALIBRATED, *HALF, "--length", "4"), "at least 8"),
@@ -142,7 +121,6 @@ RECOVERED = ("--recover-steps", "2", "--recover-text", "a.txt")
             refused(*HALF, "--method", "magnitude", *RECOVERED),
             "does no --recover-steps",
         ),
-        (refused(*CALIBRATED, *HALF, "--prompt-steps", "80"), "context of 64"),
         (refused(*CALIBRATED, *HALF, out="model/in"), "apart"),
         (
             refused(*CALIBRATED, *HALF, out="made"),

@@ -70,7 +70,7 @@ def test_a_family_is_pruned_with_calibration_and_runs(name, tmp_path, capsys):
     before = folder(name, model, layers=1, **sizes)
     ids = tiny_hf.tokens(4, 16)
     np.save(tmp_path / "rows.npy", ids)
-    method = ["--method", "sparsegpt", "--sparsity", "0.5", "--prompt-steps", "0"]
+    method = ["--method", "sparsegpt", "--sparsity", "0.5"]
     rows = ["--calibration", tmp_path / "rows.npy"]
     words = [*method, *rows, *SMALL, "--any-perplexity"]
     code, record, _ = run(capsys, "prune", model, out, *words)

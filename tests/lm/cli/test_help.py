@@ -55,7 +55,7 @@ def test_each_help_has_an_example_that_parses(capsys, monkeypatch, name):
 def test_options_are_in_groups(capsys, monkeypatch):
     text = said(capsys, monkeypatch, "prune", "--help")
     groups = re.findall(r"^ (.*?) +\n -+ *$", text, re.MULTILINE)
-    wanted = ["pruning", "method", "quantization", "calibration", "evaluation"]
+    wanted = ["pruning", "quantization", "calibration", "evaluation"]
     wanted = [f"{name} options" for name in [*wanted, "recovery", "model", "devices"]]
     assert groups == ["positional arguments", "options", *wanted]
 
@@ -101,7 +101,6 @@ def test_help_does_not_wait_for_what_only_reports_need():
     [
         (["prune", "--method"], ["magnitude", "wanda", "ria", "sparsegpt", "alps"]),
         (["prune", "--quantize"], ["int4", "int8"]),
-        (["prune", "--relative"], ["yes", "no"]),
         (["shrink", "--dtype"], ["float32", "bfloat16"]),
         (["shrink", "--recover-train"], ["all", "matrices", "norms", "lora"]),
     ],

@@ -29,11 +29,11 @@ COMMANDS = {
     ],
     "calibrated": lambda p, out: [
         "prune", p / "model", out, *SMALL, "--method", "wanda", "--sequences", "8",
-        "--calibration", p / "a.txt", "--prompt-steps", "4",
+        "--calibration", p / "a.txt",
     ],
     "distilled": lambda p, out: [
         "prune", p / "model", out, *SMALL, "--method", "wanda", "--sequences", "8",
-        "--calibration", p / "a.txt", "--prompt-steps", "0", "--recover-steps", "300",
+        "--calibration", p / "a.txt", "--recover-steps", "300",
     ],
     "shrunk": lambda p, out: [
         "shrink", p / "deep", out, "--length", "16", "--limit", "4", "--ffn", "0.5",

@@ -19,7 +19,7 @@ __all__ = ["place"]
 
 SMALL = ("--length", "16", "--sequences", "8", "--limit", "4", "--any-perplexity")
 STEPS = ("--recover-steps", "3", "--recover-learning-rate", "1e-2")
-HALF = ("--method", "magnitude", "--sparsity", "0.5", "--prompt-steps", "0")
+HALF = ("--method", "magnitude", "--sparsity", "0.5")
 
 
 def prune(capsys, place, model, out, *options):

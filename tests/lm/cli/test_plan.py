@@ -18,7 +18,7 @@ from jaxprune.lm.models.loaded_model import LoadedModel
 __all__ = ["place"]
 
 FAMILIES = [n for n in (*tiny_hf.CONFIGS, *MIXTURES) if "-" not in n]
-SMALL = ["--length", "16", "--sequences", "8", "--limit", "4", "--prompt-steps", "0"]
+SMALL = ["--length", "16", "--sequences", "8", "--limit", "4"]
 HALF = ["--sparsity", "0.5"]
 
 
@@ -104,10 +104,6 @@ def test_the_plan_says_what_an_effort_does_afterwards(
         (["--calibration", "none.txt"], "there is no none.txt"),
         (["--exclude", "*.nothing", "--method", "magnitude"], "must match"),
         (["--method", "magnitude", "--pattern", "7:14"], "divisible by 14"),
-        (
-            ["--method", "magnitude", "--prompt", "w5", "--prompt-steps", "500"],
-            "must fit the model's context",
-        ),
     ],
 )
 def test_a_plan_refuses_what_the_job_would_refuse(

@@ -14,7 +14,7 @@ from jaxprune.posttraining.progress import ProgressLog
 
 __all__ = ["place"]
 
-SMALL = ["--length", "16", "--sequences", "8", "--limit", "4", "--prompt-steps", "6"]
+SMALL = ["--length", "16", "--sequences", "8", "--limit", "4"]
 SMALL += ["--context", "16"]
 
 
@@ -74,7 +74,6 @@ def test_the_record_says_what_was_done(place, pruned):
     assert (used["sequences"], used["length"], used["seed"]) == (8, 16, 0)
     assert [of["sequences"] for of in used["files"]] == [8]
     assert record["command"].startswith("jaxprune prune ")
-    assert [of["label"] for of in record["samples"]] == ["dense", "pruned"]
     assert record["seconds"] > 0
     assert record["peak_memory_bytes"] > 2**20
     size = sum(np.prod(shape) for shape in tiny_cli.MATRICES.values())
@@ -101,7 +100,7 @@ def test_perplexities_are_those_of_the_folders(place, pruned, stage):
 @pytest.mark.full
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(place, capsys, monkeypatch):
     options = ["--method", "wanda", "--sparsity", "0.6", "--allocation", "erk"]
-    options += ["--calibration", place / "a.txt", "--prompt-steps", "0"]
+    options += ["--calibration", place / "a.txt"]
     code, whole, _ = prune(capsys, place, "whole", *options)
     assert code == 0
     written, known = [], []
@@ -193,7 +192,7 @@ def test_the_rate_of_a_training_is_relative_unless_it_is_a_number(
 
     monkeypatch.setattr(retrain, "retrain", spied)
     words = [*WANDA, "--length", "16", "--calibration", place / "rows.npy"]
-    words += ["--sequences", "4", "--prompt-steps", "0", "--any-perplexity"]
+    words += ["--sequences", "4", "--any-perplexity"]
     words += ["--recover-steps", "1"]
     said = [
         run(capsys, "prune", place / "model", place / out, *words, *rate)[1]
@@ -217,7 +216,7 @@ def test_rows_that_measure_the_model_are_not_trained_on(place, capsys, monkeypat
     monkeypatch.setattr(retrain, "retrain", spied)
     code, *_ = run(
         capsys, "prune", place / "model", place / "apart", *WANDA, "--length", "16",
-        "--calibration", place / "rows.npy", "--sequences", "4", "--prompt-steps", "0",
+        "--calibration", place / "rows.npy", "--sequences", "4",
         "--recover-steps", "5", "--any-perplexity",
     )  # fmt: skip
     assert code == 0
@@ -233,7 +232,7 @@ def test_what_is_measured_is_what_is_written(place, tmp_path, capsys):
     code, found, _ = run(
         capsys, "prune", tmp_path / "half", tmp_path / "out", *SMALL,
         "--method", "sparsegpt", "--pattern", "2:4", "--dtype", "float32",
-        "--calibration", place / "a.txt", place / "b.txt", "--prompt-steps", "0",
+        "--calibration", place / "a.txt", place / "b.txt",
     )  # fmt: skip
     assert code == 0
     assert found["achieved"] == 0.5
@@ -289,19 +288,6 @@ def test_magnitude_is_measured_where_a_text_is_given(place, capsys):
         assert measured == pytest.approx(expected, rel=1e-5)
     record = rewrite.read_provenance(place / "magnitude", verify=True)
     assert record["perplexity"] == found["perplexity"]
-
-
-def test_magnitude_writes_samples_where_a_prompt_is_given(place, capsys):
-    code, record, _ = run(
-        capsys, "prune", place / "model", place / "written", "--method", "magnitude",
-        "--sparsity", "0.5", "--prompt", "w4 w5", "--prompt-steps", "6",
-    )  # fmt: skip
-    assert code == 0
-    assert [sample["label"] for sample in record["samples"]] == ["dense", "pruned"]
-    for sample, folder in zip(record["samples"], ("model", "written"), strict=True):
-        words = ["--prompt", "w4 w5", "--steps", "6", "--temperature", "0.8"]
-        code, written, _ = run(capsys, "sample", place / folder, *words, "--json")
-        assert (code, written["text"]) == (0, sample["text"])
 
 
 def test_a_model_that_knows_nothing_is_not_pruned_unless_asked(place, capsys):

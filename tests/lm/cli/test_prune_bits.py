@@ -14,7 +14,7 @@ from jaxprune.lm.checkpoints import levels, rewrite
 
 __all__ = ["place"]
 
-SMALL = ["--length", "16", "--sequences", "8", "--prompt-steps", "0"]
+SMALL = ["--length", "16", "--sequences", "8"]
 GROUP = 16
 
 

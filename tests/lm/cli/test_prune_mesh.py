@@ -31,9 +31,9 @@ def place(tmp_path_factory):
     return root
 
 
-def words(place, out, steps=0):
+def words(place, out):
     texts = ["--calibration", place / "rows.npy", "--evaluate", place / "a.txt"]
-    options = [*OPTIONS, "--method", "wanda", "--prompt-steps", steps]
+    options = [*OPTIONS, "--method", "wanda"]
     return ["prune", place / "model", place / out, *options, *texts]
 
 
@@ -47,9 +47,9 @@ def alone(place):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("mesh", "steps"), [("data=2,fsdp=4", 6), ("fsdp=8", 0)])
-def test_a_model_over_a_mesh_is_that_of_one_device(place, alone, capsys, mesh, steps):
-    code, found, err = run(capsys, *words(place, mesh, steps), "--mesh", mesh)
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "fsdp=8"])
+def test_a_model_over_a_mesh_is_that_of_one_device(place, alone, capsys, mesh):
+    code, found, err = run(capsys, *words(place, mesh), "--mesh", mesh)
     assert code == 0, err
     assert (place / mesh / "model.safetensors").read_bytes() == alone
     for text in found["perplexity"].values():
@@ -59,7 +59,7 @@ def test_a_model_over_a_mesh_is_that_of_one_device(place, alone, capsys, mesh, s
 @pytest.mark.full
 def test_two_processes_make_the_same_file_and_one_of_them_speaks(place, alone):
     mesh = ["--mesh", "data=2,fsdp=4", *JOINED]
-    command = ["-m", "jaxprune", *words(place, "two", steps=6), *mesh]
+    command = ["-m", "jaxprune", *words(place, "two"), *mesh]
     first, second = two(command, place, devices=4)
     assert (place / "two" / "model.safetensors").read_bytes() == alone
     assert "50.0000% of the 7,680 weights of" in first

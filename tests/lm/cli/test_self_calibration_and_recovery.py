@@ -21,7 +21,7 @@ from jaxprune.lm.texts.self_calibration import self_calibration
 
 __all__ = ["place"]
 
-SMALL = ["--length", "16", "--sequences", "8", "--limit", "4", "--prompt-steps", "0"]
+SMALL = ["--length", "16", "--sequences", "8", "--limit", "4"]
 WANDA = ["--method", "wanda", "--sparsity", "0.5"]
 
 
@@ -204,25 +204,6 @@ def test_an_edited_text_begins_the_recovery_anew(place, capsys, tmp_path, monkey
 
 
 @pytest.mark.full
-def test_a_correction_moves_what_comes_after_the_first_matrices(place, capsys):
-    solver = ["--method", "sparsegpt", "--sparsity", "0.5", "--calibration", "self"]
-    code, record, _ = prune(capsys, place, "corrected", *solver, "--correction", "0.5")
-    assert code == 0
-    assert "correction 0.5" in record["settings"]
-    alone = [*solver, "--correction", "0"]
-    assert prune(capsys, place, "uncorrected", *alone)[0] == 0
-    found, other = (tiny_cli.weights(place / x) for x in ("corrected", "uncorrected"))
-    same = {name for name in found if np.array_equal(found[name], other[name])}
-    # Nothing was lost before the first layer's queries, keys and values.
-    first = {name for name in tiny_cli.MATRICES if "layers.0.self_attn.q" in name}
-    assert first
-    assert first <= same
-    assert {*tiny_cli.MATRICES} - same
-    for name in tiny_cli.MATRICES:
-        assert (found[name] == 0).sum() == found[name].size // 2
-
-
-@pytest.mark.full
 def test_a_model_loses_neurons_by_what_it_writes_as_by_the_same_token_ids(
     place, capsys
 ):
@@ -260,7 +241,7 @@ def test_the_effort_best_trains_on_its_own_text_too(place, capsys):
     assert record["method"] == "alps"
     assert record["calibration"]["self"] == 4
     assert record["distillation"]["texts"] == ["rows.npy", "self"]
-    words = ["--method", "alps", "--correction", "0.5", *texts, "self"]
+    words = ["--method", "alps", *texts, "self"]
     words += ["--recover-steps", "256", "--recover-batch", "1"]
     words += ["--recover-train", "matrices", "--recover-text", rows, "self"]
     assert prune(capsys, place, "in_words", *words)[0] == 0

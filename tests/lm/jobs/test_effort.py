@@ -1,6 +1,5 @@
 """`--effort`: the job that a word stands for, and what it does not go with."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from jaxprune.lm.jobs.prune_settings import (
     PruneJob,
     Pruning,
     Quantization,
-    Solver,
 )
 from jaxprune.lm.jobs.recovery_settings import Recovery
 from jaxprune.lm.jobs.settings import SELF, Calibration
@@ -51,7 +49,8 @@ def test_the_command_and_python_do_the_same_passes(level):
 def test_more_effort_does_more(level, model):
     """The levels that docs/results has: a solver, the stronger one, and training."""
     job = choose_by_effort(job_of(level, model), writes=True)
-    done = (job.pruning.method, job.solver.correction, job.recovery.steps)
+    correction = choose_pass(job).method.correction
+    done = (job.pruning.method, correction, job.recovery.steps)
     assert (
         done
         == {
@@ -136,23 +135,11 @@ def test_nothing_is_chosen_without_the_word():
     assert choose_by_effort(job, writes=True) is job
 
 
-@pytest.mark.parametrize(
-    ("groups", "flag"),
-    [
-        ({"pruning": Pruning(effort="good", method="wanda")}, "--method"),
-        ({"solver": Solver(relative="no")}, "--relative"),
-        ({"solver": Solver(correction=0.0)}, "--correction"),
-        ({"solver": Solver(inputs="dense")}, "--inputs"),
-    ],
-)
-def test_what_the_effort_decides_is_not_given_too(groups, flag):
-    with pytest.raises(ValueError, match=f"--effort good says what {flag} would"):
-        choose_by_effort(job_of("good", **groups), writes=True)
-
-
-def test_other_options_stay_as_they_are():
-    job = dataclasses.replace(job_of("good"), solver=Solver(damping=0.1))
-    assert choose_by_effort(job, writes=True).solver.damping == 0.1
+def test_a_method_is_not_given_beside_an_effort():
+    with pytest.raises(ValueError, match="--effort good says what --method would"):
+        choose_by_effort(
+            job_of("good", pruning=Pruning(effort="good", method="wanda")), writes=True
+        )
 
 
 def test_a_batch_of_zero_is_not_taken_as_left_out(model):

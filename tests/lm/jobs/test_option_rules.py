@@ -45,7 +45,7 @@ def test_an_option_is_found_by_its_name_in_whatever_group_it_is():
     job = PruneJob(**PLACES, calibration=Calibration(calibration=(Path("a.txt"),)))
     values = option_rules.option_values(job)
     assert values["calibration"] == (Path("a.txt"),)
-    assert values["damping"] is None
+    assert values["sparsity"] is None
     assert values["model"] == Path("M")
 
 

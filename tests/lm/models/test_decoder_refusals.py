@@ -26,10 +26,8 @@ from tests.support.plain_decoder import PLAIN, plain
         ({"dtype": "float16"}, "dtype to be one of float32, bfloat16"),
         ({"windows": (3,)}, "windows to have one entry for each of the 2 layers"),
         ({"windows": (3, 0)}, "windows of at least 1 token, got 0"),
-        ({"rope_of": (0, 1)}, "rope_of to index the 1 ropes, got 1"),
         ({"experts": 4, "experts_per_token": 2, "gated": False}, "gated experts only"),
         ({"swiglu_limit": 7.0}, "clips experts only"),
-        ({"head_dim": 4}, "at most head_dim / 2 rotary frequencies, got 4"),
     ],
 )
 def test_a_wrong_configuration_says_what_to_change(changes, words):

@@ -8,7 +8,6 @@ import pytest
 from flax import nnx
 
 from jaxprune.lm.checkpoints.checkpoint_dir import Damaged, Unknown, open_directory
-from jaxprune.lm.jobs.samples import decode_sample
 from jaxprune.lm.models import hf
 from tests.support import tiny_hf
 
@@ -135,8 +134,6 @@ def test_a_text_ends_as_the_generation_config_says_too(tmp_path):
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 2]}')
     tokenizer = hf.load_tokenizer(folder)
     assert tokenizer.eos == (2, 5)
-    # Not at one that the prompt has.
-    assert decode_sample(tokenizer, [3, 5, 4], [4, 4, 2, 3]) == "to or be be be"
     (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(Damaged, match=r"generation_config\.json' must have a token"):
         hf.load_tokenizer(folder)

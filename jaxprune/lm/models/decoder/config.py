@@ -201,19 +201,6 @@ class DecoderConfig:
                 f"DecoderConfig needs windows of at least 1 token, got {shortest}; "
                 "None sees all"
             )
-        schemes = range(len(self.ropes))
-        for index in self.rope_of:
-            if index is not None and index not in schemes:
-                raise ValueError(
-                    f"DecoderConfig needs rope_of to index the {len(schemes)} ropes, "
-                    f"got {index}"
-                )
-        frequencies = max((len(r.frequencies) for r in self.ropes), default=0)
-        if 2 * frequencies > self.head_dim:
-            raise ValueError(
-                "DecoderConfig needs at most head_dim / 2 rotary frequencies, got "
-                f"{frequencies} for head_dim={self.head_dim}"
-            )
 
     def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "DecoderConfig":
         """The same shape with products of another type."""

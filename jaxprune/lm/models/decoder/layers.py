@@ -200,34 +200,27 @@ class Attention(nnx.Module):
     def _queries_keys_values(self, x: Array) -> list[Array]:
         """Each (batch, time, heads or kv_heads, dim), q and k normalised."""
         batch, time, _ = x.shape
-        # OLMo normalises queries over all heads at once, so before they are cut.
-        flat = self.qk_norm == "whole"
-        qkv = self._project(x)
-        if flat:
-            qkv = self._normalise(qkv)
-        heads = (self.heads, self.kv_heads, self.kv_heads)
-        qkv = [y.reshape(batch, time, n, -1) for y, n in zip(qkv, heads, strict=True)]
-        return qkv if flat else self._normalise(qkv)
-
-    def _normalise(self, qkv: list[Array]) -> list[Array]:
-        q, k, v = qkv
-        return [apply_norm(self.norm_q, q), apply_norm(self.norm_k, k), v]
-
-    def _project(self, x: Array) -> list[Array]:
-        """Queries, keys and values, (batch, time, heads * dim or kv_heads * dim)."""
-        batch, time, _ = x.shape
         heads, kv_heads = self.heads, self.kv_heads
         if not self.fused:
-            return [self.q(x), self.k(x), self.v(x)]
-        fused = self.qkv(x)  # (batch, time, (heads + 2 kv_heads) * dim)
-        if not self.by_head:
+            qkv = [self.q(x), self.k(x), self.v(x)]
+        elif self.by_head:
+            # Of each key head the queries that share it, its key, its value.
+            group = heads // kv_heads
+            fused = self.qkv(x).reshape(batch, time, kv_heads, group + 2, -1)
+            qkv = jnp.split(fused, [group, group + 1], axis=-2)
+        else:
+            fused = self.qkv(x)  # (batch, time, (heads + 2 kv_heads) * dim)
             dim = fused.shape[-1] // (heads + 2 * kv_heads)
-            return jnp.split(fused, [heads * dim, (heads + kv_heads) * dim], axis=-1)
-        # Of each key head the queries that share it, its key, its value.
-        group = heads // kv_heads
-        fused = fused.reshape(batch, time, kv_heads, group + 2, -1)
-        qkv = jnp.split(fused, [group, group + 1], axis=-2)
-        return [y.reshape(batch, time, -1) for y in qkv]
+            qkv = jnp.split(fused, [heads * dim, (heads + kv_heads) * dim], axis=-1)
+        # OLMo normalises queries over all heads at once, so before they are cut.
+        whole = self.qk_norm == "whole"
+        norms = (self.norm_q, self.norm_k, None)
+        cut = []
+        for y, norm, n in zip(qkv, norms, (heads, kv_heads, kv_heads), strict=True):
+            y = apply_norm(norm, y) if whole else y
+            y = y.reshape(batch, time, n, -1)
+            cut.append(y if whole else apply_norm(norm, y))
+        return cut
 
 
 class MLP(nnx.Module):

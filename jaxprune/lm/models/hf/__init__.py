@@ -1,6 +1,6 @@
 """Hugging Face checkpoint directories into models and back."""
 
-from jaxprune.lm.models.hf.families import decoder_config, vision_config
+from jaxprune.lm.models.hf.families import decoder_config
 from jaxprune.lm.models.hf.loading import Loaded, abstract, embedded, load, tensors
 from jaxprune.lm.models.hf.parameters import Dtype, Shardings, split_over, to_tensors
 from jaxprune.lm.models.hf.smaller import (
@@ -43,7 +43,6 @@ __all__ = [
     "split_over",
     "tensors",
     "to_tensors",
-    "vision_config",
     "when_heads_fit",
     "write_smaller",
 ]

@@ -10,7 +10,7 @@ the same, except where null has a meaning of its own.
 import math
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 # What does not change the forward pass: bookkeeping, tokens, training, generation.
 _IGNORED = """
@@ -72,15 +72,25 @@ _DROPOUT = re.compile(r"dropout|pdrop|layerdrop")  # none of it outside of train
 _MOST = 2**31 - 1
 
 
-MISSING = ", got nothing"
-"""How a problem ends that is the lack of an attribute."""
+class Problem(NamedTuple):
+    """What is wrong with an attribute, and whether config.json lacks it.
+
+    Attributes:
+      name: the attribute, "outer.inner" inside an object.
+      text: the whole phrase.
+      absent: whether the attribute must be there and is not.
+    """
+
+    name: str
+    text: str
+    absent: bool = False
 
 
 class Attributes:
     """The attributes of one config.json, read one by one.
 
     Attributes:
-      problems: phrases, one for each attribute read so far that was wrong.
+      problems: one for each attribute read so far that was wrong.
       ignored: names that nobody read and that say nothing of what a model computes.
     """
 
@@ -89,7 +99,7 @@ class Attributes:
         self._config = config
         self._prefix = prefix
         self._read: set[str] = set()
-        self.problems: list[str] = []
+        self.problems: list[Problem] = []
         self.ignored: list[str] = []
 
     def raw(self, name: str, default: Any = None) -> Any:
@@ -169,8 +179,10 @@ class Attributes:
 
     def wrong(self, name: str, rule: str, value: Any) -> None:
         """Notes that an attribute is not what it must be."""
-        got = MISSING if value is None else f", got {_shown(value)}"
-        problem = f"{self._prefix}{name} must be {rule}{got}"
+        full = self._prefix + name
+        got = "nothing" if value is None else _shown(value)
+        text = f"{full} must be {rule}, got {got}"
+        problem = Problem(full, text, absent=value is None)
         if problem not in self.problems:  # an attribute may be read twice
             self.problems.append(problem)
 
@@ -185,8 +197,9 @@ class Attributes:
                 if value != only[name]:
                     self.wrong(name, _shown(only[name]), value)
             elif self._prefix or _may_matter(name):
-                shown = _shown(value)
-                self.problems.append(f"{self._prefix}{name}={shown} is not known")
+                full = self._prefix + name
+                text = f"{full}={_shown(value)} is not known"
+                self.problems.append(Problem(full, text))
             else:
                 self.ignored.append(name)
 

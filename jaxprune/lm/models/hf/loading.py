@@ -31,22 +31,21 @@ from jaxprune.lm.models.decoder.model import Decoder
 from jaxprune.lm.models.hf import families, parameters
 from jaxprune.lm.models.hf.parameters import Dtype, Shardings, to_tensors
 from jaxprune.lm.models.hf.tensor_names import Source, match_tensors, tensor_source
-from jaxprune.lm.models.phi3_vision.model import Phi3Vision, Phi3VisionConfig
 
 
 class Loaded(NamedTuple):
     """A model that was read from a directory.
 
     Attributes:
-      model: a `Decoder`, or a `Phi3Vision` where the `model_type` is "phi3_v".
-      config: its shape, a `DecoderConfig` or a `Phi3VisionConfig`.
+      model: the model.
+      config: its shape.
       names: leaf name to the tensor that it came from, for `to_tensors`.
       ignored: attributes of config.json that were not looked at: those of
         `ignore_config`, and unknown ones that say nothing of what a model computes.
     """
 
-    model: Any
-    config: Any
+    model: Decoder
+    config: DecoderConfig
     names: dict[str, Source]
     ignored: tuple[str, ...] = ()
 
@@ -112,8 +111,6 @@ def load(
     except ValueError as error:
         raise reworded(error, Unknown, f"'{opened.path / 'config.json'}': ") from None
     _check_layers(opened, config)
-    # What other files say of the model.
-    config = family.from_directory(opened.path, config)
     shapes = parameters.leaf_shapes(abstract(config))
     names = match_tensors(opened, family, shapes)
     # Products of bfloat16 weights are in bfloat16 unless the caller asks for more.
@@ -133,22 +130,19 @@ def load(
     return Loaded(model, config, names, (*ignore_config, *ignored))
 
 
-def _check_layers(opened: CheckpointDir, config: Any) -> None:
+def _check_layers(opened: CheckpointDir, config: DecoderConfig) -> None:
     """Refuses more layers than there are tensors, before any module is built."""
-    vision = isinstance(config, Phi3VisionConfig)
-    parts = [config.decoder, config.tower] if vision else [config]
-    if (layers := sum(part.layers for part in parts)) > len(opened.tensors):
+    if config.layers > len(opened.tensors):
         raise Damaged(
-            f"'{opened.path}' must hold the tensors of the {layers} layers that its "
-            f"config.json describes, but has {len(opened.tensors)} tensors; bring back "
-            "the file that is not the model's"
+            f"'{opened.path}' must hold the tensors of the {config.layers} layers "
+            f"that its config.json describes, but has {len(opened.tensors)} tensors; "
+            "bring back the file that is not the model's"
         )
 
 
-def abstract(config: DecoderConfig | Phi3VisionConfig) -> Any:
+def abstract(config: DecoderConfig) -> Any:
     """The model of a shape, with `jax.ShapeDtypeStruct`s for parameters."""
-    model_class: Any = Decoder if isinstance(config, DecoderConfig) else Phi3Vision
-    return nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
 def embedded(
@@ -182,7 +176,7 @@ def embedded(
 
 
 def tensors(
-    model: Decoder | Phi3Vision, config: Mapping[str, Any]
+    model: Decoder, config: Mapping[str, Any]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a new directory, for a model that came from none.
 
@@ -200,7 +194,7 @@ def tensors(
     if family.read(config)[0].with_dtype(model.config.dtype) != model.config:
         raise ValueError(
             "tensors needs the config.json that the model was made from, got one of "
-            "another shape; make the model of decoder_config or vision_config of it"
+            "another shape; make the model of decoder_config of it"
         )
     params = nnx.state(model, nnx.Param)
     names = {

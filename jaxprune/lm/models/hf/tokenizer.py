@@ -30,7 +30,7 @@ _GENERATION, _SPECIAL = "generation_config.json", "special_tokens_map.json"
 _WITHOUT_TEMPLATE = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast")
 # It takes that class for these where none is named, and another for those whichever is.
 _UNNAMED = ("gpt_neox", "olmoe")
-_ANOTHER = ("granite", "mistral", "mixtral", "olmo2", "phi3", "phi3_v", "qwen2")
+_ANOTHER = ("granite", "mistral", "mixtral", "olmo2", "phi3", "qwen2")
 
 
 @dataclasses.dataclass(frozen=True)

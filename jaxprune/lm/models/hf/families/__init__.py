@@ -24,16 +24,14 @@ from jaxprune.lm.models.hf.families import (
     opt,
     phi,
     phi3,
-    phi3_vision,
     qwen,
     smollm3,
     starcoder2,
 )
 from jaxprune.lm.models.hf.families.family import Family as Family
 from jaxprune.lm.models.hf.families.mixtures import TWINS as TWINS
-from jaxprune.lm.models.phi3_vision.model import Phi3VisionConfig
 
-__all__ = ["FAMILIES", "Family", "decoder_config", "find_family", "vision_config"]
+__all__ = ["FAMILIES", "Family", "decoder_config", "find_family"]
 
 FAMILIES = {
     "gpt2": gpt2.FAMILY,
@@ -59,7 +57,6 @@ FAMILIES = {
     "qwen2_moe": mixtures.QWEN2_MOE,
     "qwen3_moe": mixtures.QWEN3_MOE,
     "olmoe": mixtures.OLMOE,
-    "phi3_v": phi3_vision.FAMILY,
 }
 """The supported families by `model_type`."""
 
@@ -139,44 +136,5 @@ def decoder_config(
       >>> decoder_config(config).mlp_width
       3072
     """
-    if config.get("model_type") == "phi3_v":
-        raise ValueError(
-            "model_type 'phi3_v' sees pictures and is no language model alone; "
-            "hf.vision_config reads its config.json, hf.load its directory"
-        )
     config = without_ignored(config, ignore_config)
-    shape: DecoderConfig = find_family(config).read(config)[0]
-    return shape
-
-
-def vision_config(
-    config: Mapping[str, Any], *, ignore_config: Sequence[str] = ()
-) -> Phi3VisionConfig:
-    """Reads a config.json of `model_type` "phi3_v".
-
-    Args:
-      config: content of the config.json.
-      ignore_config: attributes that are read as if they were not there.
-
-    Returns:
-      The shape, in float32.
-
-    Raises:
-      ValueError: it is another model, or as for `decoder_config`.
-
-    Example:
-      >>> config = {"model_type": "phi3_v", "vocab_size": 32, "hidden_size": 8,
-      ...           "num_hidden_layers": 1, "num_attention_heads": 2,
-      ...           "intermediate_size": 16, "max_position_embeddings": 64}
-      >>> vision_config(config).tower.layers
-      24
-    """
-    if config.get("model_type") != "phi3_v":
-        raise ValueError(
-            f"model_type must be phi3_v, got {config.get('model_type')!r}; "
-            "hf.decoder_config reads language models"
-        )
-    shape: Phi3VisionConfig = FAMILIES["phi3_v"].read(
-        without_ignored(config, ignore_config)
-    )[0]
-    return shape
+    return find_family(config).read(config)[0]

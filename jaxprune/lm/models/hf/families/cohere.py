@@ -33,27 +33,21 @@ def _fields(a: Attributes) -> Fields:
 
 def _fields_2(a: Attributes) -> Fields:
     fields = _common(a, 1e4)
-    expected = family.head_size(a, "hidden_size", "num_attention_heads")
-    if fields["head_dim"] != expected:  # transformers computes it, whatever is said
-        head_dim = fields["head_dim"]
-        a.wrong("head_dim", f"hidden_size / num_attention_heads = {expected}", head_dim)
-    size = family.window(a, 4096)
+    family.whole_heads(a, fields)  # transformers computes it, whatever is said
     pattern = family.window_pattern(a, 4)
     if (switch := a.size("layer_switch", pattern)) != pattern:  # its older name
         a.wrong("layer_switch", f"sliding_window_pattern={pattern}", switch)
-    sliding = family.alternating(a, size, pattern)
+    windows = family.alternating(a, family.window(a, 4096), pattern)
     return {
         **fields,
-        "rope_of": tuple(0 if slides else None for slides in sliding),
-        "windows": tuple(size if slides else None for slides in sliding),
+        "rope_of": tuple(None if size is None else 0 for size in windows),
+        "windows": windows,
     }
 
 
-_MODULES = family.modules(family.OUTER, family.LAYER)
-COHERE = Family(_fields, _MODULES)
+COHERE = Family(_fields)
 COHERE2 = Family(
     _fields_2,
-    _MODULES,
     only={
         "use_qk_norm": False,
         "rotary_pct": 1,

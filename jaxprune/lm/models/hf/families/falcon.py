@@ -15,25 +15,14 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    width, heads = a.size("hidden_size"), a.size("num_attention_heads")
-    fields = {
-        "vocab_size": a.size("vocab_size"),
-        "context": a.size("max_position_embeddings", 2048),
-        "layers": a.size("num_hidden_layers", most=family.LAYERS),
-        "width": width,
-        "heads": heads,
-        "kv_heads": _kv_heads(a, heads),
-        "head_dim": family.head_size(a, "hidden_size", "num_attention_heads"),
-        "mlp_width": a.size("ffn_hidden_size", 4 * width),
-        "norm_epsilon": a.number("layer_norm_epsilon", 1e-5),
-        "tie_weights": a.flag("tie_word_embeddings", True),
-    }
+    fields = family.sizes_of_whole_heads(a, tied=True, longest=2048)
     return {
         **fields,
         "activation": family.activation(a, "activation", "gelu"),
-        "norm": "layer",
+        "kv_heads": _kv_heads(a, fields["heads"]),
+        "mlp_width": a.size("ffn_hidden_size", 4 * fields["width"]),
+        "norm_epsilon": a.number("layer_norm_epsilon", 1e-5),
         "block": _block(a),
-        "gated": False,
         "fused": True,
         "fused_by_head": True,
         **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), a.flag("bias", False)),

@@ -9,13 +9,12 @@ those of the Hugging Face classes, whose files may leave them out.
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxprune.arrays.rules import refusal
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.hf import rope_config
-from jaxprune.lm.models.hf.config_reader import IGNORED, MISSING, ONLY, Attributes
+from jaxprune.lm.models.hf.config_reader import IGNORED, ONLY, Attributes, Problem
 
 Fields = dict[str, Any]
 
@@ -74,10 +73,6 @@ def modules(
     return {**outer, **inner}
 
 
-def _unchanged(directory: Path, shape: Any) -> Any:
-    return shape
-
-
 class HeadsRule(NamedTuple):
     """Which numbers of query heads a family's class in transformers accepts.
 
@@ -98,9 +93,9 @@ DIVIDING_HEADS = HeadsRule(
 )
 
 
-def _way_out(problems: Sequence[str], ignoring: str) -> str:
+def _way_out(problems: Sequence[Problem], ignoring: str) -> str:
     """What to do about attributes: one that is absent cannot be ignored."""
-    absent = [p.partition(" must be ")[0] for p in problems if p.endswith(MISSING)]
+    absent = [p.name for p in problems if p.absent]
     ways = [f"write {', '.join(absent)} into config.json"] if absent else []
     if len(absent) < len(problems):
         ways.append(f"{ignoring} if the model computes the same without it")
@@ -118,8 +113,6 @@ class Family:
       parameters: leaves that are no module's kernel, bias, scale or embedding, without
         the number of the layer: to their tensor, and whether its axes are the leaf's
         reversed.
-      shape: fields to the shape of the model.
-      from_directory: (directory, shape) to the shape with what other files say of it.
       prefix: beginning of the names, except the head's; base models leave it out.
       stored_out_in: whether kernels are stored [out, in].
       skipped: a pattern of tensors that hold nothing learned.
@@ -134,11 +127,11 @@ class Family:
     """
 
     fields: Callable[[Attributes], Fields]
-    modules: Mapping[str, str]
+    modules: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: modules(OUTER, LAYER)
+    )
     only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     parameters: Mapping[str, tuple[str, bool]] = dataclasses.field(default_factory=dict)
-    shape: Callable[..., Any] = DecoderConfig
-    from_directory: Callable[[Path, Any], Any] = _unchanged
     prefix: str = "model."
     stored_out_in: bool = True
     skipped: str = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
@@ -151,12 +144,20 @@ class Family:
     layer_attributes: Callable[[Any], Fields] = lambda shape: {}
     heads: HeadsRule = ANY_HEADS
 
-    def read(self, config: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
+    def read(self, config: Mapping[str, Any]) -> tuple[DecoderConfig, tuple[str, ...]]:
         """The model's shape, in float32, and the attributes that were ignored.
 
         Raises:
-          ValueError: attributes are unknown, lacking or unsupported (all are named), or
-            two do not fit.
+          ValueError: as for `read_fields`, or two attributes do not fit.
+        """
+        fields, ignored = self.read_fields(config)
+        return DecoderConfig(**fields), ignored
+
+    def read_fields(self, config: Mapping[str, Any]) -> tuple[Fields, tuple[str, ...]]:
+        """The fields of the model's shape, and the attributes that were ignored.
+
+        Raises:
+          ValueError: attributes are unknown, lacking or unsupported; all are named.
         """
         attributes = Attributes(config)
         fields = self.fields(attributes)
@@ -164,11 +165,11 @@ class Family:
         if attributes.problems:
             raise refusal(
                 f"a {config['model_type']} configuration is refused unless all of it "
-                f"is understood: {'; '.join(attributes.problems)}",
+                f"is understood: {'; '.join(p.text for p in attributes.problems)}",
                 _way_out(attributes.problems, "name an attribute in ignore_config"),
                 _way_out(attributes.problems, "give --ignore-config ATTRIBUTE"),
             )
-        return self.shape(**fields), tuple(attributes.ignored)
+        return fields, tuple(attributes.ignored)
 
     def of(self, config: Mapping[str, Any]) -> "Family":
         """The family with the names that a config.json asks for."""
@@ -254,13 +255,70 @@ def head_size(a: Attributes, width: str, heads: str) -> int:
     return max(1, size // number)
 
 
-def alternating(a: Attributes, size: int | None, pattern: int) -> list[bool]:
-    """Which layers see a window of this size only: all but each last of `every`."""
+def whole_heads(a: Attributes, fields: Fields) -> None:
+    """Refuses a `head_dim` other than the width over the heads."""
+    expected = head_size(a, "hidden_size", "num_attention_heads")
+    if fields["head_dim"] != expected:
+        rule = f"hidden_size / num_attention_heads = {expected}"
+        a.wrong("head_dim", rule, fields["head_dim"])
+
+
+def sizes_of_whole_heads(
+    a: Attributes, *, tied: bool, longest: int | None = None, **names: str
+) -> Fields:
+    """The sizes of older families, each of whose heads has its share of the width.
+
+    Args:
+      a: attributes of config.json.
+      tied: whether the head is the embedding where nothing is said.
+      longest: the context where nothing is said.
+      **names: attributes of other names than Llama's, by the field.
+
+    Returns:
+      The fields, with the norms and the MLP of GPT-2.
+    """
+    names = {
+        "context": "max_position_embeddings",
+        "width": "hidden_size",
+        **RESIZED,
+        **names,
+    }
+    heads = a.size(names["heads"])
+    return {
+        "vocab_size": a.size("vocab_size"),
+        "context": a.size(names["context"], longest),
+        "layers": a.size(names["layers"], most=LAYERS),
+        "width": a.size(names["width"]),
+        "heads": heads,
+        "kv_heads": heads,
+        "head_dim": head_size(a, names["width"], names["heads"]),
+        "norm": "layer",
+        "gated": False,
+        "tie_weights": a.flag("tie_word_embeddings", tied),
+    }
+
+
+def alternating(
+    a: Attributes, size: int | None, pattern: int
+) -> tuple[int | None, ...]:
+    """The windows of layers that all see this size, but for each last of `pattern`."""
     layers = a.size("num_hidden_layers", most=LAYERS)
     sliding = sliding_layers(a, [bool((i + 1) % pattern) for i in range(layers)])
     if any(sliding) and size is None:
         a.wrong("sliding_window", "given where layers slide", None)
-    return sliding
+    return tuple(size if slides else None for slides in sliding)
+
+
+def switched(
+    a: Attributes, default: int | None, slides: Sequence[bool]
+) -> tuple[int | None, ...]:
+    """The windows of layers that slide only if `use_sliding_window` says so."""
+    used, size = a.flag("use_sliding_window", False), window(a, default)
+    size = size if used else None
+    sliding = sliding_layers(a, [size is not None and layer for layer in slides])
+    if any(sliding) and size is None:
+        a.wrong("use_sliding_window", "true where layer_types slide", used)
+    return tuple(size if layer else None for layer in sliding)
 
 
 def window_pattern(a: Attributes, default: int) -> int:

@@ -27,9 +27,7 @@ def _fields(a: Attributes) -> Fields:
         "attention_softcap": a.optional("attn_logit_softcapping", 50.0),
         "logit_softcap": a.optional("final_logit_softcapping", 30.0),
         "ropes": (rope_config.one(a, fields),),
-        "windows": tuple(
-            size if slides else None for slides in family.alternating(a, size, 2)
-        ),
+        "windows": family.alternating(a, size, 2),
     }
 
 

@@ -10,8 +10,8 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 
 def _fields(a: Attributes) -> Fields:
     fields = family.common_sizes(a, head_dim=256, kv_heads=4, tied=True)
-    size = family.window(a, 4096)
-    sliding = family.alternating(a, size, family.window_pattern(a, 6))
+    size, pattern = family.window(a, 4096), family.window_pattern(a, 6)
+    windows = family.alternating(a, size, pattern)
     return {
         **fields,
         "norm": "rms_plus_one",
@@ -24,8 +24,8 @@ def _fields(a: Attributes) -> Fields:
         "attention_scale": a.number("query_pre_attn_scalar", 256) ** -0.5,
         "logit_softcap": a.optional("final_logit_softcapping"),
         "ropes": rope_config.full_and_sliding(a, fields),
-        "rope_of": tuple(int(slides) for slides in sliding),
-        "windows": tuple(size if slides else None for slides in sliding),
+        "rope_of": tuple(int(size is not None) for size in windows),
+        "windows": windows,
     }
 
 

@@ -6,29 +6,24 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    width, heads, context = a.size("n_embd"), a.size("n_head"), a.size("n_positions")
-    if width % heads:
-        a.wrong("n_embd", f"divisible by n_head={heads}", width)
+    fields = family.sizes_of_whole_heads(
+        a,
+        tied=True,
+        context="n_positions",
+        layers="n_layer",
+        width="n_embd",
+        heads="n_head",
+    )
+    context = fields["context"]
     if a.size("n_ctx", context) != context:
         a.wrong("n_ctx", f"n_positions={context}", a.size("n_ctx", context))
     return {
-        "vocab_size": a.size("vocab_size"),
-        "context": context,
-        "layers": a.size("n_layer", most=family.LAYERS),
-        "width": width,
-        "heads": heads,
-        "kv_heads": heads,
-        "head_dim": max(1, width // heads),
-        "mlp_width": a.size("n_inner", 4 * width),
-        "norm": "layer",
+        **fields,
+        "mlp_width": a.size("n_inner", 4 * fields["width"]),
         "norm_epsilon": a.number("layer_norm_epsilon", 1e-5),
         "activation": family.activation(a, "activation_function", "gelu_new"),
-        "gated": False,
         "fused": True,
-        "qkv_bias": True,
-        "out_bias": True,
-        "mlp_bias": True,
-        "tie_weights": a.flag("tie_word_embeddings", True),
+        **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True),
         "attention_scale": None if a.flag("scale_attn_weights", True) else 1.0,
     }
 

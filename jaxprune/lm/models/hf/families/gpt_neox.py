@@ -7,42 +7,8 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    heads = a.size("num_attention_heads")
-    fields = {
-        "vocab_size": a.size("vocab_size"),
-        "context": a.size("max_position_embeddings"),
-        "layers": a.size("num_hidden_layers", most=family.LAYERS),
-        "width": a.size("hidden_size"),
-        "heads": heads,
-        "kv_heads": heads,
-        "head_dim": family.head_size(a, "hidden_size", "num_attention_heads"),
-        "mlp_width": a.size("intermediate_size"),
-        "norm_epsilon": a.number("layer_norm_eps", 1e-5),
-        "tie_weights": a.flag("tie_word_embeddings", False),
-    }
-    _check_twins(a)
-    bias, parallel = (
-        a.flag("attention_bias", True),
-        a.flag("use_parallel_residual", True),
-    )
-    names = ("rotary_emb_base", "rotary_pct")
-    return {
-        **fields,
-        "activation": family.activation(a, default="gelu"),
-        "norm": "layer",
-        "block": "parallel" if parallel else "pre",
-        "gated": False,
-        "fused": True,
-        "fused_by_head": True,
-        "qkv_bias": bias,
-        "out_bias": bias,
-        "mlp_bias": True,
-        "ropes": (rope_config.one(a, fields, share=0.25, names=names),),
-    }
-
-
-def _check_twins(a: Attributes) -> None:
-    """Older files give the rotary base and share under two names, which must agree."""
+    fields = family.sizes_of_whole_heads(a, tied=False)
+    # Older files give the rotary base and share under two names, which must agree.
     twins = {
         "rope_theta": ("rotary_emb_base", 1e4),
         "partial_rotary_factor": ("rotary_pct", 0.25),
@@ -51,6 +17,20 @@ def _check_twins(a: Attributes) -> None:
         value = a.number(original, default)
         if (twin := a.optional(name)) is not None and twin != value:
             a.wrong(name, f"{original}={value}", twin)
+    parallel = a.flag("use_parallel_residual", True)
+    names = ("rotary_emb_base", "rotary_pct")
+    return {
+        **fields,
+        "activation": family.activation(a, default="gelu"),
+        "block": "parallel" if parallel else "pre",
+        "mlp_width": a.size("intermediate_size"),
+        "norm_epsilon": a.number("layer_norm_eps", 1e-5),
+        "fused": True,
+        "fused_by_head": True,
+        **family.biased(a, default=True),
+        "mlp_bias": True,
+        "ropes": (rope_config.one(a, fields, share=0.25, names=names),),
+    }
 
 
 _LAYER = {

@@ -21,8 +21,6 @@ def _fields(a: Attributes) -> Fields:
     if a.raw("quantization_config") is not None:
         way = "absent; load with Mxfp4Config(dequantize=True) in transformers, and save"
         a.wrong("quantization_config", way, "4-bit weights")
-    size = family.window(a, 128)
-    sliding = family.alternating(a, size, 2)
     for unused in ("initial_context_length", "experts_per_token"):
         a.raw(unused)  # published twins of other attributes
     return {
@@ -38,7 +36,7 @@ def _fields(a: Attributes) -> Fields:
         "norm": "rms_float32",
         "sinks": True,
         "ropes": (rope_config.one(a, fields, theta=150_000.0),),
-        "windows": tuple(size if slides else None for slides in sliding),
+        "windows": family.alternating(a, family.window(a, 128), 2),
     }
 
 

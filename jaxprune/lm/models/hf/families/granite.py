@@ -16,4 +16,4 @@ def _fields(a: Attributes) -> Fields:
     }
 
 
-FAMILY = Family(_fields, family.modules(family.OUTER, family.LAYER))
+FAMILY = Family(_fields)

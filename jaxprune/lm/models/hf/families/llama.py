@@ -9,6 +9,4 @@ def _fields(a: Attributes) -> Fields:
     return {**family.like_llama(a), **family.biased(a, mlp=True)}
 
 
-FAMILY = Family(
-    _fields, family.modules(family.OUTER, family.LAYER), heads=family.DIVIDING_HEADS
-)
+FAMILY = Family(_fields, heads=family.DIVIDING_HEADS)

@@ -10,4 +10,4 @@ def _fields(a: Attributes) -> Fields:
     return {**fields, "windows": (family.window(a, 4096),) * fields["layers"]}
 
 
-FAMILY = Family(_fields, family.modules(family.OUTER, family.LAYER))
+FAMILY = Family(_fields)

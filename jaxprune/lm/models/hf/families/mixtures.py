@@ -65,10 +65,7 @@ def _of_qwen(a: Attributes, defaults: tuple[int, int], mlp_width: int) -> Fields
 
 def _olmoe(a: Attributes) -> Fields:
     fields = family.like_llama(a, epsilon=("rms_norm_eps", 1e-5))
-    expected = family.head_size(a, "hidden_size", "num_attention_heads")
-    if fields["head_dim"] != expected:
-        head_dim = fields["head_dim"]
-        a.wrong("head_dim", f"hidden_size / num_attention_heads = {expected}", head_dim)
+    family.whole_heads(a, fields)
     return {
         **fields,
         **family.biased(a),

@@ -6,7 +6,8 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 
 
 def _fields(a: Attributes) -> Fields:
-    width, heads = a.size("hidden_size"), a.size("num_attention_heads")
+    fields = family.sizes_of_whole_heads(a, tied=True)
+    width = fields["width"]
     # Only OPT-350m has embeddings of another width than its layers.
     if a.size("word_embed_proj_dim", width) != width:
         embedding_width = a.raw("word_embed_proj_dim")
@@ -14,21 +15,13 @@ def _fields(a: Attributes) -> Fields:
     bias = a.flag("enable_bias", True)
     affine = a.flag("layer_norm_elementwise_affine", True)
     return {
-        "vocab_size": a.size("vocab_size"),
-        "context": a.size("max_position_embeddings"),
+        **fields,
         "position_offset": 2,
-        "layers": a.size("num_hidden_layers", most=family.LAYERS),
-        "width": width,
-        "heads": heads,
-        "kv_heads": heads,
-        "head_dim": family.head_size(a, "hidden_size", "num_attention_heads"),
         "mlp_width": a.size("ffn_dim"),
         "norm": "layer" if affine else "layer_plain",
         "norm_epsilon": 1e-5,
         "activation": family.activation(a, "activation_function", "relu"),
-        "gated": False,
         **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), bias),
-        "tie_weights": a.flag("tie_word_embeddings", True),
     }
 
 

@@ -22,23 +22,13 @@ def _fields_3(a: Attributes) -> Fields:
 
 def _windows(a: Attributes, layers: int) -> tuple[int | None, ...]:
     """Windows from `max_window_layers` on, or by `layer_types`."""
-    used, size = a.flag("use_sliding_window", False), family.window(a, 4096)
     first = a.raw("max_window_layers", 28)
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:
         a.wrong("max_window_layers", "an integer >= 0", first)
         first = layers
-    size = size if used else None
     # The first layers see all.
-    by_number = [size is not None and i >= first for i in range(layers)]
-    sliding = family.sliding_layers(a, by_number)
-    if any(sliding) and size is None:
-        a.wrong("use_sliding_window", "true where layer_types slide", used)
-    return tuple(size if slides else None for slides in sliding)
+    return family.switched(a, 4096, [i >= first for i in range(layers)])
 
 
-QWEN2 = Family(
-    _fields_2, family.modules(family.OUTER, family.LAYER), only={"use_mrope": False}
-)
-QWEN3 = Family(
-    _fields_3, family.modules(family.OUTER, family.LAYER), only={"use_mrope": False}
-)
+QWEN2 = Family(_fields_2)
+QWEN3 = Family(_fields_3)

@@ -9,19 +9,13 @@ from jaxprune.lm.models.hf.families.family import Family, Fields
 def _fields(a: Attributes) -> Fields:
     fields = family.like_llama(a, kv_heads=4, tied=True, theta=2e6)
     turning = _turning(a, fields["layers"])
-    used, size = a.flag("use_sliding_window", False), family.window(a, None)
-    size = size if used else None
-    # Layers without positions slide where nothing else is said.
-    default = [size is not None and not turns for turns in turning]
-    sliding = family.sliding_layers(a, default)
-    if any(sliding) and size is None:
-        a.wrong("use_sliding_window", "true where layer_types slide", used)
     a.raw("max_window_layers")  # of the published files; not looked at
     return {
         **fields,
         **family.biased(a, mlp=True),
         "rope_of": tuple(0 if turns else None for turns in turning),
-        "windows": tuple(size if slides else None for slides in sliding),
+        # Layers without positions slide where nothing else is said.
+        "windows": family.switched(a, None, [not turns for turns in turning]),
     }
 
 
@@ -46,8 +40,4 @@ def _layer_attributes(shape: DecoderConfig) -> Fields:
     return {**family.layer_types(shape), "no_rope_layers": turning}
 
 
-FAMILY = Family(
-    _fields,
-    family.modules(family.OUTER, family.LAYER),
-    layer_attributes=_layer_attributes,
-)
+FAMILY = Family(_fields, layer_attributes=_layer_attributes)

@@ -14,19 +14,17 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from experiments.datasets import question_answers
 from experiments.harness import device_mesh, runner
 from experiments.harness.option_rules import at_least
 from experiments.harness.plan import Plan
-from experiments.tasks import model_directory, picture_model
-from experiments.tasks.picture_task import PictureTask, without_gradient
-from experiments.tasks.vision_model import Tokenizer, VisionModel
+from experiments.phi3_vision import checkpoint, presets, question_answers
+from experiments.phi3_vision.task import PictureTask, without_gradient
+from experiments.phi3_vision.vision_model import Tokenizer, VisionModel
+from experiments.tasks import model_directory
 from jaxprune.arrays import rules
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.arrays.rules import Rule
 from jaxprune.files import atomic
-from jaxprune.lm.models.hf import vision_config
-from jaxprune.lm.models.phi3_vision import Phi3VisionConfig
 
 Part = Literal["all", "decoder", "tower"]
 FROZEN = {
@@ -40,8 +38,8 @@ _RULES = (
     rules.within(
         *("lora", 1, math.inf), "lora must be a rank of at least 1, got {lora}"
     ),
-    rules.excludes(
-        *("partly_trained", "preconditioned_adam"),
+    Rule(
+        lambda v: not (v.partly_trained and v.preconditioned_adam),
         "preconditioned_adam needs Adam's moments of every weight, but with --frozen "
         "or --lora there are none of some",
         "take preconditioned_magnitude",
@@ -246,18 +244,18 @@ def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
     held_out = splits["validation"][: 64 if config.smoke else config.held_out]
     if config.model is None:
         name = "smoke" if config.smoke else config.preset
-        shape = vision_config(picture_model.PRESETS[name])
+        shape = checkpoint.vision_config(presets.PRESETS[name])
         # The pictures are 28 x 56: two crops of the tower's 28 x 28 beside the global
         # view.
         crops, model = 2, None
-        tokenizer = picture_model.tokenizer()
+        tokenizer = presets.tokenizer()
         if config.data != question_answers.OWN:
             raise ValueError(
                 f"--data {config.data} needs --model DIR; the preset knows the words "
                 f"of {question_answers.OWN} alone"
             )
     else:
-        model = model_directory.opened(config.model, mesh, Phi3VisionConfig)
+        model = model_directory.opened(config.model, mesh, checkpoint.load)
         shape, crops = model.config, model.config.crops
         tokenizer = Tokenizer.of(model.tokenizer)
     shape = dataclasses.replace(shape, crops=config.crops or crops)
@@ -277,7 +275,3 @@ def make_task(config: Config, mesh: Mesh | None = None) -> PictureTask:
         storage=config.storage,
         write=model and model.write,
     )
-
-
-if __name__ == "__main__":
-    runner.from_command_line(main, Config)

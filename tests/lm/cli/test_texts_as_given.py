@@ -1,4 +1,4 @@
-"""Texts and prompts as they are given: twice, in token ids, not quite Unicode."""
+"""Texts as they are given: twice, in token ids, not quite Unicode."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from jaxprune.lm.jobs.console import Console
 from jaxprune.lm.jobs.model_pruning import begin_pruning
 from jaxprune.lm.jobs.prune_rules import check_prune
 from jaxprune.lm.jobs.recovery_settings import Recovery
-from jaxprune.lm.jobs.settings import Calibration
+from jaxprune.lm.jobs.settings import Calibration, Evaluation
 
 __all__ = ["place"]
 
@@ -34,7 +34,7 @@ def rows(tmp_path):
     return tmp_path / "rows.npy"
 
 
-def begun(model, out, calibration, *, prompt=None, bos=False):
+def begun(model, out, calibration):
     job = settings.PruneJob(
         model=model,
         out=out,
@@ -42,8 +42,7 @@ def begun(model, out, calibration, *, prompt=None, bos=False):
         calibration=Calibration(
             calibration=(calibration,), sequences=8, length=16, batch=4
         ),
-        evaluation=settings.PruneEvaluation(prompt=prompt, prompt_steps=8, context=16),
-        loading=settings.Loading(bos=bos),
+        evaluation=Evaluation(context=16),
     )
     return begin_pruning(job, check_prune(job), Console(quiet=True))
 
@@ -73,36 +72,6 @@ def test_half_a_surrogate_pair_is_read_as_one_unknown_character(
         assert code == 0
         found.append(record["texts"]["a.jsonl"]["nats"])
     assert found[0] == found[1]
-
-
-@pytest.mark.parametrize("bos", [False, True])
-def test_a_prompt_begins_with_bos_whatever_was_calibrated_on(place, rows, bos):
-    prompts = [
-        begun(
-            place / "model", place / "none", own, prompt="w4 w5", bos=bos
-        ).samples.prompt
-        for own in (place / "a.txt", rows)
-    ]
-    assert prompts[0] == prompts[1] == [1, 4, 5]
-
-
-def test_a_prompt_without_a_tokenizer_is_refused(rows, tmp_path, capsys):
-    model = tiny_cli.model(tmp_path / "model")
-    (model / "tokenizer.json").unlink()
-    words = ["prune", model, tmp_path / "out", *SMALL, "--calibration", rows]
-    code, _, err = run(capsys, *words, "--prompt", "w4 w5")
-    assert code == 1
-    assert "--prompt needs a tokenizer" in err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_sample_fits_a_model_of_as_many_tokens_as_it_has(place, tmp_path, capsys):
-    model = tiny_cli.model(tmp_path / "model")
-    steps = settings.PruneEvaluation.prompt_steps
-    tiny_hf.edit(model, max_position_embeddings=steps)
-    words = ["prune", model, tmp_path / "out", *SMALL, "--plan"]
-    code, *_ = run(capsys, *words, "--calibration", place / "a.txt")
-    assert code == 0
 
 
 def test_another_configuration_is_another_job(place, tmp_path):
@@ -136,8 +105,9 @@ def test_a_default_that_is_written_out_is_the_same_job(place, tmp_path, written,
 
 
 def test_magnitude_needs_no_batches_of_one_shape(place, tmp_path, capsys):
-    words = ["prune", place / "model", tmp_path / "out", *SMALL[-2:], "--plan"]
-    words += ["--method", "magnitude", "--evaluate", place / "a.txt", "--batch", "3"]
+    words = ["prune", place / "model", tmp_path / "out", "--plan", "--sparsity"]
+    words += ["0.5", "--method", "magnitude", "--batch", "3"]
+    words += ["--evaluate", place / "a.txt"]
     code, *_ = run(capsys, *words, "--length", "16")
     assert code == 0
 

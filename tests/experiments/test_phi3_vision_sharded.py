@@ -7,23 +7,22 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from experiments.datasets import picture_questions
-from experiments.datasets.question_answers import Asked
+from experiments.datasets import picture_questions, presets
 from experiments.harness import device_mesh, training
 from experiments.harness.optimizer import EVERYTHING, optimizer
-from experiments.tasks import picture_model
-from experiments.tasks.picture_task import PictureTask
-from experiments.tasks.vision_model import VisionModel
-from jaxprune.lm.models.hf import vision_config
+from experiments.phi3_vision.checkpoint import vision_config
+from experiments.phi3_vision.question_answers import Asked
+from experiments.phi3_vision.task import PictureTask
+from experiments.phi3_vision.vision_model import VisionModel
 
 
 @pytest.fixture(scope="module")
 def task():
-    config = vision_config(picture_model.PRESETS["smoke"])
+    config = vision_config(presets.PRESETS["smoke"])
     config = dataclasses.replace(config, crops=2)
     part = picture_questions.parts(picture_questions.read_source())["train"]
     train = [Asked(*picture_questions.example(part, i)) for i in range(16)]
-    return PictureTask(VisionModel(config), picture_model.tokenizer(), train, train)
+    return PictureTask(VisionModel(config), presets.tokenizer(), train, train)
 
 
 @pytest.mark.full

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxprune.lm.models.phi3_vision import preprocess
+from experiments.phi3_vision import preprocess
 
 SHAPES = [
     (640, 480),
@@ -111,7 +111,7 @@ def _encode(text):
 
 
 def _config(crops=4):
-    from jaxprune.lm.models.hf import vision_config
+    from experiments.phi3_vision.checkpoint import vision_config
     from tests.support import torch_phi3_vision
 
     config = vision_config(torch_phi3_vision.CONFIG)

@@ -17,14 +17,15 @@ import optax
 from PIL import Image
 
 import jaxprune as jp
-from experiments.datasets.question_answers import Asked
 from experiments.harness.optimizer import frozen, optimizer
 from experiments.harness.task import Looks, Mean
-from experiments.tasks.vision_model import Tokenizer, VisionModel, prunable
+from experiments.phi3_vision import preprocess
+from experiments.phi3_vision.model import unused
+from experiments.phi3_vision.question_answers import Asked
+from experiments.phi3_vision.vision_model import Tokenizer, VisionModel, prunable
 from jaxprune.arrays import processes
 from jaxprune.arrays.low_bit import Storage
 from jaxprune.lm.models.decoder.model import cross_entropy
-from jaxprune.lm.models.phi3_vision import preprocess, unused
 from jaxprune.typing import Params, Prunable
 
 SHOWN = 8

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jaxprune.lm.models import hf
-from jaxprune.lm.models.hf import vision_config
-from jaxprune.lm.models.phi3_vision import Phi3VisionConfig
+from experiments.phi3_vision import checkpoint
+from experiments.phi3_vision.model import Phi3VisionConfig
 
 torch_phi3_vision = pytest.importorskip("tests.support.torch_phi3_vision")
 
@@ -43,7 +42,7 @@ PUBLISHED = {
 
 @functools.cache
 def _published():
-    return hf.abstract(vision_config(PUBLISHED))
+    return checkpoint.abstract(checkpoint.vision_config(PUBLISHED))
 
 
 def test_the_published_size_has_as_many_parameters_as_published():
@@ -59,19 +58,19 @@ def test_a_picture_goes_through_the_published_size():
         lambda p, *x: nnx.merge(graphdef, p)(*x), params, tokens, pixels, tokens
     )
     assert logits.shape == (1, 400, 32064)
-    rope = vision_config(PUBLISHED).decoder.rope(0)
+    rope = checkpoint.vision_config(PUBLISHED).decoder.rope(0)
     assert rope.scale == pytest.approx(1.190238, abs=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{"crops": 0}, {"skipped": 2}, {"skipped": -1}])
 def test_shapes_that_do_not_fit_are_refused(changes):
-    config = vision_config(torch_phi3_vision.CONFIG)
+    config = checkpoint.vision_config(torch_phi3_vision.CONFIG)
     with pytest.raises(ValueError, match="Phi3VisionConfig needs"):
         dataclasses.replace(config, **changes)
 
 
 def test_an_odd_grid_is_refused():
-    config = vision_config(torch_phi3_vision.CONFIG)
+    config = checkpoint.vision_config(torch_phi3_vision.CONFIG)
     tower = dataclasses.replace(config.tower, image=42)
     with pytest.raises(ValueError, match="even number"):
         Phi3VisionConfig(decoder=config.decoder, tower=tower)

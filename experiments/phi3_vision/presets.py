@@ -3,7 +3,7 @@
 from typing import Any
 
 from experiments.datasets import picture_questions
-from experiments.tasks.vision_model import Tokenizer
+from experiments.phi3_vision.vision_model import Tokenizer
 
 SPECIAL = ("<unk>", "<s>", "<|end|>", "<|user|>", "<|assistant|>")
 

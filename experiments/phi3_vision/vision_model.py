@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 import jaxprune as jp
+from experiments.phi3_vision.model import Phi3Vision, Phi3VisionConfig, unused
 from experiments.tasks.pure_model import PureModel
 from jaxprune.lm.models import hf
-from jaxprune.lm.models.phi3_vision import Phi3Vision, Phi3VisionConfig, unused
 from jaxprune.typing import Params, Prunable
 
 

@@ -12,10 +12,12 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from experiments.phi3_vision import checkpoint, preprocess
+from experiments.phi3_vision.answering import answer
+from experiments.phi3_vision.checkpoint import vision_config
+from experiments.phi3_vision.model import Phi3Vision
 from jaxprune.lm.checkpoints.checkpoint_dir import Damaged, Unknown, open_directory
-from jaxprune.lm.models import generate, hf
-from jaxprune.lm.models.hf import vision_config
-from jaxprune.lm.models.phi3_vision import Phi3Vision, preprocess
+from jaxprune.lm.models import hf
 
 torch = pytest.importorskip("torch")
 torch_phi3_vision = pytest.importorskip("tests.support.torch_phi3_vision")
@@ -37,7 +39,7 @@ def reference():
 def loaded(reference, tmp_path_factory):
     folder = tmp_path_factory.mktemp("phi3v")
     torch_phi3_vision.save(folder, reference)
-    return hf.load(folder)
+    return checkpoint.load(folder)
 
 
 def _prompt(config, shape):
@@ -152,14 +154,8 @@ def test_greedy_words_are_those_of_passes_over_everything(shape, loaded):
     prompt, _ = _prompt(loaded.config, shape)
     tokens, pixels, sources = _arguments(prompt)
     steps = 8  # the short prompt's words cross the rope's switch
-    got = generate.generate(
-        loaded.model,
-        tokens,
-        steps=steps,
-        key=jax.random.key(0),
-        temperature=0,
-        pictures=(pixels, sources),
-    )
+    options = {"steps": steps, "key": jax.random.key(0), "temperature": 0}
+    got = answer(loaded.model, tokens, pixels, sources, **options)
     assert got.shape == (1, tokens.shape[1] + steps)
     most = tokens.shape[1] + steps
     for _ in range(steps):
@@ -183,55 +179,21 @@ def test_a_batch_of_pictures_is_answered_as_each_alone(loaded):
         prompts.append(made)
     both = preprocess.batch_prompts(prompts, config.side)
     options = {"steps": 6, "key": jax.random.key(0), "temperature": 0}
-    got = generate.generate(
-        loaded.model, both.tokens, pictures=(both.pixels, both.sources), **options
-    )
+    got = answer(loaded.model, both.tokens, both.pixels, both.sources, **options)
     logits = np.asarray(_run(loaded.model, both.tokens, both.pixels, both.sources))
     for i, each in enumerate(prompts):
         tokens, pixels, sources = _arguments(each)
         alone = np.asarray(_run(loaded.model, tokens, pixels, sources))
         np.testing.assert_allclose(logits[i], alone[0], rtol=0, atol=2e-5)
-        written = generate.generate(
-            loaded.model, tokens, pictures=(pixels, sources), **options
-        )
+        written = answer(loaded.model, tokens, pixels, sources, **options)
         np.testing.assert_array_equal(np.asarray(got)[i], np.asarray(written)[0])
     stacked = np.stack([each.sources for each in prompts])
     assert (stacked != both.sources).any()
-    too_few = (prompts[0].pixels, both.sources)
-    with pytest.raises(ValueError, match="the pixels of every prompt"):
-        generate.generate(loaded.model, both.tokens, pictures=too_few, **options)
+    with pytest.raises(ValueError, match="prompt tokens in"):  # pixels of one prompt
+        answer(loaded.model, both.tokens, prompts[0].pixels, both.sources, **options)
     longer = preprocess.prompt("a", [], lambda s: [7], config, bos=1)
     with pytest.raises(ValueError, match="one length"):
         preprocess.batch_prompts([prompts[0], longer], config.side)
-
-
-def test_a_text_without_pictures_is_the_decoder_s(loaded):
-    tokens = np.arange(5)[None]
-    options = {"steps": 4, "key": jax.random.key(1), "temperature": 1.0}
-    got = generate.generate(loaded.model, tokens, **options)
-    same = generate.generate(loaded.model.decoder, tokens, **options)
-    np.testing.assert_array_equal(got, same)
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"sliding": True}, "without sliding"),
-        ({"pictures": None}, "tokens in"),
-        ({"model": "decoder"}, "for a Phi3Vision"),
-        ({"shape": (1, 2)}, "a source for each word"),
-    ],
-)
-def test_pictures_that_do_not_fit_are_refused(changes, told, loaded):
-    prompt, _ = _prompt(loaded.config, SHORT)
-    tokens, pixels, sources = _arguments(prompt)
-    model = loaded.model.decoder if "model" in changes else loaded.model
-    if "shape" in changes:
-        sources = np.zeros(changes["shape"], np.int32)
-    given = {"pictures": (pixels, sources)}
-    given |= {k: v for k, v in changes.items() if k in ("sliding", "pictures")}
-    with pytest.raises(ValueError, match=told):
-        generate.generate(model, tokens, steps=2, key=jax.random.key(0), **given)
 
 
 def test_the_picture_matters(loaded):
@@ -257,7 +219,7 @@ def _save(folder, reference, **changes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_folder_goes_back_bit_for_bit(dtype, tmp_path):
     reference = torch_phi3_vision.Reference().to(dtype)
-    loaded = hf.load(_save(tmp_path, reference))
+    loaded = checkpoint.load(_save(tmp_path, reference))
     assert loaded.config.dtype == str(dtype).removeprefix("torch.")
     directory = open_directory(tmp_path)
     got = dict(hf.to_tensors(loaded.names, nnx.state(loaded.model, nnx.Param)))
@@ -276,24 +238,24 @@ def test_a_second_copy_of_the_embedding_is_kept_or_refused(reference, tmp_path):
     tensors = load_file(path)
     tensors[copy] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, path)
-    loaded = hf.load(tmp_path)
+    loaded = checkpoint.load(tmp_path)
     got = dict(hf.to_tensors(loaded.names, nnx.state(loaded.model, nnx.Param)))
     np.testing.assert_array_equal(got[copy], got["model.embed_tokens.weight"])
     tensors[copy] += 1
     save_file(tensors, path)
     with pytest.raises(Damaged, match=r"wte.weight differs"):
-        hf.load(tmp_path)
+        checkpoint.load(tmp_path)
 
 
 def test_the_number_of_crops_is_read_with_the_processor(reference, tmp_path):
     _save(tmp_path, reference)
-    assert hf.load(tmp_path).config.crops == 16
+    assert checkpoint.load(tmp_path).config.crops == 16
     settings = tmp_path / "preprocessor_config.json"
     settings.write_text(json.dumps({"num_crops": 4}))
-    assert hf.load(tmp_path).config.crops == 4
+    assert checkpoint.load(tmp_path).config.crops == 4
     settings.write_text(json.dumps({"num_crops": "many"}))
     with pytest.raises(Damaged, match="num_crops"):
-        hf.load(tmp_path)
+        checkpoint.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -313,15 +275,12 @@ def test_what_the_configuration_says_and_nobody_knows_is_refused(
 ):
     _save(tmp_path, reference, **changes)
     with pytest.raises(Unknown, match=told):
-        hf.load(tmp_path)
+        checkpoint.load(tmp_path)
 
 
-def test_each_reader_of_a_shape_names_the_other():
-    config = torch_phi3_vision.CONFIG
-    with pytest.raises(ValueError, match=r"phi3_v, got 'phi3'; hf\.decoder_config"):
-        vision_config({**config, "model_type": "phi3"})
-    with pytest.raises(ValueError, match=r"'phi3_v' sees pictures.*hf\.vision_config"):
-        hf.decoder_config(config)
+def test_another_model_is_refused():
+    with pytest.raises(ValueError, match="phi3_v, got 'phi3'"):
+        vision_config({**torch_phi3_vision.CONFIG, "model_type": "phi3"})
 
 
 def test_attributes_of_pictures_are_unknown_to_a_language_model(reference, tmp_path):
@@ -335,15 +294,15 @@ def test_tensors_of_another_shape_are_refused(reference, tmp_path):
     processor["vision_config"] = {**processor["vision_config"], "num_hidden_layers": 3}
     _save(tmp_path, reference, img_processor=processor)
     with pytest.raises(Damaged, match=r"missing: .*encoder\.layers\.2"):
-        hf.load(tmp_path)
+        checkpoint.load(tmp_path)
 
 
 def test_a_new_model_is_written_by_the_published_names(reference, tmp_path):
-    shapes = hf.abstract(vision_config(torch_phi3_vision.CONFIG))
+    shapes = checkpoint.abstract(vision_config(torch_phi3_vision.CONFIG))
     graphdef, params = nnx.split(shapes, nnx.Param)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
     model = nnx.merge(graphdef, zeros)
-    tensors = dict(hf.tensors(model, torch_phi3_vision.CONFIG))
+    tensors = dict(checkpoint.tensors(model))
     assert tensors.keys() == reference.published().keys()
     for name, parameter in reference.published().items():
         assert tensors[name].shape == tuple(parameter.shape), name

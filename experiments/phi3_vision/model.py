@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from experiments.phi3_vision.tower import ClipConfig, ClipTower
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.decoder.layers import Linear
 from jaxprune.lm.models.decoder.model import Cache, Decoder
-from jaxprune.lm.models.phi3_vision.tower import ClipConfig, ClipTower
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

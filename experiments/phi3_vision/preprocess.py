@@ -21,12 +21,12 @@ try:
     from PIL import Image
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "jaxprune.lm.models.phi3_vision.preprocess needs the package pillow, which is "
+        "experiments.phi3_vision.preprocess needs the package pillow, which is "
         "not installed; pip install '.[vision]'",
         name="PIL",
     ) from error
 
-from jaxprune.lm.models.phi3_vision.model import Phi3VisionConfig
+from experiments.phi3_vision.model import Phi3VisionConfig
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 """CLIP's mean of each channel."""
