@@ -157,21 +157,20 @@ def pruned(
         settings["damping"] = config.damping
     if config.method != "magnitude":
         settings |= {"inputs": config.inputs, "relative": config.relative}
+    pattern = config.pattern and jp.patterns.NM(*map(int, config.pattern.split(":")))
+    settings |= {"pattern": pattern or None, "allocation": rule}
     passes: list[jp.passes.Pass] = [jp.passes.METHODS[config.method](**settings)]
     if config.correction:
         passes.append(jp.passes.correct(config.correction))
     if config.bits:
         levels: Any = f"int{config.bits}"
         passes.append(jp.passes.quantize(levels, group=config.group))
-    pattern = config.pattern and jp.patterns.NM(*map(int, config.pattern.split(":")))
     return jp.prune_trained(
         lambda params, x: nnx.merge(graphdef, params).states(x)[0],
         params,
         batches,
         method=jp.passes.chain(*passes),
         sparsity=None if pattern else config.sparsity,
-        pattern=pattern or None,
-        allocation=rule,
         directory=folder,
     )
 

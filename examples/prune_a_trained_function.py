@@ -52,6 +52,6 @@ print(jp.trace(model, params, batches[0]))  # which weights it sees, and how
 print(f"dense      loss {loss(params, test):.2f}")
 for method in ("magnitude", "wanda", "sparsegpt", "alps"):
     pruned = jp.prune_trained(
-        model, params, batches, method=method, sparsity=0.8, progress=False
+        model, params, batches, method=method, sparsity=0.8
     ).params
     print(f"{method:10s} loss {loss(pruned, test):.2f}")

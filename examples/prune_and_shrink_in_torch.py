@@ -50,7 +50,9 @@ for name, model in {"CNN": cnn, "ViT": ViT()}.items():
     report(name, model)
     fn, params = jp.torch.function(model, batches[0])
     arrays = map(jp.torch.as_arrays, batches)
-    small = jp.torch.shrink(model, batches[0], sparsity=0.5, batches=batches).module
+    small = jp.torch.shrink(
+        model, batches[0], "sparsegpt", keep=0.5, batches=batches
+    ).module
     jp.torch.load(model, jp.prune_trained(fn, params, arrays, "alps", sparsity=0.8)[0])
     for stage, less in {"80 % of weights out": model, "half the units": small}.items():
         report(stage, less)

@@ -191,10 +191,7 @@ class FinetuningTask(Task):
             lambda params, x: self.model.bind(params).states(x)[0],
             params,
             embedded,
-            method=method,
-            sparsity=sparsity,
-            allocation=allocation,
-            progress=False,
+            jp.passes.METHODS[method](sparsity, allocation=allocation),
         ).params
 
 

@@ -248,18 +248,20 @@ def trace(fn: Callable[[Params, Any], Any], params: Params, batch: Any) -> Trace
       down    1 x 6 x 3         1      0    dot
     """
     params = lazy.abstract(params)
-    flat = program_.flatten(fn, params, batch)
-    leaves = {
-        k: v for k, v in tree.named_leaves(params).items() if not tree.is_excluded(v)
-    }
-    finder = _Finder(flat, list(leaves))
+    return of_program(program_.flatten(fn, params, batch), params)
+
+
+def of_program(flat: Program, params: Params) -> Trace:
+    """`trace` of a program that was traced before."""
+    leaves = tree.named_leaves(params).items()
+    shapes = {name: np.shape(x) for name, x in leaves if not tree.is_excluded(x)}
+    finder = _Finder(flat, list(shapes))
     for position, step in enumerate(flat.steps):
         finder.look(position, step)
-    shapes = {name: np.shape(leaf) for name, leaf in leaves.items()}
     return Trace(
         tuple(finder.ops),
         finder.unseen(shapes),
-        {name: i for i, name in enumerate(leaves)},
+        {name: i for i, name in enumerate(shapes)},
         flat,
         finder.views,
     )

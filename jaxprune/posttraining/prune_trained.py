@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, NamedSharding
@@ -17,13 +17,14 @@ from jaxprune import leaves
 from jaxprune.arrays import tree
 from jaxprune.arrays.messages import listed
 from jaxprune.arrays.per_device import PerDevice
+from jaxprune.masking.counts import Sparsity
 from jaxprune.posttraining import fingerprint
 from jaxprune.posttraining import plan as plans
 from jaxprune.posttraining.calibration import calibrate
 from jaxprune.posttraining.fingerprint import Fingerprint
 from jaxprune.posttraining.passes.base import Pass
 from jaxprune.posttraining.passes.chaining import as_chain
-from jaxprune.posttraining.passes.pruning import Name, Settings
+from jaxprune.posttraining.passes.pruning import Name
 from jaxprune.posttraining.pipeline import preparation
 from jaxprune.posttraining.pipeline.segmented_program import SegmentedProgram
 from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
@@ -60,14 +61,13 @@ def prune_trained(
     params: Params,
     batches: Iterable[Any],
     method: Pass | Name,
+    sparsity: Sparsity = None,
     *,
     prunable: PrunableLike = leaves.prunable,
     positions: Callable[[Any], jax.Array] | None = None,
     directory: str | Path | None = None,
     donate: bool = False,
     mesh: jax.sharding.Mesh | None = None,
-    progress: bool = True,
-    **settings: Unpack[Settings],
 ) -> PruneResult:
     """Prunes a trained model, with calibration batches.
 
@@ -85,6 +85,8 @@ def prune_trained(
       method: "magnitude", "wanda", "ria", "sparsegpt", "alps"; or a pass of
         `jp.passes` such as `jp.passes.sparsegpt(0.5, pattern="2:4")`; or several with
         `jp.passes.chain`, which also corrects and quantizes.
+      sparsity: share to remove, in [0, 1), or {glob on the weight's name: share}; None
+        is the pass's own, or what its pattern fixes.
       prunable: function of a leaf's name and the leaf to whether it may be pruned.
       positions: function of a batch to booleans of the samples' shape, (batch, time)
         say: which positions count. None counts all, BOS too.
@@ -98,12 +100,6 @@ def prune_trained(
         device while it runs. Several processes must all make the same call with the
         same batches; the first process writes. None leaves batches and parameters
         where they are.
-      progress: whether to show how far it is: a bar on a terminal, a line now and then
-        in a log.
-      **settings: settings of the pruning pass, named or not, in the place of its own:
-        `sparsity`, the share to remove, in [0, 1), or {glob on the weight's name:
-        share}; `pattern`, such as "2:4"; `allocation`, such as "owl"; and those of its
-        class, `inputs`, `relative`, `damping`. See `jp.passes`.
 
     Returns:
       The pruned parameters, of the same structure, dtypes and sharding, and a report.
@@ -130,7 +126,7 @@ def prune_trained(
       True
     """
     started = time.perf_counter()
-    chain = as_chain(method, settings)
+    chain = as_chain(method, sparsity)
     devices = None if mesh is None else PerDevice.of(mesh)
     batches = preparation.check_batches(batches, "prune_trained", devices)
     if devices is not None:
@@ -163,7 +159,7 @@ def prune_trained(
     if directory is not None:
         job = fingerprint.of_job(program, pipeline.counted, prints)
         log = ProgressLog(Path(directory), {**facts, **job})
-    rows = prune_segments(plan, pipeline, log, donate=donate, progress=progress)
+    rows = prune_segments(plan, pipeline, log, donate=donate)
     results = {
         "programs": program.programs,
         "achieved": sum(r["zeros"] for r in rows) / sum(r["size"] for r in rows),

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from jaxprune.arrays import processes
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.posttraining import relative_error, solve_weight
@@ -30,7 +31,6 @@ def prune_segments(
     log: ProgressLog | None,
     *,
     donate: bool,
-    progress: bool,
 ) -> list[dict[str, Any]]:
     """Prunes all segments, or takes what the log holds of them.
 
@@ -40,7 +40,6 @@ def prune_segments(
         program are replaced.
       log: log of what is done, or None.
       donate: whether the caller's leaves are given up once they are replaced.
-      progress: whether to show how far it is.
 
     Returns:
       A row of the report for each weight.
@@ -52,7 +51,9 @@ def prune_segments(
     restored = [log.read(entry) if log else None for entry in entries]
     done = {name for entry in restored if entry for name in entry[0]}
     dense_layers = plan.chain.pruning.inputs == "dense"
-    with Progress(len(entries), "pruning", unit="segment", shown=progress) as shown:
+    with Progress(
+        len(entries), "pruning", unit="segment", shown=processes.is_first()
+    ) as shown:
         for number, inputs in through_segments(
             pipeline, shown, done, dense_layers=dense_layers
         ):

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxprune.arrays import placement
+from jaxprune.arrays import placement, processes
 from jaxprune.arrays.console_progress import Progress
 from jaxprune.graph.linear_ops import LinearOp
 from jaxprune.posttraining import relative_error
-from jaxprune.posttraining.passes.correction import Correct
+from jaxprune.posttraining.passes.chaining import Chain
 from jaxprune.posttraining.pipeline.input_statistics import InputStatistics
 from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
 from jaxprune.posttraining.pipeline.through_segments import through_segments
@@ -59,22 +59,18 @@ class Removal(NamedTuple):
     Attributes:
       consumers: group name to the matrices that its units go out by.
       lost: group name to the number of units that it loses.
-      damping: share of the Hessian's mean diagonal that is added to its diagonal.
-      correction: what a matrix makes up for of what the groups before lost.
+      chain: the solver, and the correction for what the groups before lost.
     """
 
     consumers: Mapping[str, Sequence[Consumer]]
     lost: Mapping[str, int]
-    damping: float
-    correction: Correct = Correct(0.0)
+    chain: Chain
 
 
 def remove_units(
     removal: Removal,
     pipeline: SequentialPipeline,
     log: ProgressLog | None,
-    *,
-    progress: bool,
 ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
     """Removes the units of all groups, or takes what the log holds of them.
 
@@ -83,7 +79,6 @@ def remove_units(
       pipeline: all batches, whose sums have Hessians and what the correction observes,
         before a program that is cut at the inputs of all uses of the consumers.
       log: log of what is done, or None.
-      progress: whether to show how far it is.
 
     Returns:
       Group name to the units that are kept, and a row of the report for each updated
@@ -100,7 +95,9 @@ def remove_units(
     # A run that was killed between the weights of a group begins it anew.
     done = {n for n, names in together.items() if all(restored[m] for m in names)}
     observed: dict[str, _Inputs] = {}
-    with Progress(count, "shrinking", unit="segment", shown=progress) as shown:
+    with Progress(
+        count, "shrinking", unit="segment", shown=processes.is_first()
+    ) as shown:
         for number, inputs in through_segments(pipeline, shown, done):
             for op in program.finished_in(program.segments[number]):
                 statistics, value = (
@@ -197,7 +194,7 @@ def _without_units(
             for name, reader in zip(names, readers, strict=True)
         ]
         removals = units.remove_from_all(
-            problems, removal.lost[group], damping=removal.damping
+            problems, removal.lost[group], damping=removal.chain.pruning.damping
         )
         kept[group] = np.flatnonzero(removals[0].kept)
         for name, reader, removed in zip(names, readers, removals, strict=True):
@@ -216,7 +213,8 @@ def _target(
     if moments.hessian is None or moments.drift is None:
         return weight[0]
     hessian, drift = moments.hessian[0], moments.drift[0]
-    return removal.correction.target(weight[0], hessian, drift, removal.damping)
+    chain = removal.chain
+    return chain.target(weight[0], hessian, drift, chain.pruning.damping)
 
 
 def _relative_hessians(

@@ -10,4 +10,5 @@ __all__ = [
     "resized",
     "shrink",
     "shrunk_function",
+    "sizes",
 ]

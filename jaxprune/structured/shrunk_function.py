@@ -9,6 +9,7 @@ import numpy as np
 from jaxprune.arrays import lazy
 from jaxprune.arrays.messages import listed
 from jaxprune.graph.axis_dims import Dim, atoms, kept_positions, root, sum_by_unit
+from jaxprune.graph.axis_groups import AxisGroups
 from jaxprune.graph.axis_trace import UNUSED, AxisTrace, LeafAxes, trace_axes
 from jaxprune.structured import cut
 from jaxprune.structured.cut import LeafCut
@@ -20,6 +21,10 @@ class ShrunkFunction:
     """A function of smaller parameters and a batch, from `jp.shrink`.
 
     For each shape of a batch the original is traced once more, abstractly.
+
+    Attributes:
+      groups: axis groups of the original.
+      cuts: what is kept of each leaf, by its name.
     """
 
     def __init__(
@@ -27,23 +32,19 @@ class ShrunkFunction:
         fn: Callable[[Params, Any], Any],
         params: Params,
         batch: Any,
-        trace: AxisTrace,
+        groups: AxisGroups,
         cuts: dict[str, LeafCut],
     ) -> None:
         """Keeps the function, the shapes of its parameters and what is kept of them."""
         self._fn = fn
-        self._cuts = cuts
-        self._names = [leaf.name for leaf in trace.leaves]
+        self.groups = groups
+        self.cuts: Mapping[str, LeafCut] = cuts
+        self._names = [leaf.name for leaf in groups.trace.leaves]
         self._structure: Any = jax.tree.structure(params)
         leaves = jax.tree.leaves(lazy.abstract(params))
         first = self._key(leaves, batch)
         # The program for each shape of a batch; the first is the one shrunk with.
-        self._known = {first: Resized(trace, atom_masks(trace, cuts))}
-
-    @property
-    def cuts(self) -> Mapping[str, LeafCut]:
-        """What is kept of each leaf, by its name."""
-        return self._cuts
+        self._known = {first: Resized(groups.trace, atom_masks(groups.trace, cuts))}
 
     @property
     def resized(self) -> Resized:
@@ -74,7 +75,7 @@ class ShrunkFunction:
 
     def cut(self, state: Any) -> Any:
         """A tree of arrays beside the parameters, cut as they were."""
-        return cut.any_tree(state, self._cuts)
+        return cut.any_tree(state, self.cuts)
 
     def _key(self, params: Sequence[Any], batch: Any) -> Any:
         leaves, structure = jax.tree.flatten(batch)
@@ -85,9 +86,9 @@ class ShrunkFunction:
 
     def _check_shapes(self, leaves: Sequence[Any]) -> None:
         misshapen = [
-            f"{name!r} ({np.shape(leaf)} for {self._cuts[name].after})"
+            f"{name!r} ({np.shape(leaf)} for {self.cuts[name].after})"
             for name, leaf in zip(self._names, leaves, strict=True)
-            if np.shape(leaf) != self._cuts[name].after
+            if np.shape(leaf) != self.cuts[name].after
         ]
         if misshapen:
             raise ValueError(
@@ -99,7 +100,7 @@ class ShrunkFunction:
         """The program for a batch of another shape or parameters of another dtype."""
         dense = [
             jax.ShapeDtypeStruct(
-                self._cuts[name].before, aval.dtype, weak_type=aval.weak_type
+                self.cuts[name].before, aval.dtype, weak_type=aval.weak_type
             )
             for name, aval in zip(self._names, map(jax.typeof, leaves), strict=True)
         ]
@@ -119,7 +120,7 @@ class ShrunkFunction:
                 f"reshapes it, but {str(error).splitlines()[0]} Give constraints to "
                 "jax.export.symbolic_shape, or sizes as numbers"
             ) from error
-        return Resized(trace, atom_masks(trace, self._cuts))
+        return Resized(trace, atom_masks(trace, self.cuts))
 
 
 def atom_masks(trace: AxisTrace, cuts: Mapping[str, LeafCut]) -> dict[Dim, np.ndarray]:

@@ -189,7 +189,7 @@ def _refusal(trouble: _Trouble, groups: Iterable[AxisGroup]) -> Exception:
     return ValueError(
         "a smaller module needs its sizes in attributes that can be set, but "
         f"{trouble.part or 'the module itself'!r} cannot have them ({trouble.reason}); "
-        f"give the share 0 to {listed(near)}, before other rules of sparsity=, or "
+        f"keep all units of {listed(near)}, before other rules of keep=, or "
         "shrink the function with jp.shrink, which needs no class"
     )
 

@@ -8,17 +8,19 @@ one with the same units zeroed.
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
-from jax.extend.core import jaxpr_as_fun
 
-from jaxprune.graph.axis_groups import AxisGroup, axis_groups
+from jaxprune.graph.axis_groups import AxisGroup
 from jaxprune.posttraining import shrink as shrink_function
+from jaxprune.posttraining.passes.base import Pass
 from jaxprune.structured.cut import LeafCut
 from jaxprune.structured.shrink import ShrinkResult
+from jaxprune.structured.sizes import Keep, Rules, Sizes
 from jaxprune.torch import conversion
 from jaxprune.torch.comparison import check_equal_outputs
 from jaxprune.torch.layer_sizes import (
@@ -28,7 +30,7 @@ from jaxprune.torch.layer_sizes import (
 )
 from jaxprune.torch.module_function import Arrays, function
 from jaxprune.torch.resizing import as_tensors, replace_tensors, set_attributes
-from jaxprune.typing import Params, Scores
+from jaxprune.typing import Masks, Params, Scores
 
 
 class ShrunkModule(NamedTuple):
@@ -48,29 +50,31 @@ class ShrunkModule(NamedTuple):
 def shrink(
     module: Any,
     example: Any,
-    scores: Scores | Callable[[Params], Scores] | None = None,
-    sparsity: float | Mapping[str, float] | None = None,
+    choose: Scores | Masks | Callable[[Params], Scores] | Pass | str,
+    keep: Keep | None = None,
     *,
-    masks: Mapping[str, Any] | None = None,
     batches: Iterable[Any] | None = None,
-    **arguments: Any,
+    groups: Rules = ("*",),
+    sizes: Sizes | None = None,
+    positions: Callable[[Any], jax.Array] | None = None,
+    directory: str | Path | None = None,
 ) -> ShrunkModule:
     """Removes whole units of a torch module; see `jp.shrink`, which chooses them.
 
     Args:
       module: any module that `jp.torch.function` takes.
       example: what it is called with; see `jp.torch.function`.
-      scores: {torch name: scores of a parameter}, or a criterion as
-        `jp.scores.magnitude`, which is given the parameters. What has none, or what a
-        rule `prunable` leaves out, as norms, biases and output heads by default, has no
-        say.
-      sparsity: share of its units that each group loses, or {glob, kind or name of a
-        group: share}; `print(jp.axis_groups(fn, params, batch))` shows the groups.
-      masks: {torch name: booleans}, in the place of scores.
-      batches: examples of one shape, in the place of scores: the solver chooses, and
-        the weights that are left make up for those that are gone.
-      **arguments: `budget`, `groups`, `sizes` and settings of the choice by batches, as
-        `jp.shrink` takes them.
+      choose: as for `jp.shrink`: {torch name: scores or masks of a parameter}, a
+        criterion such as `jp.scores.magnitude`, or a solver such as "sparsegpt". What
+        has no scores, or what a rule `prunable` leaves out, as norms, biases and output
+        heads by default, has no say.
+      keep: what stays of the units of each group, or of the model; see `jp.shrink`.
+        `print(jp.axis_groups(fn, params, batch))` shows the groups.
+      batches: examples of one shape for a solver; None is the example alone.
+      groups: the groups that a budget is met with; see `jp.shrink`.
+      sizes: the numbers of units that groups may keep; see `jp.shrink`.
+      positions: the positions that count for a solver; see `jp.shrink`.
+      directory: directory where a solver keeps its progress; see `jp.shrink`.
 
     Returns:
       The smaller module and a report.
@@ -86,35 +90,32 @@ def shrink(
       >>> module = torch.nn.Sequential(
       ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
       >>> small, report = jp.torch.shrink(
-      ...     module, torch.ones(3, 4), jp.scores.magnitude, 0.5)
+      ...     module, torch.ones(3, 4), jp.scores.magnitude, keep=0.5)
       >>> small[0]
       Linear(in_features=4, out_features=4, bias=True)
       >>> report["attributes"]["2"]
       {'in_features': 4}
     """
     fn, params = function(module, example)
-    batch = conversion.as_arrays(example)
-    buffers = _cuttable_buffers(module)
+    if callable(choose):
+        choose = choose(params)
     # Buffers are leaves here, so that it is known how they are cut.
-    leaves = {**params, **buffers}
-    fn = _traced_once(fn, leaves, batch)
+    leaves = {**params, **_cuttable_buffers(module)}
+    if isinstance(choose, Mapping):
+        choose = {**dict.fromkeys(leaves, optax.MaskedNode()), **choose}
     result = shrink_function.shrink(
         fn,
         leaves,
-        batch,
-        _for_all(scores(params) if callable(scores) else scores, leaves),
-        sparsity,
-        masks=_for_all(masks, leaves),
-        batches=None if batches is None else map(conversion.as_arrays, batches),
-        **arguments,
+        map(conversion.as_arrays, [example] if batches is None else batches),
+        choose,
+        keep,
+        groups=groups,
+        sizes=sizes,
+        positions=positions,
+        directory=directory,
     )
-    # Again, for the members of the groups; the program is at hand by now.
-    groups = [
-        group
-        for group in axis_groups(fn, leaves, batch)
-        if group.name in result.report["groups"]
-    ]
-    units = _units_by_leaf(groups, result.report["groups"])
+    groups_cut = [g for g in result.fn.groups if g.name in result.report["groups"]]
+    units = _units_by_leaf(groups_cut, result.report["groups"])
     attributes = smaller_sizes(module, result.fn.cuts, units)
     zeroed = _zeroed(module, result)
     # A configuration is left alone where the forward pass does not read it: it says
@@ -123,7 +124,7 @@ def shrink(
     for chosen in choices[choices[0] == choices[1] :]:
         small = _smaller_copy(module, result, chosen)
         try:
-            error = check_equal_outputs(module, small, zeroed, example, groups)
+            error = check_equal_outputs(module, small, zeroed, example, groups_cut)
         except ValueError:
             if chosen is attributes:
                 raise
@@ -131,20 +132,6 @@ def shrink(
             break
     report = {**result.report, "attributes": chosen, "error": error}
     return ShrunkModule(small, report)
-
-
-def _traced_once(fn: Callable[[Any, Any], Any], leaves: Any, batch: Any) -> Any:
-    """The function as its program for this batch, in which torch has no part.
-
-    It is traced several times here, and torch's operations are slow to trace.
-    """
-    with jax.disable_jit():  # loops come out unrolled, as `jp.trace` wants them
-        program, shapes = jax.make_jaxpr(fn, return_shape=True)(leaves, batch)
-    run = jaxpr_as_fun(program)
-    structure = jax.tree.structure(shapes)
-    return lambda leaves, batch: jax.tree.unflatten(
-        structure, run(*jax.tree.leaves((leaves, batch)))
-    )
 
 
 def _cuttable_buffers(module: Any) -> Arrays:
@@ -155,12 +142,6 @@ def _cuttable_buffers(module: Any) -> Arrays:
         # Integers are positions and counters, which no unit has.
         if buffer.is_floating_point() and buffer.ndim
     }
-
-
-def _for_all(values: Any, leaves: Arrays) -> Any:
-    """Scores or masks of some parameters, with all others and the buffers left out."""
-    left_out = dict.fromkeys(leaves, optax.MaskedNode())
-    return {**left_out, **values} if isinstance(values, Mapping) else values
 
 
 def _units_by_leaf(

@@ -32,7 +32,7 @@ def smaller(name):
     if name == "pruned":
         return model, pruned
     if name == "shrunk":
-        return jp.shrink(model, PARAMS, X, scores, 0.5)[:2]
+        return jp.shrink(model, PARAMS, [X], scores, 0.5)[:2]
     return jp.pack(model, pruned, X)[:2]
 
 

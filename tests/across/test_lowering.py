@@ -205,7 +205,7 @@ INPUTS = [correlated(i, 32, 16) for i in range(8)]
 
 @pytest.mark.full
 def test_prune_trained_is_compiled_for_each_platform(programs):
-    options = {"sparsity": 0.5, "progress": False}
+    options = {"sparsity": 0.5}
     params = jax.tree.map(jnp.asarray, WEIGHTS)
     method = jp.passes.wanda()
     jp.prune_trained(attention, params, INPUTS[:2], method=method, **options)
@@ -217,7 +217,7 @@ def test_what_each_device_of_a_mesh_runs(programs):
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     # Settings of no other test: what is compiled already is not compiled again.
     method = jp.passes.alps(damping=0.03)
-    options = {"sparsity": 0.5, "progress": False, "mesh": mesh}
+    options = {"sparsity": 0.5, "mesh": mesh}
     jp.prune_trained(attention, WEIGHTS, INPUTS, method=method, **options)
     # Of one device, as `PerDevice.compiled` makes it: model, sums, solvers.
     assert sum("PerDevice.compiled" in name for name in programs.names) >= 4
@@ -274,7 +274,7 @@ def test_what_is_left_of_a_function_after_shrinking():
 
     params = jax.tree.map(jnp.asarray, PARAMS)
     x = jnp.ones((4, 8))
-    small = jp.shrink(network, params, x, jp.scores.magnitude(params), sparsity=0.5)
+    small = jp.shrink(network, params, [x], jp.scores.magnitude, 0.5)
     assert small.params["down"].shape == (8, 8)
     exported = lowered(small.fn, small.params, x)
     assert [o.shape for o in exported.out_avals] == [(4, 8)]

@@ -51,7 +51,7 @@ CALLS = {
     "axis_groups": lambda params, state: jp.axis_groups(model, params, BATCH),
     "calibrate": lambda params, state: jp.calibrate(model, params, [BATCH]),
     "prune_trained": lambda params, state: jp.prune_trained(
-        model, params, [BATCH], "sparsegpt", sparsity=0.5, progress=False
+        model, params, [BATCH], "sparsegpt", sparsity=0.5
     ),
     **{
         f"{name} by {pattern} and {allocation}": call(
@@ -102,10 +102,10 @@ def two_layers(params, x):
 
 SHRUNK = {
     "by scores": lambda params: jp.shrink(
-        two_layers, params, BATCH, score(params), 0.5
+        two_layers, params, [BATCH], score(params), 0.5
     ),
     "by batches": lambda params: jp.shrink(
-        two_layers, params, BATCH, sparsity=0.5, batches=[BATCH], progress=False
+        two_layers, params, [BATCH], "sparsegpt", 0.5
     ),
 }
 

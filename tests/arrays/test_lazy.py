@@ -36,9 +36,7 @@ class Shelf:
 
 
 def prune(fn, params, batches=BATCHES, method="sparsegpt", sparsity=0.5, **options):
-    return jp.prune_trained(
-        fn, params, batches, method=method, sparsity=sparsity, progress=False, **options
-    )
+    return jp.prune_trained(fn, params, batches, method, sparsity, **options)
 
 
 def held(tree):

@@ -54,7 +54,7 @@ def test_a_row_is_all_that_a_new_primitive_needs(double, monkeypatch):
     def fn(params, x):
         return double(jax.nn.relu(x @ params["up"])) @ params["down"]
 
-    small = jp.shrink(fn, PARAMS, X, jp.scores.magnitude(PARAMS), 0.5)
+    small = jp.shrink(fn, PARAMS, [X], jp.scores.magnitude, 0.5)
     units = small.report["kept"]["down:0"]
     mask = np.isin(np.arange(6), units)
     zeroed = {"up": PARAMS["up"] * mask[None], "down": PARAMS["down"] * mask[:, None]}

@@ -51,9 +51,7 @@ def test_scanned_layers_are_seen_and_pruned_alone():
 
     with jax.numpy_rank_promotion("allow"):
         axes = jp.trace(logits, params, tokens).axes()
-        result = jp.prune_trained(
-            logits, params, [tokens], "magnitude", sparsity=0.5, progress=False
-        )
+        result = jp.prune_trained(logits, params, [tokens], "magnitude", sparsity=0.5)
     stacked = "transformer/layers/stacked/{}/weight".format
     assert axes == {stacked(name): entry for name, entry in AXES.items()}
     zeros = jp.sparsity(result.params).by_leaf

@@ -80,7 +80,7 @@ def test_matrices_are_pruned_the_taps_are_not_and_no_unit_can_be_removed(layer):
     rows = {row.name: row for row in jp.trace(fn, params, x).explain()}
     assert {name for name, row in rows.items() if row.pruned} == MATRICES
     assert rows["conv1d/kernel"].why == "one input and few taps"
-    result = jp.prune_trained(fn, params, [x], "wanda", sparsity=0.5, progress=False)
+    result = jp.prune_trained(fn, params, [x], "wanda", sparsity=0.5)
     for name, (zeros, size) in jp.sparsity(result.params).by_leaf.items():
         assert zeros == (size / 2 if name in MATRICES else 0)
     groups = jp.axis_groups(fn, params, x)

@@ -111,9 +111,7 @@ def test_it_is_pruned_while_it_trains(name):
 @names
 def test_a_solver_leaves_two_of_four_along_the_true_inputs(name):
     fn, params, axes = layout(name)
-    found = jp.prune_trained(
-        fn, params, [TOKENS], method="sparsegpt", pattern="2:4", progress=False
-    )
+    found = jp.prune_trained(fn, params, [TOKENS], jp.passes.sparsegpt(pattern="2:4"))
     for path, leaf in jp.tree.named_leaves(found.params).items():
         if path in axes:
             kept = groups_of_four(np.asarray(leaf), axes[path]) != 0

@@ -27,7 +27,7 @@ def test_a_function_is_traced_anew_each_time():
 
     for scale in (held["scale"], 1 - held["scale"]):
         held["scale"] = scale
-        small = jp.shrink(fn, WEIGHTS, X, sparsity=0.5, batches=[X])
+        small = jp.shrink(fn, WEIGHTS, [X], "sparsegpt", 0.5)
         np.testing.assert_array_equal(
             small.params["w"], np.asarray(WEIGHTS["w"])[:, scale > 0]
         )
@@ -60,7 +60,7 @@ def test_a_long_computation_of_parameters_alone():
         scale, _ = jax.lax.scan(step, params["k"], None, length=600)
         return (jnp.tanh(x @ params["w"]) * scale[None]) @ params["o"]
 
-    small = jp.shrink(fn, WEIGHTS, X, sparsity=0.5, batches=[X])
+    small = jp.shrink(fn, WEIGHTS, [X], "sparsegpt", 0.5)
     assert small.params["w"].shape == (4, 3)
 
 

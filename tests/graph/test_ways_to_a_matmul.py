@@ -20,9 +20,7 @@ FACTOR = jnp.float32(0.3)
 
 
 def prune(fn, params, batches, method="sparsegpt"):
-    return jp.prune_trained(
-        fn, params, batches, method=method, sparsity=0.5, progress=False
-    )
+    return jp.prune_trained(fn, params, batches, method=method, sparsity=0.5)
 
 
 @functools.cache

@@ -9,7 +9,14 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.masking import counts
-from tests.support.small_models import chain, correlated, draw, kernels_of, run_chain
+from tests.support.small_models import (
+    chain,
+    correlated,
+    draw,
+    kernels_of,
+    prune,
+    run_chain,
+)
 from tests.support.small_models import quick_compilation as quick_compilation
 
 WIDTHS = [6, 12, 24, 4]
@@ -20,15 +27,8 @@ SIZES = np.array([72, 288, 96])
 
 def zeros(shares, sparsity, params=PARAMS, fn=run_chain, **options):
     """What prune_trained removes of each weight, by magnitude."""
-    report = jp.prune_trained(
-        fn,
-        params,
-        BATCHES,
-        method="magnitude",
-        sparsity=sparsity,
-        allocation=shares,
-        progress=False,
-        **options,
+    report = prune(
+        fn, params, BATCHES, "magnitude", sparsity, allocation=shares, **options
     ).report
     return np.array([row["removed"] for row in report["weights"]])
 
@@ -304,14 +304,8 @@ def test_a_word_and_its_value_mean_the_same_in_make_and_in_prune_trained(word, v
 
 
 def test_magnitude_with_a_global_allocation_is_global_magnitude_pruning():
-    pruned = jp.prune_trained(
-        run_chain,
-        PARAMS,
-        BATCHES,
-        method="magnitude",
-        sparsity=0.6,
-        allocation="global",
-        progress=False,
+    pruned = prune(
+        run_chain, PARAMS, BATCHES, "magnitude", 0.6, allocation="global"
     ).params
     expected = jp.prune(PARAMS, jp.scores.magnitude(PARAMS), 0.6, allocation="global")
     for a, b in zip(*map(kernels_of, (pruned, expected)), strict=True):

@@ -48,7 +48,6 @@ def test_a_glob_means_the_matrices_that_it_matches(globs, names):
         "magnitude",
         sparsity=0.5,
         prunable=globs,
-        progress=False,
     )
     assert {row["name"] for row in result.report["weights"]} == names
 

@@ -146,15 +146,15 @@ SLIPS = {
         r"allocation must be one of layer, global, erk, owl, .*, got 'ekr'",
     ),
     "no such method": (
-        lambda: as_chain("gpt", {}),
+        lambda: as_chain("gpt"),
         r"method must be one of magnitude, .*, got 'gpt'",
     ),
     "method=None": (
-        lambda: as_chain(None, {}),
+        lambda: as_chain(None),
         r"method must be one of .* such as jp\.passes\.sparsegpt\(\), got None",
     ),
     "a method's class": (
-        lambda: as_chain(jp.passes.wanda, {}),
+        lambda: as_chain(jp.passes.wanda),
         r"method must be one of .* such as jp\.passes\.sparsegpt\(\), got <class",
     ),
 }

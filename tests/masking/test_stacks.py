@@ -194,9 +194,7 @@ def test_owl_takes_the_parts_of_a_leaf_for_parts_of_its_layer():
             lambda params, x: run(parts, params, x),
             {"blocks": blocks},
             [batch],
-            method="wanda",
-            sparsity=0.5,
-            allocation=jp.allocation.OWL(spread=0.2, factor=3.0),
+            jp.passes.wanda(0.5, allocation=jp.allocation.OWL(spread=0.2, factor=3.0)),
         )
         named = jp.sparsity(found.params).by_leaf.items()
         return [sum(n for name, (n, _) in named if f"/{i}/" in name) for i in (0, 1)]

@@ -74,7 +74,7 @@ def prune(
     quantize=None,
     **options,
 ):
-    options = {"sparsity": 0.5, "progress": False} | options
+    options = {"sparsity": 0.5} | options
     how = chained(how, quantize=quantize)
     return jp.prune_trained(fn, params, batches, method=how, **options)
 

@@ -19,15 +19,10 @@ from tests.support.small_models import (
     correlated,
     draw,
     kernels_of,
+    prune,
     run_chain,
 )
 from tests.support.small_models import quick_compilation as quick_compilation
-
-
-def prune(fn, params, batches, method, sparsity=0.5, **options):
-    return jp.prune_trained(
-        fn, params, batches, method=method, sparsity=sparsity, progress=False, **options
-    )
 
 
 def run_stack(p, x):

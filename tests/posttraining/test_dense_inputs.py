@@ -67,7 +67,7 @@ DENSE = jp.passes.wanda(inputs="dense")
 def prune(method, **options):
     params = jax.tree.map(jnp.asarray, PARAMS)
     return jp.prune_trained(
-        run, params, BATCHES, method=method, sparsity=0.6, progress=False, **options
+        run, params, BATCHES, method=method, sparsity=0.6, **options
     )
 
 
@@ -112,9 +112,7 @@ def test_relative_is_of_samples_that_have_one_size(method):
 
     def pruned(method, x):
         product = lambda params, x: x @ params["w"]  # noqa: E731
-        found = jp.prune_trained(
-            product, params, [x], method=method, sparsity=0.5, progress=False
-        )
+        found = jp.prune_trained(product, params, [x], method=method, sparsity=0.5)
         return np.asarray(found.params["w"])
 
     plain = dataclasses.replace(method, relative=False)

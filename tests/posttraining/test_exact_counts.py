@@ -12,6 +12,7 @@ from tests.support.small_models import (
     keep_per_output,
     keep_tiles,
     kernels_of,
+    prune,
     run_chain,
 )
 from tests.support.small_models import quick_compilation as quick_compilation
@@ -19,12 +20,6 @@ from tests.support.trajectories import same_bits
 
 PARAMS = chain([6, 6, 6, 6])
 BATCHES = [correlated(i, 24, 6) / 3 for i in range(2)]
-
-
-def prune(fn, params, batches, method="magnitude", sparsity=0.5, **options):
-    return jp.prune_trained(
-        fn, params, batches, method=method, sparsity=sparsity, progress=False, **options
-    )
 
 
 def masked(kernel, mask):

@@ -16,6 +16,7 @@ from jaxprune.posttraining.pipeline import sums
 from jaxprune.posttraining.pipeline.sequential_pipeline import SequentialPipeline
 from jaxprune.posttraining.progress import ProgressLog
 from tests.across.test_sharding_hlo import ARRAY, COLLECTIVE, size
+from tests.support import small_models
 from tests.support.small_models import correlated, draw
 from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
@@ -60,8 +61,7 @@ def placed(mesh, params=PARAMS):
 
 
 def prune(params, method="wanda", **options):
-    options = {"sparsity": 0.5, "progress": False} | options
-    return jp.prune_trained(fn, params, BATCHES, method=method, **options)
+    return small_models.prune(fn, params, BATCHES, method, **options)
 
 
 @functools.cache
@@ -106,7 +106,7 @@ def test_experts_that_are_given_rows_of_their_own():
         return jax.lax.ragged_dot(rows[jnp.argsort(chosen)], params["experts"], sizes)
 
     own = {"experts": PARAMS["experts"]}
-    options = {"method": "sparsegpt", "sparsity": 0.5, "progress": False}
+    options = {"method": "sparsegpt", "sparsity": 0.5}
     expected = jp.prune_trained(routed, own, BATCHES, **options)
     mesh = mesh_of("8")
     found = jp.prune_trained(routed, placed(mesh, own), BATCHES, mesh=mesh, **options)
@@ -231,7 +231,7 @@ def test_no_device_holds_more_than_its_share_and_a_segment(monkeypatch):
         return found
 
     monkeypatch.setattr(SequentialPipeline, "observe", observed)
-    options = {"method": "wanda", "sparsity": 0.5, "progress": False}
+    options = {"method": "wanda", "sparsity": 0.5}
     before = bytes_on(jax.devices()[3])
     found = jp.prune_trained(deep, {"w": own}, batches, mesh=mesh, **options)
     one, whole = 4 * 64 * 64, 4 * layers * 64 * 64

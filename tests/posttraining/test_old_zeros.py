@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from tests.support.small_models import draw
+from tests.support.small_models import draw, prune
 from tests.support.small_models import quick_compilation as quick_compilation
 
 P = jp.passes
@@ -46,7 +46,7 @@ def zeros_of(params):
     ids=["sparsegpt", "wanda", "alps", "quantized"],
 )
 def test_a_matrix_that_is_left_alone_keeps_its_zeros(sparse, passes):
-    result = jp.prune_trained(run, sparse, BATCHES, passes, progress=False)
+    result = jp.prune_trained(run, sparse, BATCHES, passes)
     before, after = zeros_of(sparse), zeros_of(result.params)
     assert (after["down"] >= before["down"]).all()
     rows = {row["name"]: row for row in result.report["weights"]}
@@ -59,9 +59,7 @@ def test_a_matrix_that_is_left_alone_keeps_its_zeros(sparse, passes):
 @pytest.mark.parametrize("pattern", ["unstructured", "per-output"])
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 def test_a_lower_sparsity_brings_nothing_back(sparse, method, pattern):
-    result = jp.prune_trained(
-        run, sparse, BATCHES, method, sparsity=0.5, pattern=pattern, progress=False
-    )
+    result = prune(run, sparse, BATCHES, method, pattern=pattern)
     before, after = zeros_of(sparse), zeros_of(result.params)
     for name, zeros in before.items():
         assert (after[name] >= zeros).all(), name
@@ -74,7 +72,7 @@ def test_zeros_of_levels_are_counted():
         P.wanda(0.05),
         P.quantize("int4", group=16),
     )
-    result = jp.prune_trained(run, params, BATCHES, passes, progress=False)
+    result = jp.prune_trained(run, params, BATCHES, passes)
     found = jp.sparsity(result.params).total
     assert found > 0.06  # some levels are zero
     assert result.report["achieved"] == pytest.approx(found, abs=1e-9)
@@ -84,7 +82,7 @@ def test_a_matrix_of_which_nothing_is_left_is_told():
     params = {"up": draw(0, 16, 32), "down": 1e-3 * draw(1, 32, 8)}
     passes = P.magnitude(0.5, allocation="global")
     with pytest.warns(UserWarning, match="leaves nothing of 'down'"):
-        jp.prune_trained(run, params, BATCHES, passes, progress=False)
+        jp.prune_trained(run, params, BATCHES, passes)
 
 
 class OutOfRange:
@@ -104,13 +102,13 @@ def test_shares_out_of_range_are_refused_by_name(sparse):
     with pytest.raises(
         ValueError, match=r"OutOfRange\(\) gives .*up -0\.25.*down 1\.25"
     ):
-        jp.prune_trained(run, sparse, BATCHES, passes, progress=False)
+        jp.prune_trained(run, sparse, BATCHES, passes)
 
 
 def test_a_rule_behind_a_broader_one_is_refused(sparse):
     passes = P.magnitude({"*": 0.5, "down": 0.0})
     with pytest.raises(ValueError, match="'down' behind '\\*' would do nothing"):
-        jp.prune_trained(run, sparse, BATCHES, passes, progress=False)
+        jp.prune_trained(run, sparse, BATCHES, passes)
     passes = P.magnitude({"down": 0.0, "*": 0.875})
-    pruned = jp.prune_trained(run, sparse, BATCHES, passes, progress=False).params
+    pruned = jp.prune_trained(run, sparse, BATCHES, passes).params
     assert (np.asarray(pruned["down"]) == np.asarray(sparse["down"])).all()

@@ -19,29 +19,15 @@ alps, correct, wanda = jp.passes.alps, jp.passes.correct, jp.passes.wanda
 chain, quantize = jp.passes.chain, jp.passes.quantize
 
 
-def prune(method, **options):
-    return jp.prune_trained(
-        run_chain, PARAMS, BATCHES, method, **({"progress": False} | options)
-    )
+def prune(method, sparsity=None, **options):
+    return jp.prune_trained(run_chain, PARAMS, BATCHES, method, sparsity, **options)
 
 
-def test_a_name_with_settings_is_the_pass_with_them():
-    named = prune("wanda", pattern="2:4", relative=True)
-    for method, options in (
-        (wanda(pattern="2:4", relative=True), {}),
-        (wanda(0.3, relative=True), {"sparsity": None, "pattern": "2:4"}),
-        (chain(wanda(relative=True)), {"pattern": jp.patterns.NM(2, 4)}),
-    ):
-        found = prune(method, **options)
-        assert same_bits(found.params, named.params)
-        assert found.report["method"] == named.report["method"]
-
-
-def test_a_setting_replaces_that_of_the_pass_that_chooses():
+def test_a_sparsity_replaces_that_of_the_pass_that_chooses():
     passes = chain(wanda(0.5), correct(0.25), quantize("int8"))
-    changed = as_chain(passes, {"sparsity": 0.75})
-    assert changed == chain(wanda(0.75), correct(0.25), quantize("int8"))
-    assert as_chain("alps", {"sparsity": 0.5}) == chain(alps(0.5))
+    assert as_chain(passes) == passes
+    assert as_chain(passes, 0.75) == chain(wanda(0.75), correct(0.25), quantize("int8"))
+    assert as_chain("alps", 0.5) == chain(alps(0.5))
 
 
 def test_chains_in_a_chain_are_their_passes():
@@ -77,15 +63,9 @@ def test_what_composes():
         assert chain(*passes).passes == tuple(passes)
 
 
-def test_what_is_no_pass_and_what_is_no_setting_are_type_errors():
+def test_a_chain_takes_passes():
     with pytest.raises(TypeError, match=r"takes passes, got \['wanda'\]; write"):
         chain("wanda")
-    with pytest.raises(TypeError, match=r"Wanda has no setting 'damping', only "):
-        prune("wanda", sparsity=0.5, damping=0.1)
-    with pytest.raises(
-        TypeError, match=r"no setting 'quantize', only .* jp\.passes\.chain"
-    ):
-        prune("wanda", sparsity=0.5, quantize=8)
 
 
 def test_a_chain_observes_what_its_passes_do():
@@ -148,14 +128,14 @@ def test_any_method_may_make_up_for_what_was_lost():
 
     def lost(*passes):
         pruned = jp.prune_trained(
-            run_chain, params, batches, chain(wanda(0.5), *passes), progress=False
+            run_chain, params, batches, chain(wanda(0.5), *passes)
         )
         return pruned.report["weights"][-1]["error"]
 
     def end(params):
         return np.concatenate([run_chain(params, x) for x in batches])
 
-    plain = jp.prune_trained(run_chain, params, batches, wanda(0.5), progress=False)
+    plain = jp.prune_trained(run_chain, params, batches, wanda(0.5))
     whole = end(params)
     before = np.square(end(plain.params) - whole).sum() / np.square(whole).sum()
     assert lost(correct(0.5)) < before

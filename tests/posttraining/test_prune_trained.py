@@ -19,6 +19,7 @@ from tests.support.small_models import (
     hessian,
     keep_per_output,
     kernels_of,
+    prune,
     run_chain,
 )
 from tests.support.small_models import quick_compilation as quick_compilation
@@ -27,12 +28,6 @@ from tests.support.trajectories import same_bits
 WIDTHS = [6, 6, 6, 6]  # equal shapes compile once
 PARAMS = chain(WIDTHS)
 BATCHES = [correlated(i, 24, 6) / 3 for i in range(2)]
-
-
-def prune(fn, params, batches, method="magnitude", sparsity=0.5, **options):
-    return jp.prune_trained(
-        fn, params, batches, method=method, sparsity=sparsity, progress=False, **options
-    )
 
 
 def masked(kernel, mask):

@@ -14,7 +14,7 @@ from jaxprune.posttraining.solvers.quantization import Quantization
 from tests.support import oracles_trained as slow
 from tests.support import resumed
 from tests.support.chained import chained
-from tests.support.small_models import draw
+from tests.support.small_models import draw, prune
 from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
 
@@ -136,17 +136,17 @@ def tiny():
 @pytest.mark.parametrize(
     ("method", "how"),
     [
-        ("wanda", {"sparsity": 0.5}),
-        ("magnitude", {"sparsity": 0.5}),
-        ("sparsegpt", {"sparsity": 0.5}),
-        ("alps", {"pattern": "2:4"}),
+        ("wanda", {}),
+        ("magnitude", {}),
+        ("sparsegpt", {}),
+        ("alps", {"pattern": "2:4", "sparsity": None}),
     ],
 )
 def test_a_trained_model_ends_on_its_levels(method, how):
     quantization = Quantization(4, 16)
     fn, params, batches = tiny()
     method = chained(method, quantize=INT4)
-    result = jp.prune_trained(fn, params, batches, method, progress=False, **how)
+    result = prune(fn, params, batches, method, **how)
     assert result.report["quantization"] == "Quantization(bits=4, group=16)"
     assert result.report["achieved"] >= 0.5
     for name, leaf in result.params.items():
@@ -158,12 +158,11 @@ def test_a_trained_model_ends_on_its_levels(method, how):
 def test_weights_of_two_bytes_lie_on_levels_too():
     fn, params, batches = tiny()
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    options = {"pattern": "2:4", "progress": False}
     for bits in (4, 8):
         quantization = Quantization(bits, 16)
         quantize = jp.passes.quantize(f"int{bits}", group=16)
         method = chained("sparsegpt", quantize=quantize)
-        result = jp.prune_trained(fn, params, batches, method, **options)
+        result = prune(fn, params, batches, method, None, pattern="2:4")
         for name, leaf in result.params.items():
             assert leaf.dtype == jnp.bfloat16
             assert lie_on_levels(leaf, quantization), name
@@ -172,7 +171,7 @@ def test_weights_of_two_bytes_lie_on_levels_too():
 @pytest.mark.full
 def test_names_stand_for_groups_of_128():
     fn, params, batches = tiny()
-    options = {"sparsity": 0.5, "progress": False}
+    options = {"sparsity": 0.5}
     named, given = (
         jp.prune_trained(
             fn, params, batches, chained("magnitude", quantize=q), **options
@@ -188,7 +187,7 @@ def test_a_rounded_job_resumes_and_is_another_job_than_one_that_is_not(
     tmp_path, monkeypatch
 ):
     fn, params, batches = tiny()
-    options = {"method": "sparsegpt", "sparsity": 0.5, "progress": False}
+    options = {"method": "sparsegpt", "sparsity": 0.5}
     method = chained("sparsegpt", quantize=INT4)
     rounded = {**options, "method": method, "directory": tmp_path}
     once = jp.prune_trained(fn, params, batches, **rounded)
@@ -204,7 +203,7 @@ def test_a_rounded_job_resumes_and_is_another_job_than_one_that_is_not(
 def test_over_a_mesh_the_levels_are_those_of_one_device():
     fn, params, batches = tiny()
     method = chained("sparsegpt", quantize=INT4)
-    options = {"method": method, "sparsity": 0.5, "progress": False}
+    options = {"method": method, "sparsity": 0.5}
     alone = jp.prune_trained(fn, params, batches, **options)
     mesh = jax.make_mesh((4,), ("data",))
     spread = jp.prune_trained(fn, params, batches, mesh=mesh, **options)
@@ -232,7 +231,7 @@ def test_what_has_no_levels_is_refused(changes, told):
         params = {name: leaf[:30, :30] for name, leaf in params.items()}
         batches = [batch[:, :30] for batch in batches]
     with pytest.raises(ValueError, match=told):
-        jp.prune_trained(fn, params, batches, progress=False, **{**options, **changes})
+        prune(fn, params, batches, **{**options, **changes})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
+from tests.support import small_models
 from tests.support.small_models import chain, correlated, draw, run_chain
 from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
@@ -16,8 +17,7 @@ W = draw(0, 6, 6)
 
 
 def prune(fn=run_chain, params=PARAMS, batches=BATCHES, **options):
-    options = {"method": "magnitude", "sparsity": 0.5, "progress": False} | options
-    return jp.prune_trained(fn, params, batches, **options)
+    return small_models.prune(fn, params, batches, **options)
 
 
 def product(p, x):

@@ -21,6 +21,7 @@ import pytest
 from jax.experimental import io_callback
 
 import jaxprune as jp
+from tests.support import small_models
 from tests.support.small_models import chain, correlated, draw, run_chain
 from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
@@ -100,13 +101,12 @@ STOPPED = pytest.raises(RuntimeError, match="stopped on purpose")
 def prune(directory=None, left=10**6, params=None, fn=run, batches=BATCHES, **options):
     Stopping.left = left
     Stopping.met.clear()
-    return jp.prune_trained(
+    return small_models.prune(
         fn,
         jax.tree.map(jnp.asarray, PARAMETERS if params is None else params),
         batches,
-        **{"method": Stopping(), "sparsity": 0.5} | options,
+        **{"method": Stopping()} | options,
         directory=directory,
-        progress=False,
     )
 
 

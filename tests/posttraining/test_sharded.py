@@ -72,7 +72,7 @@ def place(mesh, tree, specs):
 
 
 def prune(fn, params, batches, method="wanda", **options):
-    options = {"sparsity": 0.5, "method": method, "progress": False} | options
+    options = {"sparsity": 0.5, "method": method} | options
     return jp.prune_trained(fn, params, batches, **options)
 
 
@@ -218,9 +218,8 @@ def test_units_are_removed_as_on_one_device_and_leaves_stay_in_place():
         name: jax.device_put(PARAMS[name], NamedSharding(mesh, spec))
         for name, spec in LAYOUTS["tensor parallel"].items()
     }
-    options = {"sparsity": 0.5, "batches": BATCHES, "relative": True, "progress": False}
-    alone = jp.shrink(whole, PARAMS, BATCHES[0], **options)
-    found = jp.shrink(whole, placed, BATCHES[0], **options)
+    solver = jp.passes.sparsegpt(relative=True)
+    alone, found = (jp.shrink(whole, p, BATCHES, solver, 0.5) for p in (PARAMS, placed))
     assert found.report["kept"] == alone.report["kept"]
     for name, leaf in found.params.items():
         np.testing.assert_allclose(leaf, alone.params[name], rtol=1e-4, atol=1e-5)

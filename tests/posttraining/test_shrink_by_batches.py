@@ -31,10 +31,11 @@ def fn(params, x):
     return x + hidden(params["second"], x) @ params["second"]["down"]
 
 
-def quiet(fn, params, batches, sparsity=None, **options):
-    options = {"sparsity": sparsity, "batches": batches, "progress": False} | options
-    first = next(iter(batches), BATCHES[0])
-    return jp.shrink(fn, params, first, **options)
+def shrink(fn, params, batches, keep=0.5, correction=0.0, **options):
+    settings = {"damping", "relative"} & {*options}
+    solver = jp.passes.sparsegpt(**{name: options.pop(name) for name in settings})
+    passes = jp.passes.chain(solver, jp.passes.correct(correction))
+    return jp.shrink(fn, params, batches, passes, keep, **options)
 
 
 def cheapest(x, weight, count):
@@ -67,7 +68,7 @@ def test_each_layer_is_solved_for_what_the_one_before_has_left(relative, correct
     # Rows of very different sizes: equal errors there are not equal relative errors.
     batches = [batch * np.exp(draw(9, 40, 1)) for batch in BATCHES]
     options = {"damping": 0.0, "relative": relative, "correction": correction}
-    small = quiet(fn, PARAMS, batches, 0.5, **options)
+    small = shrink(fn, PARAMS, batches, 0.5, **options)
     x = dense = np.concatenate(batches)
     for name in ("first", "second"):
         own = PARAMS[name]
@@ -123,7 +124,7 @@ def test_of_units_with_several_readers_go_those_that_cost_all_least(
     model, inputs_of, x, outputs
 ):
     params = {"up": draw(0, 5, 7), "down": draw(1, 7, outputs), "other": draw(2, 7, 2)}
-    small = quiet(model, params, [x], 2 / 7, damping=0.0)
+    small = shrink(model, params, [x], 5 / 7, damping=0.0)
     inputs = [np.float64(part) for part in inputs_of(params, x)]
     weights = [np.float64(params[name]) for name in ("down", "other")]
 
@@ -156,8 +157,8 @@ def test_only_positions_that_count_are_solved_for():
     def positions(batch):
         return jnp.arange(len(batch)) < 30
 
-    found = quiet(fn, PARAMS, BATCHES, 0.5, positions=positions)
-    first = quiet(fn, PARAMS, [batch[:30] for batch in BATCHES], 0.5)
+    found = shrink(fn, PARAMS, BATCHES, 0.5, positions=positions)
+    first = shrink(fn, PARAMS, [batch[:30] for batch in BATCHES], 0.5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
         found.params,
@@ -180,7 +181,7 @@ def test_channels_are_made_up_for_in_the_next_convolution():
 
     convolved = jax.jit(convolve)
 
-    small = quiet(model, params, [x], {"one:3": 0.5}, damping=0.0, relative=False)
+    small = shrink(model, params, [x], {"one:3": 0.5}, damping=0.0, relative=False)
     kept = small.report["kept"]["one:3"]
     inner = np.tanh(convolved(x, params["one"]))
     corners = [inner[:, i : i + 5, j : j + 5] for i in (0, 1) for j in (0, 1)]
@@ -224,7 +225,7 @@ def test_the_rows_of_a_head_are_its_features():
 def test_heads_and_the_query_heads_of_each_go_out_by_one_weight():
     batches = [draw(i, 4, 5, 8) for i in (4, 5)]
     shares = {"k:1": 0.5, "out:0.1": 0.5}
-    small = quiet(attention, HEADS, batches, shares)
+    small = shrink(attention, HEADS, batches, shares)
     assert small.params["out"].shape == (3, 8)
     assert small.report["weights"][0]["groups"] == {"k:1": 1, "out:0.1": 1}
     (head,), (query,) = (small.report["kept"][name] for name in shares)
@@ -248,21 +249,21 @@ def test_layers_of_a_stack_are_solved_one_by_one():
         return x
 
     layers = [{name: of[i] for name, of in stack.items()} for i in range(2)]
-    found = quiet(scanned, stack, BATCHES, 0.5).params
-    alone = quiet(unrolled, layers, BATCHES, 0.5).params
+    found = shrink(scanned, stack, BATCHES, 0.5).params
+    alone = shrink(unrolled, layers, BATCHES, 0.5).params
     for i, own in enumerate(alone):
         for name, leaf in own.items():
             np.testing.assert_allclose(found[name][i], leaf, rtol=1e-4, atol=1e-5)
 
 
 def test_a_budget_is_met():
-    small = quiet(fn, PARAMS, BATCHES, budget=0.7)
+    small = shrink(fn, PARAMS, BATCHES, {"parameters": 0.7})
     before, after = (small.report[name]["parameters"] for name in ("before", "after"))
     assert after <= 0.7 * before
 
 
 def test_nothing_asked_for_changes_nothing():
-    small = quiet(fn, PARAMS, BATCHES, 0.0)
+    small = shrink(fn, PARAMS, BATCHES, 1.0)
     assert small.report["weights"] == []
     jax.tree.map(np.testing.assert_array_equal, small.params, PARAMS)
 
@@ -272,8 +273,8 @@ def test_lazy_leaves_and_the_callers_own_stay_what_they_are():
         return LazyArray(leaf.shape, leaf.dtype, lambda: jnp.asarray(leaf))
 
     arrays = jax.tree.map(jnp.asarray, PARAMS)
-    found = quiet(fn, jax.tree.map(read, PARAMS), BATCHES, 0.5).params
-    direct = quiet(fn, arrays, BATCHES, 0.5).params
+    found = shrink(fn, jax.tree.map(read, PARAMS), BATCHES, 0.5).params
+    direct = shrink(fn, arrays, BATCHES, 0.5).params
     assert isinstance(found["first"]["up"], LazyArray)
     np.testing.assert_array_equal(found["first"]["down"], direct["first"]["down"])
     jax.tree.map(np.testing.assert_array_equal, arrays, PARAMS)
@@ -284,7 +285,7 @@ class Stopped(Exception):
 
 
 def test_a_job_killed_in_a_layer_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    expected = quiet(fn, PARAMS, BATCHES, 0.5, correction=0.5)
+    expected = shrink(fn, PARAMS, BATCHES, 0.5, correction=0.5)
     remove, calls = units.remove_from_all, []
 
     def stopping(*arguments, **options):
@@ -296,20 +297,20 @@ def test_a_job_killed_in_a_layer_goes_on_to_the_same_bits(tmp_path, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(units, "remove_from_all", stopping)
         with pytest.raises(Stopped):
-            quiet(fn, PARAMS, BATCHES, 0.5, correction=0.5, directory=tmp_path)
+            shrink(fn, PARAMS, BATCHES, 0.5, correction=0.5, directory=tmp_path)
     monkeypatch.setattr(
         units, "remove_from_all", lambda *a, **k: calls.append(2) or remove(*a, **k)
     )
-    found = quiet(fn, PARAMS, BATCHES, 0.5, correction=0.5, directory=tmp_path)
+    found = shrink(fn, PARAMS, BATCHES, 0.5, correction=0.5, directory=tmp_path)
     assert calls == [1, 1, 2]  # the first layer is there already
     assert found.report == expected.report
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
     with pytest.raises(ValueError, match="correction was"):
-        quiet(fn, PARAMS, BATCHES, 0.5, directory=tmp_path)
+        shrink(fn, PARAMS, BATCHES, 0.5, directory=tmp_path)
 
 
 def test_the_report_is_json_and_has_a_row_for_each_updated_weight():
-    small = quiet(fn, PARAMS, BATCHES, 0.5)
+    small = shrink(fn, PARAMS, BATCHES, 0.5)
     rows = json.loads(json.dumps(small.report))["weights"]
     assert [row["name"] for row in rows] == ["first/down", "second/down"]
     assert all(0 < row["error"] < 1 for row in rows)
@@ -336,8 +337,8 @@ UP = {"up": draw(0, 5, 8)}
             "'up' is also read transposed or in part",
         ),
         (no_way, UP | {"scale": draw(1, 8)}, {}, "'scale:0'.*'none'"),
-        (fn, PARAMS, {"budget": 0.5}, "either a sparsity or a budget"),
-        (fn, PARAMS, {"sparsity": None, "budget": 1.5}, "share in"),
+        (fn, PARAMS, {"keep": None}, "needs keep"),
+        (fn, PARAMS, {"keep": {"bytes": 1.5}}, "a share in"),
         (fn, PARAMS, {"damping": 3.0}, "damping must be"),
         (fn, PARAMS, {"batches": []}, "shrink needs at least one batch"),
         (fn, PARAMS, {"batches": [BATCHES[0], BATCHES[1][:9]]}, "those at '?1"),
@@ -345,12 +346,25 @@ UP = {"up": draw(0, 5, 8)}
     ],
 )
 def test_what_does_not_fit_is_refused(fn, params, options, told):
-    given = {"batches": BATCHES, "sparsity": 0.5} | options
     with pytest.raises(ValueError, match=told):
-        quiet(fn, params, **given)
+        shrink(fn, params, **({"batches": BATCHES} | options))
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        "alps",
+        jp.passes.sparsegpt(0.5),
+        jp.passes.sparsegpt(pattern="2:4"),
+        jp.passes.chain(jp.passes.sparsegpt(), jp.passes.quantize()),
+    ],
+)
+def test_passes_that_are_not_for_units_are_refused(choose):
+    with pytest.raises(ValueError, match='units are chosen by "sparsegpt"'):
+        jp.shrink(fn, PARAMS, BATCHES, choose, 0.5)
 
 
 def test_a_weight_that_is_not_finite_is_named():
     bad = PARAMS | {"second": PARAMS["second"] | {"down": np.nan * draw(0, 8, 5)}}
     with pytest.raises(ValueError, match="'second/down' holds NaN"):
-        quiet(fn, bad, BATCHES, 0.5)
+        shrink(fn, bad, BATCHES, 0.5)

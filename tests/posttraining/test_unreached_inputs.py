@@ -136,7 +136,7 @@ def test_activations_whose_squares_underflow_empty_no_matrix(method, size):
     weight = draw(3, WIDTH, WIDTH)
     pruned, report = jp.prune_trained(
         lambda p, x: x @ p["w"], {"w": weight}, [size * correlated(4, 30, WIDTH)],
-        method=method, sparsity=0.5, progress=False,
+        method, sparsity=0.5,
     )  # fmt: skip
     assert (np.asarray(pruned["w"]) == 0).sum() == 128
     assert report["weights"][0]["by_magnitude"] == [0]
@@ -149,9 +149,8 @@ def test_no_more_is_pruned_than_was_asked_for(method):
     x = correlated(5, 60, WIDTH)
     x[:, [1, 4, 6, 11]] = 0
     pruned, report = jp.prune_trained(
-        lambda p, x: x @ p["w"], {"w": draw(6, WIDTH, WIDTH)}, [x],
-        method=method, sparsity=0.1, progress=False,
-    )  # fmt: skip
+        lambda p, x: x @ p["w"], {"w": draw(6, WIDTH, WIDTH)}, [x], method, 0.1
+    )
     assert (np.asarray(pruned["w"]) == 0).sum() == 26
     assert report["weights"][0]["by_magnitude"] == []
 

@@ -14,8 +14,7 @@ def draw(i, *shape):
 
 
 def prune(fn, params, batches, sparsity=0.5, method="wanda", **how):
-    how |= {"method": method, "sparsity": sparsity, "progress": False}
-    return jp.prune_trained(fn, params, batches, **how)
+    return jp.prune_trained(fn, params, batches, method, sparsity, **how)
 
 
 def test_a_weight_used_twice_is_pruned_for_both_inputs_whichever_comes_first():

@@ -52,7 +52,7 @@ def shrunk(model, batch):
     def fn(params, x):
         return nnx.merge(graphdef, params)(x)
 
-    return jp.shrink(fn, params, batch, jp.scores.magnitude(params), 0.5)
+    return jp.shrink(fn, params, [batch], jp.scores.magnitude, 0.5)
 
 
 def assert_computes_the_same(module, result, batch):
@@ -158,7 +158,7 @@ LINEN = {
 
 def shrunk_linen(model):
     params = model.init(jax.random.key(0), X)
-    return jp.shrink(model.apply, params, X, jp.scores.magnitude(params), 0.5)
+    return jp.shrink(model.apply, params, [X], jp.scores.magnitude, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_an_equinox_module_has_the_smaller_sizes():
     def fn(params, x):
         return call(eqx.combine(params, static), x)
 
-    result = jp.shrink(fn, params, X[0], jp.scores.magnitude(params), 0.5)
+    result = jp.shrink(fn, params, [X[0]], jp.scores.magnitude, 0.5)
     small = result.module(model, X[0], call)
     np.testing.assert_allclose(
         call(small, X[0]), result.fn(result.params, X[0]), atol=1e-6
@@ -228,6 +228,6 @@ def test_a_scalar_of_equinox_stays_one():
         return call(eqx.combine(params, static), x)
 
     x = draw(2, 5)  # (batch,)
-    result = jp.shrink(fn, params, x, jp.scores.magnitude(params), 0.5)
+    result = jp.shrink(fn, params, [x], jp.scores.magnitude, 0.5)
     small = result.module(model, x, call)
     assert (small.layers[0].in_features, small.layers[0].out_features) == ("scalar", 6)

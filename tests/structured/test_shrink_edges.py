@@ -59,7 +59,7 @@ def zeroed(params, smaller):
     ],
 )
 def test_a_jitted_shrunk_function_takes_other_batches(fn, params):
-    smaller = jp.shrink(fn, params, X, jp.scores.magnitude(params), 0.5)
+    smaller = jp.shrink(fn, params, [X], jp.scores.magnitude, 0.5)
     assert smaller.report["after"]["flops"] < smaller.report["before"]["flops"]
     full = zeroed(params, smaller)
     for batch in (X, X[:1], X[:, :2]):
@@ -91,7 +91,7 @@ def test_the_dtype_of_a_result_is_the_originals_whatever_the_batch():
 
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), MLP) | {"rate": 0.5}
     x = X.astype(jnp.bfloat16)
-    smaller = jp.shrink(fn, low, x, jp.scores.magnitude(low), 0.5)
+    smaller = jp.shrink(fn, low, [x], jp.scores.magnitude, 0.5)
     for batch in (x, x[:2]):
         assert smaller.fn(smaller.params, batch).dtype == fn(low, batch).dtype
     strong = smaller.params | {"rate": jnp.float32(0.5)}
@@ -111,7 +111,7 @@ def test_constants_of_layers_are_cut_as_each_layer_or_not_at_all():
         )
 
     params, x = weights(up=(2, 8, 6), down=(2, 6, 8)), X[0]
-    smaller = jp.shrink(fn, params, x[:3], jp.scores.magnitude(params), 0.5)
+    smaller = jp.shrink(fn, params, [x[:3]], jp.scores.magnitude, 0.5)
     full = zeroed(params, smaller)
     own = smaller.fn(smaller.params, x[:3])
     np.testing.assert_allclose(own, fn(full, x[:3]), atol=1e-5)
@@ -124,24 +124,13 @@ def test_a_state_of_one_bare_array_is_cut():
     own = jp.shrink(
         lambda w, x: jnp.tanh(x @ w).sum(-1),
         w,
-        X[0, :, :6],
-        jp.scores.magnitude(w),
-        {":1": 0.5},
+        [X[0, :, :6]],
+        jp.scores.magnitude,
+        keep={":1": 0.5},
     )
     state = own.cut(optax.adam(1e-3).init(w))
     assert own.params.shape == (6, 3)
     assert state[0].mu.shape == (6, 3)
-
-
-def test_a_share_in_the_place_of_scores_is_refused():
-    with pytest.raises(TypeError, match=r"scores fourth .* got 0.5; call jp"):
-        jp.shrink(with_a_mean, MLP, X, 0.5)
-
-
-@pytest.mark.parametrize("criterion", [jp.scores.magnitude, "magnitude"])
-def test_a_criterion_in_the_place_of_scores_is_refused(criterion):
-    with pytest.raises(TypeError, match=r"a tree of scores .*magnitude\(params\)"):
-        jp.shrink(with_a_mean, MLP, X, criterion, 0.5)
 
 
 def test_a_state_of_part_of_the_parameters_is_not_left_whole():
@@ -149,7 +138,7 @@ def test_a_state_of_part_of_the_parameters_is_not_left_whole():
         return jnp.tanh(x @ variables["params"]["up"]) @ variables["params"]["down"]
 
     variables = {"params": MLP}
-    smaller = jp.shrink(fn, variables, X, jp.scores.magnitude(variables), 0.5)
+    smaller = jp.shrink(fn, variables, [X], jp.scores.magnitude, 0.5)
     tx = optax.adam(1e-3)
     assert smaller.cut(tx.init(variables))[0].mu["params"]["up"].shape == (8, 3)
     assert jax.tree.leaves(smaller.cut(optax.sgd(0.1).init(MLP))) == []
@@ -167,7 +156,7 @@ def test_a_head_has_a_say_in_which_inputs_go_only_where_a_rule_scores_it():
     by_default = jp.scores.magnitude(params)
     by_all = jp.scores.magnitude(params, prunable=lambda name, leaf: True)
     kept = {
-        name: [*jp.shrink(fn, params, x, scores, 1 / 3).report["kept"].values()]
+        name: [*jp.shrink(fn, params, [x], scores, 2 / 3).report["kept"].values()]
         for name, scores in {"default": by_default, "all": by_all}.items()
     }
     # The columns of `up` sum to 6, 4, 2, and with the rows of the head to 8, 6, 20.

@@ -20,7 +20,7 @@ def test_a_number_and_an_array_are_not_one_program():
     }
     x = jnp.asarray(draw(2, 5, 8), jnp.bfloat16)
     scores = jp.scores.magnitude(params)
-    small = jp.shrink(fn, params, (x, 0.5), scores, {"down:0": 0.5})
+    small = jp.shrink(fn, params, [(x, 0.5)], scores, keep={"down:0": 0.5})
     for factor in (0.5, jnp.float32(0.5), 0.5):
         found = small.fn(small.params, (x, factor))
         assert found.dtype == fn(params, (x, factor)).dtype
@@ -37,7 +37,7 @@ def test_a_batch_may_leave_a_branch_out():
     params = {name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
     x, scores = draw(4, 5, 8), jp.scores.magnitude(params)
     shares = {"down:0": 0.5, "back:0": 0.5}
-    small = jp.shrink(fn, params, {"x": x, "t": x}, scores, shares)
+    small = jp.shrink(fn, params, [{"x": x, "t": x}], scores, shares)
     kept = small.report["kept"]["down:0"]
     expected = jnp.tanh(x @ params["up"][:, kept]) @ params["down"][kept]
     found = small.fn(small.params, {"x": x})
@@ -53,7 +53,7 @@ def test_a_batch_may_be_empty():
     scores = jp.scores.magnitude(params)
     groups = jp.axis_groups(fn, params, draw(2, 5, 8))
     name = next(group.name for group in groups if group.removable)
-    small = jp.shrink(fn, params, draw(2, 5, 8), scores, {name: 0.5})
+    small = jp.shrink(fn, params, [draw(2, 5, 8)], scores, keep={name: 0.5})
     assert small.fn(small.params, jnp.zeros((0, 8))).shape == (0, 4)
 
 
@@ -64,7 +64,9 @@ def test_one_group_may_be_named_by_itself():
     params = {"up": draw(0, 8, 6), "down": draw(1, 6, 4)}
     scores, x = jp.scores.magnitude(params), draw(2, 5, 8)
     alone, listed = (
-        jp.shrink(fn, params, x, scores, budget=0.6, groups=groups).report["kept"]
+        jp.shrink(
+            fn, params, [x], scores, keep={"parameters": 0.6}, groups=groups
+        ).report["kept"]
         for groups in ("down:0", ["down:0"])
     )
     np.testing.assert_array_equal(alone["down:0"], listed["down:0"])
@@ -77,5 +79,5 @@ def test_a_number_among_the_scores_is_no_score():
     def fn(params, x):
         return jnp.tanh(x @ params["up"]) @ params["down"] * params["n"]
 
-    small = jp.shrink(fn, params, draw(2, 5, 8), scores, {"down:0": 0.5})
+    small = jp.shrink(fn, params, [draw(2, 5, 8)], scores, keep={"down:0": 0.5})
     assert small.params["up"].shape == (8, 3)

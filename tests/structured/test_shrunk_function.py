@@ -46,7 +46,7 @@ gradient_of_fn = jax.jit(jax.grad(loss(fn)))
 
 @pytest.fixture(scope="module")
 def small():
-    return jp.shrink(fn, PARAMS, X, jp.scores.magnitude(PARAMS), 0.5)
+    return jp.shrink(fn, PARAMS, [X], jp.scores.magnitude, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_each_layer_of_a_stack_keeps_its_own(small):
 
 def test_of_equal_scores_the_first_are_kept():
     ones = jax.tree.map(np.ones_like, PARAMS)
-    kept = jp.shrink(fn, PARAMS, X, ones, {"down:0": 0.5}).report["kept"]
+    kept = jp.shrink(fn, PARAMS, [X], ones, keep={"down:0": 0.5}).report["kept"]
     assert kept == {"down:0": [0, 1, 2]}
 
 
@@ -114,7 +114,7 @@ def test_experts_count_for_the_rows_they_are_given_and_stay_as_fast():
     assert {name for name, own in groups.kinds().items() if own[0].removable} == {
         "down:1"
     }
-    small = jp.shrink(experts, params, batch, jp.scores.magnitude(params), 0.5)
+    small = jp.shrink(experts, params, [batch], jp.scores.magnitude, 0.5)
     assert [leaf.shape for leaf in small.params.values()] == [(4, 3, 8), (4, 8, 3)]
     assert small.report["before"]["flops"] == 2 * 20 * (8 * 6 + 6 * 8)
     assert small.report["after"]["flops"] == 2 * 20 * (8 * 3 + 3 * 8)
@@ -165,13 +165,14 @@ def test_lazy_leaves_and_abstract_ones_become_smaller_too():
 
     stored = jax.tree.map(lazy, PARAMS)
     scores = random_scores(PARAMS)
-    found = jp.shrink(fn, stored, X, scores, 0.5).params
+    found = jp.shrink(fn, stored, [X], scores, 0.5).params
     assert all(isinstance(leaf, jp.LazyArray) for leaf in jax.tree.leaves(found))
     found = lazy_.loaded(found)
-    expected = jp.shrink(fn, PARAMS, X, scores, 0.5).params
+    expected = jp.shrink(fn, PARAMS, [X], scores, 0.5).params
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, PARAMS))
-    small = jp.shrink(fn, shapes, X, scores, 0.5).params
+    batch = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    small = jp.shrink(fn, shapes, [batch], scores, 0.5).params
     assert jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, expected)
 
 
@@ -190,7 +191,7 @@ def test_sharded_leaves_stay_sharded(kind):
         return jax.nn.relu(x @ params["up"]) @ params["down"]
 
     scores = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), params)
-    small = jp.shrink(mlp, params, X, scores, 0.5)
+    small = jp.shrink(mlp, params, [X], scores, 0.5)
     for name, leaf in small.cut(placed).items():
         np.testing.assert_array_equal(leaf, small.params[name])
         assert leaf.sharding.is_equivalent_to(
@@ -214,7 +215,7 @@ def test_numbers_and_keys_among_the_parameters_stay():
 
     scores = random_scores({"down": params["down"], "up": params["up"]})
     scores |= {"key": optax.MaskedNode(), "rate": optax.MaskedNode()}
-    small = jp.shrink(noisy, params, X, scores, 0.5)
+    small = jp.shrink(noisy, params, [X], scores, 0.5)
     assert small.params["rate"] == 0.5
     kept = small.report["kept"]["down:0"]
     by_hand = {"up": params["up"][:, kept], "down": params["down"][kept]}
@@ -277,7 +278,7 @@ def whole_masks():
 
 
 def test_masks_of_whole_units_make_it_smaller():
-    result = jp.shrink(fn, PARAMS, X, masks=whole_masks())
+    result = jp.shrink(fn, PARAMS, [X], whole_masks())
     assert result.report["kept"] == {"down:0": [0, 2, 3, 5]}
     close(
         jax.jit(result.fn)(result.params, X),
@@ -289,14 +290,14 @@ def test_masks_that_prune_single_weights_are_refused():
     masks = whole_masks()
     masks["up"][0, 0] = False
     with pytest.raises(ValueError, match="those of 'up' also prune single weights"):
-        jp.shrink(fn, PARAMS, X, masks=masks)
+        jp.shrink(fn, PARAMS, [X], masks)
 
 
 def test_masks_that_prune_one_side_of_a_unit_are_refused():
     masks = whole_masks()
     masks["up"][:, 0] = False
     with pytest.raises(ValueError, match="also prune single weights"):
-        jp.shrink(fn, PARAMS, X, masks=masks)
+        jp.shrink(fn, PARAMS, [X], masks)
 
 
 def test_masks_that_leave_layers_of_different_sizes_are_refused():
@@ -304,7 +305,7 @@ def test_masks_that_leave_layers_of_different_sizes_are_refused():
     masks["stack"]["up"][0, :, 1] = False
     masks["stack"]["down"][0, 1] = False
     with pytest.raises(ValueError, match="must keep as many units in each"):
-        jp.shrink(fn, PARAMS, X, masks=masks)
+        jp.shrink(fn, PARAMS, [X], masks)
 
 
 def test_masks_that_leave_nothing_of_a_group_are_refused():
@@ -312,7 +313,7 @@ def test_masks_that_leave_nothing_of_a_group_are_refused():
     masks["up"][:] = False
     masks["down"][:] = False
     with pytest.raises(ValueError, match="the masks prune all of 'down:0'"):
-        jp.shrink(fn, PARAMS, X, masks=masks)
+        jp.shrink(fn, PARAMS, [X], masks)
 
 
 # What is refused.
@@ -321,26 +322,23 @@ SCORES = jp.scores.magnitude(PARAMS)
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("keep", "told"),
     [
-        (dict(sparsity=1.0), r"must be in \[0, 1\), got 1"),
-        (dict(sparsity=-0.1), r"must be in \[0, 1\), got -0.1"),
-        (dict(sparsity=0.95), "a group must keep a unit, but .* would lose all"),
-        (dict(sparsity={"nowhere*": 0.5}), "'nowhere\\*' match none of 'down:0'"),
-        (dict(sparsity={"head:1": 0.5}), "head:1: is an axis of the result"),
-        (dict(), "needs masks, or either a sparsity or a budget"),
-        (dict(sparsity=0.5, budget=0.5), "either a sparsity or a budget"),
-        (dict(budget=1.0), r"a share in \(0, 1\), got 1"),
-        (dict(budget=0.01), "must be within reach, but 0.01 of .* parameters is not"),
-        (dict(budget={"hours": 0.5}), "measure of a budget must be one of parameters"),
-        (dict(budget={"bytes": 0.5, "flops": 0.5}), "has one measure, got"),
-        (dict(batches=[X], sparsity=0.5), "scores, masks or batches .* one of them"),
-        (dict(masks=PARAMS), "scores, masks or batches .* one of them alone"),
+        (0.0, r"share in \(0, 1\] or a whole number .* got 'down:0' \(of 6: 0.0\)"),
+        (1.1, "at least one unit: a share"),
+        (0.05, "at least one unit"),
+        ({"down:0": 7}, "a whole number of its units"),
+        ({"nowhere*": 0.5}, "'nowhere\\*' match none of 'down:0'"),
+        ({"head:1": 0.5}, "head:1: is an axis of the result"),
+        (None, "needs keep, what stays of the units"),
+        ({"parameters": 1.0}, r"a share in \(0, 1\), got"),
+        ({"parameters": 0.01}, "within reach, but 0.01 of .* parameters is not"),
+        ({"bytes": 0.5, "flops": 0.5}, "a budget is one measure"),
     ],
 )
-def test_bad_arguments_are_refused(given, told):
+def test_what_cannot_stay_is_refused(keep, told):
     with pytest.raises(ValueError, match=told):
-        jp.shrink(fn, PARAMS, X, SCORES, **given)
+        jp.shrink(fn, PARAMS, [X], SCORES, keep)
 
 
 def test_units_under_a_statistic_are_refused_with_its_name():
@@ -351,43 +349,29 @@ def test_units_under_a_statistic_are_refused_with_its_name():
 
     params = {"up": PARAMS["up"], "down": PARAMS["down"]}
     with pytest.raises(ValueError, match=r"match none of .*down:0: .*; print"):
-        jp.shrink(normed, params, X, jp.scores.magnitude(params), {"down:0": 0.5})
-
-
-def test_masks_and_a_sparsity_exclude_each_other():
-    with pytest.raises(ValueError, match=r"needs masks, or .* got sparsity=0\.5"):
-        jp.shrink(fn, PARAMS, X, masks=whole_masks(), sparsity=0.5)
-
-
-def test_masks_in_the_place_of_scores_are_refused():
-    with pytest.raises(ValueError, match="these are masks; give masks=masks"):
-        jp.shrink(fn, PARAMS, X, whole_masks())
+        jp.shrink(normed, params, [X], jp.scores.magnitude, keep={"down:0": 0.5})
 
 
 @pytest.mark.parametrize(
-    ("settings", "error", "told"),
-    [
-        ({"damping": 0.1}, ValueError, "damping is of the choice by batches"),
-        ({"measure": "bytes"}, TypeError, "no setting measure, only damping, relative"),
-    ],
+    "more", [{"keep": 0.5}, {"sizes": {"down:0": (1,)}}, {"groups": ["down:0"]}]
 )
-def test_settings_of_the_solver_are_for_it_alone(settings, error, told):
-    with pytest.raises(error, match=told):
-        jp.shrink(fn, PARAMS, X, SCORES, 0.5, **settings)
+def test_masks_say_what_stays_by_themselves(more):
+    with pytest.raises(ValueError, match="masks say it themselves, with neither keep"):
+        jp.shrink(fn, PARAMS, [X], whole_masks(), **more)
 
 
 def test_nan_scores_are_refused():
     scores = jax.tree.map(np.copy, random_scores(PARAMS))
     scores["up"][0, 0] = np.nan
     with pytest.raises(ValueError, match="must not be NaN, but those of 'down:0' are"):
-        jp.shrink(fn, PARAMS, X, scores, 0.5)
+        jp.shrink(fn, PARAMS, [X], scores, 0.5)
 
 
 def test_groups_without_scores_are_refused():
     scores = random_scores(PARAMS)
     scores["up"] = scores["down"] = optax.MaskedNode()
     with pytest.raises(ValueError, match="but 'down:0' have none"):
-        jp.shrink(fn, PARAMS, X, scores, 0.5)
+        jp.shrink(fn, PARAMS, [X], scores, 0.5)
 
 
 def test_the_dense_parameters_are_refused_by_the_small_function(small):
@@ -405,7 +389,7 @@ def test_a_batch_that_ties_other_units_is_refused():
         return wide @ params["down"]
 
     params = {"up": PARAMS["up"], "down": PARAMS["down"]}
-    small = jp.shrink(by_length, params, X, random_scores(params), 0.5)
+    small = jp.shrink(by_length, params, [X], random_scores(params), 0.5)
     with pytest.raises(ValueError, match="the same units for every batch"):
         small.fn(small.params, X[:2])
 
@@ -413,4 +397,4 @@ def test_a_batch_that_ties_other_units_is_refused():
 def test_a_tree_of_scores_and_masks_is_refused():
     mixed = {**SCORES, "up": SCORES["up"] > 0}
     with pytest.raises(ValueError, match="got a tree of both"):
-        jp.shrink(fn, PARAMS, X, mixed, 0.5)
+        jp.shrink(fn, PARAMS, [X], mixed, 0.5)

@@ -51,7 +51,7 @@ def drawn_tokens(*shape):
 @pytest.fixture(scope="module")
 def small():
     scores = jp.scores.magnitude(PARAMS)
-    return jp.shrink(attention, PARAMS, drawn_tokens(2, 3), scores, 0.5)
+    return jp.shrink(attention, PARAMS, [drawn_tokens(2, 3)], scores, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_sizes_that_nothing_orders_are_refused_in_a_sentence():
 
     params = {"up": draw(0, 4, 6), "down": draw(1, 6, 4)}
     x, scores = draw(2, 2, 3, 4), jp.scores.magnitude(params)
-    small = jp.shrink(folded, params, x, scores, 0.5)
+    small = jp.shrink(folded, params, [x], scores, 0.5)
     batch, length = export.symbolic_shape("b, s")
     symbolic = jax.ShapeDtypeStruct((batch, length, 4), x.dtype)
     with pytest.raises(ValueError, match=r"^the symbolic sizes .* sizes as numbers"):

@@ -91,12 +91,10 @@ def use() -> None:
     retrained, _ = train(jp.keep_masks(optax.adam(1e-2), masks), pruned)
     check_zeros(retrained)
 
-    result = jp.prune_trained(
-        model, dense, [x], method="wanda", sparsity=0.5, progress=False
-    )
+    result = jp.prune_trained(model, dense, [x], method="wanda", sparsity=0.5)
     check_zeros(result.params)
 
-    small = jp.shrink(model, dense, x, jp.scores.magnitude(dense), sparsity=0.5)
+    small = jp.shrink(model, dense, [x], jp.scores.magnitude, 0.5)
     assert small.params["up"].shape == (8, 16), small.params["up"].shape
     assert small.fn(small.params, x).shape == y.shape
 

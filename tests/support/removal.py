@@ -52,11 +52,11 @@ def random_scores(params, seed=0):
     return jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), params)
 
 
-def check(fn, params, batch, shares, *, groups=None, tolerance=1e-5, seed=0):
-    """Removes a share of some groups and compares with zeroing; groups and result."""
+def check(fn, params, batch, keep, *, groups=None, tolerance=1e-5, seed=0):
+    """Keeps a share of some groups and compares with zeroing; groups and result."""
     if groups is None:
         groups = jp.axis_groups(fn, params, batch)
-    result = jp.shrink(fn, params, batch, random_scores(params, seed), shares)
+    result = jp.shrink(fn, params, [batch], random_scores(params, seed), keep)
     kept = {name: np.array(units) for name, units in result.report["kept"].items()}
     expected = jax.jit(fn)(zeroed(params, groups, kept), batch)
     found = jax.jit(result.fn)(result.params, batch)
@@ -69,21 +69,21 @@ def check(fn, params, batch, shares, *, groups=None, tolerance=1e-5, seed=0):
     return groups, result
 
 
-def check_alone(fn, params, batch, share=0.5):
+def check_alone(fn, params, batch, keep=0.5):
     """`check` for each removable kind, but one that is all that goes by default."""
     groups = jp.axis_groups(fn, params, batch)
     kinds = {kind: own[0] for kind, own in groups.kinds().items()}
     default = [kind for kind, own in kinds.items() if own.default]
     for kind, own in kinds.items():
         if own.removable and default != [kind]:
-            check(fn, params, batch, {kind: share}, groups=groups)
+            check(fn, params, batch, {kind: keep}, groups=groups)
     return groups
 
 
-def check_each_kind(fn, params, batch, share=0.5):
+def check_each_kind(fn, params, batch, keep=0.5):
     """`check` for the default groups together, and for each removable kind alone."""
-    groups = check_alone(fn, params, batch, share)
-    return check(fn, params, batch, share, groups=groups)
+    groups = check_alone(fn, params, batch, keep)
+    return check(fn, params, batch, keep, groups=groups)
 
 
 def row(groups, kind):

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxprune as jp
+from jaxprune.posttraining.passes.chaining import as_chain
 from tests.support import oracles
 
 
@@ -21,6 +23,13 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", asked)
+
+
+def prune(fn, params, batches, method="magnitude", sparsity=0.5, **options):
+    """`jp.prune_trained`; options that it lacks are settings of the pass."""
+    settings = {"pattern", "allocation", "inputs", "damping", "relative"} & {*options}
+    passes = as_chain(method).with_settings(**{k: options.pop(k) for k in settings})
+    return jp.prune_trained(fn, params, batches, passes, sparsity, **options)
 
 
 def draw(seed, *shape):

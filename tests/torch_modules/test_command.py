@@ -121,10 +121,13 @@ def test_the_weights_are_those_that_prune_trained_gives(place, capsys, tmp_path)
     batches = [{"input_ids": part.astype(np.int32)} for part in np.split(tokens, 2)]
     written = dict(loaded(tmp_path / "out").named_parameters())
     expected = jp.prune_trained(
-        fn, params, batches, jp.passes.wanda(relative=True),
-        sparsity=0.5, progress=False,
+        fn,
+        params,
+        batches,
+        jp.passes.wanda(relative=True),
+        sparsity=0.5,
         prunable=lambda name, leaf: leaf.ndim == 2 and "embeddings" not in name,
-    ).params  # fmt: skip
+    ).params
     for name, array in expected.items():
         result = written[name].detach().numpy()
         # The program of another batch rounds the statistics otherwise.

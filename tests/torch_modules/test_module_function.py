@@ -154,9 +154,7 @@ def test_it_works_with_trace_and_pruning_and_shrinking():
         "0.weight",
         "4.weight",
     ]
-    pruned = jp.prune_trained(
-        fn, params, [batch], "sparsegpt", sparsity=0.5, progress=False
-    )
+    pruned = jp.prune_trained(fn, params, [batch], "sparsegpt", sparsity=0.5)
     assert {name: float((w == 0).mean()) for name, w in pruned.params.items()} == {
         "0.bias": 0,
         "0.weight": 0.5,
@@ -165,7 +163,7 @@ def test_it_works_with_trace_and_pruning_and_shrinking():
         "4.bias": 0,
         "4.weight": 0.5,
     }
-    small = jp.shrink(fn, params, batch, jp.scores.magnitude(params), 0.25)
+    small = jp.shrink(fn, params, [batch], jp.scores.magnitude, 0.75)
     assert small.params["1.bias"].shape == (6,)
 
 

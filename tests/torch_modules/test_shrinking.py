@@ -165,7 +165,7 @@ def test_a_smaller_module_trains_on():
 
 def test_a_fresh_module_becomes_as_small_from_state_dictionary_and_report(tmp_path):
     x = torch.randn(2, 5, 16)
-    small, report = jp.torch.shrink(Attention(), x, jp.scores.magnitude, 0.25)
+    small, report = jp.torch.shrink(Attention(), x, jp.scores.magnitude, 0.75)
     torch.save(small.state_dict(), tmp_path / "small.pt")
     fresh = Attention()
     jp.torch.resize(fresh, torch.load(tmp_path / "small.pt"), report["attributes"])
@@ -175,7 +175,7 @@ def test_a_fresh_module_becomes_as_small_from_state_dictionary_and_report(tmp_pa
 
 def test_a_fresh_module_shares_no_memory_with_the_smaller_one():
     small, report = jp.torch.shrink(
-        Attention(), torch.randn(2, 5, 16), jp.scores.magnitude, 0.25
+        Attention(), torch.randn(2, 5, 16), jp.scores.magnitude, 0.75
     )
     fresh = Attention()
     jp.torch.resize(fresh, small.state_dict(), report["attributes"])
@@ -254,7 +254,7 @@ def test_the_solver_makes_up_for_what_is_gone():
 
         by_scores, _ = jp.torch.shrink(module, batches[0], jp.scores.magnitude, 0.5)
         by_solver, report = jp.torch.shrink(
-            module, batches[0], sparsity=0.5, batches=batches, progress=False
+            module, batches[0], "sparsegpt", 0.5, batches=batches
         )
         assert error(by_solver) < 0.5 * error(by_scores)
     assert by_solver[2].in_features == 16
@@ -287,10 +287,8 @@ def test_the_states_of_an_lstm_go_by_the_solver_too():
         def error(small):
             return float((small(x) - reference).square().mean())
 
-        by_scores, _ = jp.torch.shrink(module, x, jp.scores.magnitude, 0.25)
-        by_solver, report = jp.torch.shrink(
-            module, x, sparsity=0.25, batches=[x], progress=False
-        )
+        by_scores, _ = jp.torch.shrink(module, x, jp.scores.magnitude, 0.75)
+        by_solver, report = jp.torch.shrink(module, x, "sparsegpt", 0.75, batches=[x])
         assert error(by_solver) < 0.8 * error(by_scores)
     assert by_solver.lstm.hidden_size == by_solver.out.in_features == 6
     names = {row["name"] for row in report["weights"]}
@@ -318,7 +316,7 @@ def test_masks_of_whole_units_say_which_go():
     # What reads the units needs no mask.
     masks = {n: np.ones(params[n].shape, bool) for n in ("0.weight", "0.bias")}
     masks["0.weight"][[1, 4]], masks["0.bias"][[1, 4]] = False, False
-    small, report = jp.torch.shrink(module, torch.ones(2, 4), masks=masks)
+    small, report = jp.torch.shrink(module, torch.ones(2, 4), masks)
     assert report["kept"] == {"0.bias:0": [0, 2, 3, 5]}
     assert torch.equal(small[0].weight, module[0].weight[[0, 2, 3, 5]])
 
@@ -356,12 +354,12 @@ def test_a_class_that_cannot_be_smaller_is_named_with_the_groups_to_leave_out():
     forward = nn.Sequential(module["good"], nn.ReLU(), module["bad"])
     with pytest.raises(ValueError, match=r"but '2.last' cannot have them") as caught:
         jp.torch.shrink(forward, torch.ones(4, 4), jp.scores.magnitude, 0.5)
-    assert "give the share 0 to '*.first.bias:0'" in str(caught.value)
+    assert "keep all units of '*.first.bias:0'" in str(caught.value)
     small, _ = jp.torch.shrink(
         forward,
         torch.ones(4, 4),
         jp.scores.magnitude,
-        {"*.first.bias:0": 0.0, "0.bias:0": 0.5},
+        keep={"*.first.bias:0": 1.0, "0.bias:0": 0.5},
     )
     assert small[0].out_features == 2
 

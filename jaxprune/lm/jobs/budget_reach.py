@@ -12,7 +12,7 @@ from jaxprune.lm.models import hf
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.shrinking import possible_sizes, units
 from jaxprune.structured.budget import OutOfReach
-from jaxprune.structured.shrink import lost_units
+from jaxprune.structured.sizes import lost_units
 
 
 def check_budget(removal: Removal, source: CheckpointDir, model: LoadedModel) -> None:
@@ -44,9 +44,7 @@ def check_budget(removal: Removal, source: CheckpointDir, model: LoadedModel) ->
     roles = units.group_roles(groups, small.config)
     with names_whole_budget(removal, share):
         request = units.narrowing_request(narrowing, roles, small.config)
-        lost_units(
-            groups, None, share, removal.measure, request["groups"], request["sizes"]
-        )
+        lost_units(groups, request["keep"], request["groups"], request["sizes"])
 
 
 def remaining_budget(removal: Removal, dense: LoadedModel, small: LoadedModel) -> float:

@@ -13,7 +13,6 @@ import jax
 from flax import nnx
 
 import jaxprune as jp
-from jaxprune.arrays import processes
 from jaxprune.lm.jobs.prune_settings import PruneJob, Pruning
 from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.masking import allocation as allocations
@@ -167,14 +166,14 @@ def prune_states(
         functools.partial(_final_states, model.graphdef),
         model.params,
         embedded,
-        chosen.chain,
-        sparsity=chosen.sparsity,
-        pattern=chosen.pattern,
-        allocation=chosen.allocation,
+        chosen.chain.with_settings(
+            sparsity=chosen.sparsity,
+            pattern=chosen.pattern,
+            allocation=chosen.allocation,
+        ),
         prunable=prunable,
         directory=directory,
         mesh=mesh,
-        progress=processes.is_first(),
     )
     return result.params, result.report
 

@@ -26,8 +26,7 @@ from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.shrinking import layer_search
 from jaxprune.lm.shrinking.expert_scores import expert_scores
 from jaxprune.lm.shrinking.possible_sizes import multiples
-from jaxprune.structured import shrink
-from jaxprune.structured.budget import Measure
+from jaxprune.structured.budget import Measure, whole_costs
 
 _DOWN, _OUT = "mlp/down/kernel", "attention/out/kernel"
 _SEARCHED = "layers.json"
@@ -200,14 +199,15 @@ def narrow(
     request = narrowing_request(narrowing, roles, model.config)
     if tokens is None:
         scores = jp.scores.magnitude(model.params)
-        result = jp.shrink(fn, model.params, example, scores, **request)
+        result = jp.shrink(fn, model.params, [example], scores, **request)
     else:
         batches = equal_batches(tokens, batch)
         # Tokens count by their direction alone: best on real models.
-        request |= {"batches": batches, "relative": True}
-        request["correction"] = narrowing.correction
+        solver = jp.passes.chain(
+            jp.passes.sparsegpt(relative=True), jp.passes.correct(narrowing.correction)
+        )
         request["directory"] = work / _SOLVED
-        result = jp.shrink(fn, model.params, batches[0], **request)
+        result = jp.shrink(fn, model.params, batches, solver, **request)
     report = result.report
     small = with_smaller(model, result.params)
     return small, report_with_roles(report, groups, roles)
@@ -261,7 +261,7 @@ def group_axes(
 
 def count_cost(model: LoadedModel, measure: Measure) -> float:
     """What a model costs: its parameters, bytes or FLOPs."""
-    return float(getattr(shrink.whole_costs(group_axes(model)[2]), measure))
+    return float(getattr(whole_costs(group_axes(model)[2]), measure))
 
 
 def narrowing_request(
@@ -278,11 +278,11 @@ def narrowing_request(
             "heads": narrowing.heads,
             "query heads": narrowing.query_heads,
         }
-        request = {"sparsity": {name: shares[role] for name, role in roles.items()}}
+        request = {"keep": {name: 1 - shares[role] for name, role in roles.items()}}
     else:
         groups = {n: 1.0 for n, role in roles.items() if role in ("ffn", "heads")}
         budget, measure = narrowing.budget, narrowing.measure
-        request = {"budget": {measure: budget}, "groups": groups}
+        request = {"keep": {measure: budget}, "groups": groups}
         # A share of the heads is checked by the command; a budget chooses it here.
         sizes["heads"] = [*narrowing.head_units]
     return request | {"sizes": {n: sizes[r] for n, r in roles.items() if r in sizes}}

@@ -122,10 +122,11 @@ class TorchPruning(TorchTransformation[PruneJob]):
             self.fn,
             self.params,
             map(jp.torch.as_arrays, map(as_tensors, batches)),
-            self.chosen.chain,
-            sparsity=self.chosen.sparsity,
-            pattern=self.chosen.pattern,
-            allocation=self.chosen.allocation,
+            self.chosen.chain.with_settings(
+                sparsity=self.chosen.sparsity,
+                pattern=self.chosen.pattern,
+                allocation=self.chosen.allocation,
+            ),
             prunable=self.prunable,
             directory=self.job.work,
         )

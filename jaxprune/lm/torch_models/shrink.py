@@ -107,21 +107,19 @@ class TorchShrinking(TorchTransformation[ShrinkJob]):
                 for name in names
                 if entry in _entries_of(source, "neurons")
             }
-        scores: Any = jp.scores.magnitude
+        choose: Any = jp.scores.magnitude
         # With samples the solver chooses, and updates what reads the units.
         if samples is not None:
-            scores = None
+            correct = jp.passes.correct(self.job.calibration.correction)
+            choose = jp.passes.chain(jp.passes.sparsegpt(), correct)
             batches = samples.batches(self.job.calibration.batch)
-            settings |= {
-                "batches": map(as_tensors, batches),
-                "correction": self.job.calibration.correction,
-                "directory": self.job.work / "shrink",
-            }
+            settings["batches"] = map(as_tensors, batches)
+            settings["directory"] = self.job.work / "shrink"
         return jp.torch.shrink(
             self.model.module,
             as_tensors(self.batch),
-            scores,
-            dict(self.shares),
+            choose,
+            {name: 1 - share for name, share in self.shares.items()},
             **settings,
         )
 

@@ -5,13 +5,12 @@ kind. `RULES` is all that does not compose; whoever runs a chain asks for nothin
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
-from jaxprune.arrays.messages import listed
+from jaxprune.masking.counts import Sparsity
 from jaxprune.posttraining.passes.base import Matrix, Observation, Pass
 from jaxprune.posttraining.passes.correction import Correct
 from jaxprune.posttraining.passes.pruning import METHODS, Magnitude, Prune
@@ -136,16 +135,9 @@ class Chain(Pass):
                 solution = step.settle(matrix, solution, pruning.damping)
         return solution
 
-    def with_settings(self, settings: Mapping[str, Any]) -> "Chain":
+    def with_settings(self, **settings: Any) -> "Chain":
         """The chain with some settings of its pruning pass replaced."""
         pruning = self.pruning
-        names = {field.name for field in dataclasses.fields(pruning)}
-        unknown = listed(sorted(settings.keys() - names))
-        if unknown:
-            raise TypeError(
-                f"{type(pruning).__name__} has no setting {unknown}, only "
-                f"{', '.join(sorted(names))}; give other passes with jp.passes.chain"
-            )
         changed = dataclasses.replace(pruning, **settings)
         return Chain(
             tuple(changed if step is pruning else step for step in self.passes)
@@ -184,24 +176,24 @@ def chain(*passes: Pass) -> Chain:
     return Chain(tuple(flat))
 
 
-def as_chain(method: Pass | str, settings: Mapping[str, Any]) -> Chain:
-    """What a call of `jp.prune_trained` asks for, as a chain.
+def as_chain(method: Pass | str, sparsity: Sparsity = None) -> Chain:
+    """A method of `jp.prune_trained` as a chain.
 
     Args:
       method: a name of `METHODS`, a pass, or a chain.
-      settings: settings of the pruning pass, which replace its own.
+      sparsity: share that replaces the one of the pruning pass, or None.
 
     Returns:
       The chain.
 
     Raises:
-      ValueError: the name is unknown, or a setting out of range.
-      TypeError: it is neither a name nor a pass, or has no such setting.
+      ValueError: the name is unknown.
+      TypeError: it is neither a name nor a pass.
 
     Example:
       >>> from jaxprune.posttraining.passes.chaining import as_chain
-      >>> as_chain("wanda", {"sparsity": 0.5}).pruning.settings
-      {'inputs': 'left', 'relative': False}
+      >>> as_chain("wanda", 0.5).pruning.sparsity
+      0.5
     """
     choices = (
         f"method must be one of {', '.join(METHODS)}, or a value such as "
@@ -210,10 +202,11 @@ def as_chain(method: Pass | str, settings: Mapping[str, Any]) -> Chain:
     if isinstance(method, str):
         if method not in METHODS:
             raise ValueError(choices)
-        return Chain((METHODS[method](),)).with_settings(settings)
+        method = METHODS[method]()
     if not isinstance(method, Pass):
         raise TypeError(choices)
-    return chain(method).with_settings(settings)
+    passes = chain(method)
+    return passes if sparsity is None else passes.with_settings(sparsity=sparsity)
 
 
 # A correction may stand on either side of the pass whose target it changes.

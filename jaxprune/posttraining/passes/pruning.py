@@ -6,7 +6,7 @@ once for a shape, whatever the number of weights that is kept.
 """
 
 import dataclasses
-from typing import Any, Literal, TypeAlias, TypedDict, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax.numpy as jnp
 
@@ -20,31 +20,6 @@ from jaxprune.typing import Pattern
 
 Name: TypeAlias = Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"]
 """The pruning passes by the names that commands give them."""
-
-
-class Settings(TypedDict, total=False):
-    """Settings of a pruning pass, as `jp.prune_trained` takes them by keyword.
-
-    Attributes:
-      sparsity: share of the weights to remove, in [0, 1), or {glob on the weight's
-        name: share}. None where the pattern fixes it.
-      pattern: which weights are pruned together, such as "2:4"; see `Prune`.
-      allocation: how the sparsity is shared out; see `Prune`.
-      inputs: which input a weight is pruned for, "left" or "dense"; see `ByInputs`.
-      relative: whether each sample is divided by its size first; see `ByInputs`.
-      damping: share of the Hessian's mean diagonal that the solver adds to it.
-      block: number of inputs whose mask `SparseGPT` chooses together.
-      power: exponent of the input's norm in `RIA`.
-    """
-
-    sparsity: Sparsity
-    pattern: Pattern | str | None
-    allocation: Allocation
-    inputs: Inputs
-    relative: bool
-    damping: float
-    block: int
-    power: float
 
 
 @dataclasses.dataclass(frozen=True)

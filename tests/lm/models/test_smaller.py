@@ -31,14 +31,14 @@ def loaded(folder):
     return graphdef, params, whole
 
 
-def shrunk(folder, shares, seed=0):
+def shrunk(folder, keep, seed=0):
     """A model of a folder with fewer units: the shrunk result and the whole."""
     graphdef, params, whole = loaded(folder)
 
     def fn(params, ids):
         return nnx.merge(graphdef, params)(ids)
 
-    return jp.shrink(fn, params, IDS, random_scores(params, seed), shares), whole
+    return jp.shrink(fn, params, [IDS], random_scores(params, seed), keep), whole
 
 
 def logits(folder, ids):
@@ -175,7 +175,7 @@ def test_layers_that_are_left_out_are_skipped(tmp_path):
 def test_everything_else_of_a_directory_comes_along(tmp_path):
     tiny_hf.random_folder("llama", tmp_path / "whole", "bfloat16")
     (tmp_path / "whole" / "tokenizer.json").write_text('{"model": 1}')
-    result, whole = shrunk(tmp_path / "whole", {"*/mlp/*": 0.25})
+    result, whole = shrunk(tmp_path / "whole", {"*/mlp/*": 0.75})
     hf.write_smaller(tmp_path / "whole", tmp_path / "small", result.params, whole.names)
     assert (tmp_path / "small" / "tokenizer.json").read_text() == '{"model": 1}'
     record = rewrite.read_provenance(tmp_path / "small", verify=True)
