@@ -54,15 +54,15 @@ def packed_tensor(
         whole_words = entry["shape"][-1] % WORD == 0
         as_it_lies = whole_words and encoding in encodings.DTYPES
         if stored and as_it_lies and entry.get("axis") != -2:
-            on_levels = "levels" in stored
+            rounded = "levels" in stored
             return pack_bits(
                 stored["mask"],
-                stored["levels" if on_levels else "values"],
+                stored["levels" if rounded else "values"],
                 shape=tuple(entry["shape"]),
                 dtype=dtype,
-                encoding=f"int{entry['bits']}" if on_levels else encoding,
-                scales=stored["scales"].astype(np.float32) if on_levels else None,
-                group=entry["group"] if on_levels else 0,
+                encoding=f"int{entry['bits']}" if rounded else encoding,
+                scales=stored["scales"].astype(np.float32) if rounded else None,
+                group=entry["group"] if rounded else 0,
             )
     tensor = source.read(name)
     scales = None if grid is None else levels.find_scales(tensor, grid)
