@@ -5,7 +5,6 @@ __all__ = [
     "compact",
     "compact_sizes",
     "compact_source",
-    "directory_rules",
     "directory_writer",
     "finite",
     "levels",

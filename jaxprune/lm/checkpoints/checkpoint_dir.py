@@ -9,13 +9,12 @@ code is run, and no name in an index or link leads out of the directory.
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from jaxprune.arrays import rules
 from jaxprune.arrays.messages import listed
 from jaxprune.files.safetensors_file import Damaged as Damaged
 from jaxprune.files.safetensors_file import TensorInfo as TensorInfo
@@ -23,31 +22,22 @@ from jaxprune.files.safetensors_file import Unknown as Unknown
 from jaxprune.files.safetensors_file import (
     damaged,
     is_plain,
+    is_text,
     read_header,
     read_json,
     view,
 )
-from jaxprune.lm.checkpoints.directory_rules import (
-    CONFIG,
-    HAS_CONFIG,
-    INDEX,
-    INDEXED,
-    INSIDE,
-    ONE_FILE,
-    PLACE,
-    PLAIN_WEIGHTS,
-    WEIGHT_MAP,
-)
 
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_FOREIGN = (*_PICKLES, ".h5", ".msgpack", ".gguf")
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_FOREIGN = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf")
 _TOKENIZERS = (".model", ".tiktoken", ".spm", ".codes")
 _COPIED = (*_TOKENIZERS, ".json", ".txt", ".md", ".jinja", ".py")
-# What says that weights are quantized: of transformers, of MLX, of older releases.
-_QUANTIZED = ("quantization_config", "quantization", "compression_config")
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README")
-
-_NO_PICKLE = ", and pickle is never read, because it can run code"
+# Entries that mark quantized weights: transformers', MLX's, older releases'.
+_QUANTIZED = ("quantization_config", "quantization", "compression_config")
+# "google/gemma-3-270m" is what people have: a model's name on the Hugging Face hub.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]")
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with what was done last, the bytes that are done, and the bytes in all."""
@@ -152,35 +142,48 @@ def open_directory(directory: str | os.PathLike[str]) -> CheckpointDir:
       >>> opened.tensors["w"].shape, opened.read("w").tolist()
       ((2, 2), [[1.0, 0.0], [0.0, 1.0]])
     """
-    directory = _directory(directory)
-    config = _config(directory)
+    directory, config = _opened(directory)
     names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
-    weight_map = _index(directory)
-    files = _shards(directory, names, weight_map)
+    weight_map = _index(directory, names)
+    if weight_map is not None:
+        files = sorted(set(weight_map.values()))
+    else:
+        files = [name for name in names if name.endswith(".safetensors")]
+        foreign = [name for name in names if name.endswith(_FOREIGN)]
+        if len(files) > 1:
+            raise Unknown(
+                f"several safetensors files need a {INDEX} that says which belong to "
+                f"the model, but '{directory}' has {listed(files)} and none; keep one "
+                "of them, or add the index"
+            )
+        if not files:  # what else lies there tells the user what to convert
+            raise Unknown(
+                f"weights must be *.safetensors, but '{directory}' has "
+                f"{listed(foreign) or 'none'}; convert the model with the safetensors "
+                "package (pickle is never read, because it can run code)"
+            )
     tensors: dict[str, TensorInfo] = {}
     metadata = {}
-    # A tensor in two files would be read from whichever came last.
     for file in files:
         in_file, metadata[file] = read_header(_inside(directory, file))
-        if repeated := [name for name in in_file if name in tensors]:
-            raise damaged(
-                directory / file, f"it holds {listed(repeated)} a second time"
-            )
         tensors |= in_file
     if weight_map is not None:
-        _check_index(directory, weight_map, tensors)
+        places = {name: info.file for name, info in tensors.items()}
+        differing = {name for name, _ in weight_map.items() ^ places.items()}
+        if differing:
+            raise damaged(
+                directory / INDEX,
+                f"{listed(sorted(differing))} lie in other files than it says",
+            )
     other_files = [name for name in files_below(directory) if name not in files]
-    others = [
-        name
-        for name in other_files
-        # Whoever opens a named pipe waits for a writer.
-        if _belongs(name, other_files) and not is_special(directory / name)
-    ]
-    # As loaders look for them.
-    first = [name for name in (CONFIG, INDEX) if name in others]
+    others = [name for name in other_files if _belongs(name, other_files)]
+    # Whoever opens a named pipe waits for a writer.
+    others = [name for name in others if not _is_special(directory / name)]
     for name in others:
         if not _inside(directory, name).exists():
             raise damaged(directory / name, "it is a link to what is not there")
+    # As loaders look for them.
+    first = [name for name in (CONFIG, INDEX) if name in others]
     return CheckpointDir(
         path=directory,
         config=config,
@@ -192,24 +195,84 @@ def open_directory(directory: str | os.PathLike[str]) -> CheckpointDir:
     )
 
 
+def _opened(place: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """The absolute path of a directory, and its config.json."""
+    directory = Path(place).absolute()
+    if not directory.exists():
+        hint = f"give a local directory with {CONFIG} and *.safetensors"
+        if _HUB_NAME.fullmatch(str(place)):
+            hint = (
+                f"`hf download {place} --local-dir {directory.name}` fetches a model "
+                f"of the Hugging Face hub, and then give '{directory.name}'"
+            )
+        raise FileNotFoundError(
+            f"there is no directory '{place}', and nothing is downloaded; {hint}"
+        )
+    if not (directory / CONFIG).is_file():
+        raise Unknown(
+            f"a model is a directory with {CONFIG} and *.safetensors, but '{place}' "
+            f"has no {CONFIG}; give the directory that holds it"
+        )
+    path = _inside(directory, CONFIG)
+    config = read_json(path)
+    # A model of several models has the entry in the part that is quantized.
+    parts = [config, *(v for v in config.values() if isinstance(v, dict))]
+    quantized = [f"'{path}' has a {k}" for k in _QUANTIZED for p in parts if p.get(k)]
+    if (directory / "quantize_config.json").is_file():  # of AutoGPTQ
+        quantized.append(f"'{directory}' has a quantize_config.json")
+    if quantized:
+        raise Unknown(
+            f"weights must be plain floating numbers, but {quantized[0]}; save the "
+            "model dequantised and give that directory"
+        )
+    return directory, config
+
+
+def _index(directory: Path, names: Collection[str]) -> dict[str, str] | None:
+    """Tensor name to file name, or None where there is no index."""
+    if INDEX not in names:
+        return None
+    path = _inside(directory, INDEX)
+    weight_map: Any = read_json(path).get("weight_map")
+    if not (weight_map and is_text(weight_map)) or not all(
+        map(is_plain, weight_map.values())
+    ):
+        raise damaged(path, "its weight_map must give files of its own directory")
+    files = set(weight_map.values())
+    # MLX writes an index of a single file too.
+    if _SINGLE in names and _SINGLE not in files:
+        raise Unknown(
+            f"'{directory}' must hold one set of weights, but has both {_SINGLE} and "
+            f"{INDEX}; move one of the two elsewhere"
+        )
+    if foreign := sorted(f for f in files if not f.endswith(".safetensors")):
+        raise Unknown(
+            f"weights must be *.safetensors, but '{path}' lists {listed(foreign)}; "
+            "convert them with the safetensors package"
+        )
+    if missing := sorted(files.difference(names)):
+        raise damaged(path, f"it lists {listed(missing)}, and no such file is here")
+    return weight_map
+
+
 def files_below(directory: Path) -> list[str]:
     """Every file in a directory and its sub-directories, by its path there with "/"."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # else what cannot be read would be missing without a word
+
     # Links to files are files; links to directories are listed and not followed.
     paths = []
-    for root, folders, files in os.walk(directory, onerror=_refuse):
-        place = Path(root).relative_to(directory)
+    for root, folders, files in os.walk(directory, onerror=refuse):
         links = [name for name in folders if (Path(root) / name).is_symlink()]
+        place = Path(root).relative_to(directory)
         paths += [(place / name).as_posix() for name in (*files, *links)]
     return sorted(paths)
 
 
-def is_special(path: Path) -> bool:
+def _is_special(path: Path) -> bool:
     """Whether a path is a named pipe, a socket or a device, or a link to one."""
     return path.exists() and not (path.is_file() or path.is_dir())
-
-
-def _refuse(error: OSError) -> None:
-    raise error  # else what cannot be read would be missing without a word
 
 
 def leads_out(directory: Path, name: str) -> bool:
@@ -218,94 +281,18 @@ def leads_out(directory: Path, name: str) -> bool:
     homes = [home]
     if home.parent.name == "snapshots":
         homes.append(home.parent.parent / "blobs")  # the hub's cache
-    # Every link on the way is followed.
-    target = (directory / name).resolve()
+    target = (directory / name).resolve()  # follows every link on the way
     return not any(target.is_relative_to(place) for place in homes)
-
-
-def _directory(path: str | os.PathLike[str]) -> Path:
-    directory = Path(path).absolute()
-    rules.check(PLACE, path=path, place=directory)
-    return directory
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    rules.check([HAS_CONFIG], directory=directory)
-    path = _inside(directory, CONFIG)
-    config = read_json(path)
-    # A model of models says it of one of its parts.
-    parts = [config, *(v for v in config.values() if isinstance(v, dict))]
-    quantized = [f"'{path}' has a {k}" for k in _QUANTIZED for p in parts if p.get(k)]
-    if (directory / "quantize_config.json").is_file():  # of AutoGPTQ
-        quantized.append(f"'{directory}' has a quantize_config.json")
-    rules.check([PLAIN_WEIGHTS], quantized=quantized)
-    return config
-
-
-def _index(directory: Path) -> dict[str, str] | None:
-    """Tensor name to file name, or None where there is no index."""
-    if not (directory / INDEX).is_file():
-        return None
-    path = _inside(directory, INDEX)
-    weight_map: Any = read_json(path).get("weight_map")
-    rules.check([WEIGHT_MAP], path=path, weight_map=weight_map)
-    files = sorted({*weight_map.values()})
-    rules.check(
-        INDEXED,
-        path=path,
-        directory=directory,
-        files=files,
-        illegal=listed([file for file in files if not is_plain(file)]),
-        foreign=listed([f for f in files if not f.endswith(".safetensors")]),
-    )
-    if missing := [file for file in files if not (directory / file).is_file()]:
-        raise damaged(path, f"it lists {listed(missing)}, and no such file is here")
-    return weight_map
-
-
-def _shards(
-    directory: Path, names: Sequence[str], weight_map: dict[str, str] | None
-) -> list[str]:
-    """The files that an index lists, or the only one where there is no index."""
-    if weight_map is not None:
-        return sorted(set(weight_map.values()))
-    files = [name for name in names if name.endswith(".safetensors")]
-    foreign = [name for name in names if name.endswith(_FOREIGN)]
-    # What else lies there tells the user what to convert.
-    pickled = any(name.endswith(_PICKLES) for name in foreign)
-    rules.check(
-        ONE_FILE,
-        directory=directory,
-        files=files,
-        candidates=listed(files),
-        foreign=listed(foreign) or "none",
-        reason=_NO_PICKLE if pickled else "",
-    )
-    return files
-
-
-def _check_index(
-    directory: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]
-) -> None:
-    path = directory / INDEX
-    # The index may name tensors, or their files, that are not there.
-    absent = [
-        f"'{name}' in '{file}'"
-        for name, file in weight_map.items()
-        if name not in tensors or tensors[name].file != file
-    ]
-    if absent:
-        raise damaged(path, f"it lists what is not there: {'; '.join(absent[:6])}")
-    if extra := [name for name in tensors if name not in weight_map]:
-        raise damaged(path, f"it does not list {listed(extra)} of its own files")
 
 
 def _inside(directory: Path, name: str) -> Path:
     """The path of a file of the directory, refused where a link leads out of it."""
     path = directory / name
-    rules.check(
-        [INSIDE], path=path, target=path.resolve(), out=leads_out(directory, name)
-    )
+    if leads_out(directory, name):
+        raise Unknown(
+            f"'{path}' is a link to '{path.resolve()}', outside the model's directory; "
+            "copy the file into the directory"
+        )
     return path
 
 

@@ -51,6 +51,7 @@ from jaxprune.lm.checkpoints.levels import Grid, Scales
 FORMAT, VERSION = "jaxprune.compact", "2"
 Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]
 """Name to dtype and shape."""
+_TAKEN = "there is something already"
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -100,32 +101,33 @@ class Archive(NamedTuple):
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, dense, held against its SHA-256."""
+        entry = self.tensors[name]
         try:
-            tensor = self._decoded(name)
-            if _digest(tensor) == self.tensors[name]["sha256"]:
+            tensor = self._decoded(name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            if _digest(tensor) == entry["sha256"]:
                 return tensor
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             pass  # its contents and its arrays do not fit each other
         raise damaged(self.path, f"'{name}' in it is not what went in")
 
-    def _decoded(self, name: str) -> np.ndarray:
+    def _decoded(
+        self, name: str, shape: tuple[int, ...], dtype: np.dtype
+    ) -> np.ndarray:
         if f"dense/{name}" in self.entries:
             return self.look(f"dense/{name}")
-        entry = self.tensors[name]
-        shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
-        mask, size = self.look(f"mask/{name}"), math.prod(shape)
-        if mask.size != -(-size // 8) or (size % 8 and mask[-1] >> size % 8):
-            raise ValueError("a bit past the last weight is one that nobody wrote")
-        kept = np.unpackbits(mask, count=size, bitorder="little").view(bool)
+        size = math.prod(shape)
+        mask = np.unpackbits(self.look(f"mask/{name}"), count=size, bitorder="little")
+        kept = mask.view(bool)  # (size,)
         flat = np.zeros(size, dtype)
         if f"values/{name}" in self.entries:
             flat[kept] = self.look(f"values/{name}")
         else:
+            entry, stored = self.tensors[name], self.look(f"scales/{name}")
             grid = Grid(entry["bits"], entry["group"])
-            stored = self.look(f"scales/{name}")
             scales = Scales(grid, entry["axis"], shape, stored).spread().reshape(-1)
-            packed, count = self.look(f"levels/{name}"), int(np.count_nonzero(kept))
-            numbers: Any = levels.unpack_levels(packed, grid.bits, count)
+            numbers = levels.unpack_levels(
+                self.look(f"levels/{name}"), grid.bits, int(np.count_nonzero(kept))
+            )
             flat[kept] = levels.from_levels(numbers, scales[kept], dtype)
         return flat.reshape(shape)
 
@@ -190,9 +192,9 @@ def compact(
         scales[name] = None if grid is None else levels.find_scales(tensor, grid)
         entry = {"file": info.file, "dtype": _CODES[info.dtype], "shape": info.shape}
         tensors[name] = entry | {"sha256": _digest(tensor)}
-        if (found := scales[name]) is not None:
-            tensors[name] |= {"axis": found.axis, **found.grid._asdict()}
-        for prefix, array in _encoded(tensor, scales[name]).items():
+        if (on_grid := scales[name]) is not None:
+            tensors[name] |= {"axis": on_grid.axis, **on_grid.grid._asdict()}
+        for prefix, array in _encoded(tensor, on_grid).items():
             layout[f"{prefix}/{name}"] = array.dtype, array.shape
         advance(name, info.size)
     digests = {name: atomic.digest(source.path / name) for name in others}
@@ -276,16 +278,12 @@ def open_archive(path: Path) -> Archive:
         raise damaged(path, "it holds files whose names lead elsewhere")
     for name, entry in tensors.items():
         match entry:
-            case {"file": str(file), "dtype": str(code), "shape": [*shape]} if (
-                file in weights and code in DTYPES and all(map(_is_count, shape))
+            case {"file": str(file), "dtype": str(code), "shape": [*_]} if (
+                file in weights and code in DTYPES
             ):
                 continue
         raise damaged(path, f"its contents say nothing sound of '{name}'")
     return archive
-
-
-def _is_count(number: Any) -> bool:
-    return type(number) is int and number >= 0
 
 
 def dense_tensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -336,7 +334,7 @@ def expand(
     archive = open_archive(Path(path))
     place = atomic.apart(directory, archive.path)
     atomic.check_room(place, sum(_bytes(archive.layout(f)) for f in archive.weights))
-    with atomic.staged(place, replaceable=_is_taken) as partial:
+    with atomic.staged(place, replaceable=lambda _: _TAKEN) as partial:
         for name, metadata in archive.weights.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             layout = archive.layout(name)
@@ -355,10 +353,6 @@ def write_other(archive: Archive, name: str, path: Path) -> None:
         raise damaged(archive.path, f"'{name}' in it is not what went in")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.data)
-
-
-def _is_taken(path: Path) -> str:
-    return "there is something already"
 
 
 def _why_not_ours(path: Path) -> str | None:

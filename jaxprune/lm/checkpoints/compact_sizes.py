@@ -25,25 +25,6 @@ def provenance_grid(source: CheckpointDir) -> Grid | None:
     return None
 
 
-def stored_bytes(nonzero: int, size: int, itemsize: int) -> int:
-    """The bytes of one tensor in a compact file.
-
-    Args:
-      nonzero: number of its elements that have a bit that is not zero.
-      size: number of its elements.
-      itemsize: bytes of an element.
-
-    Returns:
-      ceil(size / 8) + nonzero itemsize, or size itemsize where that is no more.
-
-    Example:
-      >>> from jaxprune.lm.checkpoints import compact_sizes
-      >>> compact_sizes.stored_bytes(400, 1000, 2)
-      925
-    """
-    return min(size * itemsize, -(-size // 8) + nonzero * itemsize)
-
-
 def packed_bytes(
     source: CheckpointDir, zeros: Mapping[str, int], rounded: Mapping[str, Grid] = {}
 ) -> int:
@@ -56,8 +37,8 @@ def packed_bytes(
         nonzero = size - zeros.get(name, 0)  # of bits: minus zero is stored
         if name in rounded:
             total += levels.levels_bytes(info.shape, nonzero, rounded[name])
-        else:
-            total += stored_bytes(nonzero, size, info.dtype.itemsize)
+        else:  # dense where a mask and the values are no smaller
+            total += min(info.size, -(-size // 8) + nonzero * info.dtype.itemsize)
     return total
 
 
@@ -83,21 +64,18 @@ class Sizes(NamedTuple):
 
 def directory_sizes(source: CheckpointDir) -> Sizes:
     """Counts a directory's zeros exactly, and looks for NaN, in one reading."""
-    by_tensor, blank = {}, dict.fromkeys(source.tensors, 0)
+    by_tensor, blank, nonfinite = {}, {}, []
     grid, rounded = provenance_grid(source), {}
-    nonfinite: dict[str, None] = {}
     for name, info in source.tensors.items():
-        size = math.prod(info.shape)
-        tensor = source.read(name)
+        tensor, size = source.read(name), math.prod(info.shape)
         if grid is not None and levels.find_scales(tensor, grid) is not None:
             rounded[name] = grid
         # Minus zero is a zero to who counts weights, and a value to the file.
-        filled = int(np.count_nonzero(tensor))
+        by_tensor[name] = (size - int(np.count_nonzero(tensor)), size)
         bits = tensor.reshape(-1).view(f"u{info.dtype.itemsize}")
         blank[name] = size - int(np.count_nonzero(bits))
         if has_nonfinite(tensor):
-            nonfinite[name] = None
-        by_tensor[name] = (size - filled, size)
+            nonfinite.append(name)
     return Sizes(
         dense_bytes=source.size,
         compact_bytes=packed_bytes(source, blank, rounded),

@@ -41,18 +41,20 @@ class CompactSource(CheckpointDir):
         """What the file holds of a tensor with a mask, held against its SHA-256.
 
         Args:
-          name: one of `tensors` that has a mask.
+          name: one of `tensors`.
 
         Returns:
-          Views of the file: "mask", "values", and of levels "scales".
+          Views of the file: "mask", and "values" or "levels" and "scales"; empty for a
+          tensor that is stored dense.
         """
-        archive = self.archive
-        archive.read(name)  # which checks it
-        values = "values" if f"values/{name}" in archive.entries else "levels"
-        parts = {"mask": f"mask/{name}", "values": f"{values}/{name}"}
-        if values == "levels":
-            parts["scales"] = f"scales/{name}"
-        return {part: archive.look(entry) for part, entry in parts.items()}
+        parts = {
+            prefix: self.archive.look(f"{prefix}/{name}")
+            for prefix in ("mask", "values", "levels", "scales")
+            if f"{prefix}/{name}" in self.archive.entries
+        }
+        if parts:
+            self.archive.read(name)  # which checks it
+        return parts
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from jaxprune.files import atomic
-from jaxprune.files.safetensors_file import Damaged, read_json
+from jaxprune.files.safetensors_file import read_json
 from jaxprune.files.sink import Sink
 
 Finish: TypeAlias = Callable[
@@ -48,13 +48,11 @@ class Resume(NamedTuple):
         removed.
       files: names of the files that are kept; the others are quickly written again.
       skip: function that is called with the name of a file that is there already.
-      allowed: whether anything of an earlier run is kept.
     """
 
     job: str
     files: Collection[str]
     skip: Callable[[str], None]
-    allowed: bool
 
 
 def write_files(
@@ -82,8 +80,8 @@ def write_files(
       The paths of the files.
     """
     record_name, content = record
-    going_on = resume is not None and resume.allowed
-    with atomic.staged(place, replaceable=replaceable, resume=going_on) as partial:
+    begun = resume is not None
+    with atomic.staged(place, replaceable=replaceable, resume=begun) as partial:
         done = {} if resume is None else _finished(partial, resume.job)
         for name, write in files.items():
             if resume is not None and name in done:
@@ -113,10 +111,7 @@ def _finished(partial: Path, job: str) -> dict[str, Written]:
     """The complete files of an earlier run of this job; all else is removed."""
     done: dict[str, Written] = {}
     if (partial / _STATE).is_file():
-        try:
-            state = read_json(partial / _STATE)
-        except Damaged:  # killed while it was written
-            state = {}
+        state = read_json(partial / _STATE)
         if state.get("job") == job:
             done = {
                 name: Written(**file)

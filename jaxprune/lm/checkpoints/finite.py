@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arrays.messages import listed
-from jaxprune.files.safetensors_file import TensorInfo
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 
 _BLOCK = 1 << 22  # elements whose pages are mapped at a time
@@ -29,6 +28,15 @@ def check_names(names: Iterable[str]) -> None:
         )
 
 
+def check_tensor(name: str, array: np.ndarray) -> None:
+    """Refuses new values of a tensor that are not finite."""
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"new values must be finite, but '{name}' holds NaN or infinity as "
+            f"{array.dtype}; look at the method, or leave the tensor out"
+        )
+
+
 def nonfinite_tensors(source: CheckpointDir) -> list[str]:
     """The tensors of a directory that hold NaN or infinity.
 
@@ -38,16 +46,15 @@ def nonfinite_tensors(source: CheckpointDir) -> list[str]:
     Returns:
       Names, in the order of the files.
     """
-    return [name for name, info in source.tensors.items() if _has(source, name, info)]
-
-
-def _has(source: CheckpointDir, name: str, info: TensorInfo) -> bool:
-    size = math.prod(info.shape)
-    return any(
-        # A map of its own for each block, so that the pages before can be dropped.
-        has_nonfinite(source.read(name).reshape(-1)[start : start + _BLOCK])
-        for start in range(0, size, _BLOCK)
-    )
+    return [
+        name
+        for name, info in source.tensors.items()
+        if any(
+            # A map of its own for each block, so that the pages before can be dropped.
+            has_nonfinite(source.read(name).reshape(-1)[start : start + _BLOCK])
+            for start in range(0, math.prod(info.shape), _BLOCK)
+        )
+    ]
 
 
 def has_nonfinite(array: np.ndarray) -> bool:

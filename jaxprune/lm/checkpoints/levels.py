@@ -7,7 +7,6 @@ tensor; a level is an integer of magnitude 2^(bits - 1) - 1 at most.
 """
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import ml_dtypes
@@ -88,13 +87,23 @@ def find_scales(tensor: np.ndarray, grid: Grid) -> Scales | None:
         return None
     stack = tensor.reshape(-1, *tensor.shape[-2:])  # a stack of matrices
     for axis in (-1, -2):
-        shape = scales_shape(tensor.shape, grid, axis)
-        scales = np.empty((len(stack), *shape[-2:]), BFLOAT16)
-        if all(
-            _fill(scales, place, part, grid, axis)
-            for place, part in _row_blocks(stack, axis)
-        ):
-            return Scales(grid, axis, tensor.shape, scales.reshape(shape))
+        matrices = stack if axis == -1 else stack.swapaxes(1, 2)
+        count, size = matrices.shape[1:]  # rows of (size,) have the groups
+        step = max(1, _PART // size)
+        starts = [(m, i) for m in range(len(stack)) for i in range(0, count, step)]
+        parts = [(m, slice(i, i + step)) for m, i in starts]
+        scales = np.empty((len(stack), count, -(-size // grid.group)), BFLOAT16)
+        # Most tensors that were not rounded fail at their first few rows.
+        for number, rows in [(0, slice(_FIRST)), *parts]:
+            row_scales = _scales(matrices[number, rows], grid)
+            if row_scales is None:
+                break
+            scales[number, rows] = row_scales
+        else:
+            values = scales if axis == -1 else scales.swapaxes(1, 2)
+            values = np.ascontiguousarray(values)
+            shape = scales_shape(tensor.shape, grid, axis)
+            return Scales(grid, axis, tensor.shape, values.reshape(shape))
     return None
 
 
@@ -145,54 +154,13 @@ def pack_levels(levels: np.ndarray, bits: int) -> np.ndarray:
     return nibbles[0::2] | nibbles[1::2] << 4
 
 
-def unpack_levels(packed: np.ndarray, bits: int, count: int) -> np.ndarray | None:
-    """The levels, int8; None where the bytes do not hold exactly `count` of them."""
-    if packed.size != packed_size(count, bits):
-        return None
+def unpack_levels(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The first `count` levels of their bytes, int8."""
     if bits == 8:
         return packed.view(np.int8)
     nibbles = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)
-    if nibbles[count:].any():
-        return None
     levels = nibbles[:count].view(np.int8)
     return np.where(levels > 7, levels - 16, levels)  # the sign bit is the fourth
-
-
-def packed_size(count: int, bits: int) -> int:
-    """The bytes of so many levels."""
-    return -(-count * bits // 8)
-
-
-def _row_blocks(
-    stack: np.ndarray, axis: int
-) -> Iterator[tuple[tuple[int, slice], np.ndarray]]:
-    """Rows along the axis, some at a time, and where they lie: a few first."""
-    across = stack.shape[-3 - axis]  # the other one of the last two axes
-    step = max(1, _PART // stack.shape[axis])
-    starts = [0, *range(min(_FIRST, step), across, step)]
-    for number, matrix in enumerate(stack):
-        rows = matrix if axis == -1 else matrix.T  # (rows, size)
-        for first, end in zip(starts, [*starts[1:], across], strict=True):
-            yield (number, slice(first, end)), rows[first:end]
-
-
-def _fill(
-    scales: np.ndarray,
-    place: tuple[int, slice],
-    rows: np.ndarray,
-    grid: Grid,
-    axis: int,
-) -> bool:
-    """Puts the scales of some rows in their place, or says that there are none."""
-    row_scales = _scales(rows, grid)
-    if row_scales is None:
-        return False
-    number, part = place
-    if axis == -1:
-        scales[number, part] = row_scales
-    else:
-        scales[number, :, part] = row_scales.T
-    return True
 
 
 def _scales(rows: np.ndarray, grid: Grid) -> np.ndarray | None:
@@ -232,4 +200,4 @@ def _scales(rows: np.ndarray, grid: Grid) -> np.ndarray | None:
 def levels_bytes(shape: tuple[int, ...], nonzero: int, grid: Grid) -> int:
     """About the bytes of a tensor: a bit a weight, levels, scales."""
     size = math.prod(shape)
-    return -(-size // 8) + packed_size(nonzero, grid.bits) + 2 * -(-size // grid.group)
+    return -(-size // 8) - (-nonzero * grid.bits // 8) + 2 * -(-size // grid.group)

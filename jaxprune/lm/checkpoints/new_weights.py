@@ -25,6 +25,7 @@ from jaxprune.lm.checkpoints.directory_writer import (
     copy_file,
     write_files,
 )
+from jaxprune.lm.checkpoints.finite import check_tensor
 
 
 class NewTensor(NamedTuple):
@@ -145,27 +146,14 @@ def _index(tensors: Mapping[str, NewTensor]) -> dict[str, Any]:
 def _write_weights(
     tensors: Mapping[str, NewTensor], metadata: Mapping[str, str], path: Path
 ) -> Written:
-    """Writes one file of weights."""
+    """Writes one file of weights, one tensor at a time in memory."""
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        array = np.array(tensor.read(), tensor.dtype, order="C").reshape(tensor.shape)
+        check_tensor(name, array)
+        return array
+
     entries = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
-    safetensors_file.write(
-        path, entries, lambda n: _checked_tensor(n, tensors[n]), metadata
-    )
+    safetensors_file.write(path, entries, read, metadata)
     return Written(atomic.digest(path))
-
-
-def _checked_tensor(name: str, tensor: NewTensor) -> np.ndarray:
-    """A tensor in its dtype, one at a time in memory."""
-    array, shape = np.asarray(tensor.read()), tuple(tensor.shape)
-    if array.shape != shape:
-        raise ValueError(
-            f"a tensor must have the shape that was announced, but '{name}' is "
-            f"{array.shape} and not {shape}"
-        )
-    array = np.array(array, tensor.dtype, order="C")
-    finite = bool(np.isfinite(array).all())
-    if not finite:
-        raise ValueError(
-            f"tensors must be finite, but '{name}' holds NaN or infinity as "
-            f"{tensor.dtype}; look at how it was made"
-        )
-    return array

@@ -125,12 +125,19 @@ def prune_directory(
             f"{pattern}; load the model and use prune for other patterns"
         )
     chosen, first = to_prune(source, pattern, prunable)
-    kept = _kept_counts(pattern, sparsity, chosen, first)
+    agreed, _ = counts.agreed(sparsity, pattern)
+    # Blocks, or single weights, of each matrix.
+    sizes = [
+        counts.unit_count(pattern, info.shape[-2:], _matrix_axes(first[name]))
+        for name, info in chosen.items()
+    ]
+    # Rules of sparsities are globs on names of paths.
+    lost = counts.by_leaf(agreed, [name.replace(".", "/") for name in chosen], sizes)
     replaced = {
         name: functools.partial(
-            _pruned_tensor, source, name, kept[name], pattern, input_first=first[name]
+            _pruned_tensor, source, name, size - number, pattern, first[name]
         )
-        for name in chosen
+        for name, size, number in zip(chosen, sizes, lost, strict=True)
     }
     requested = pattern.sparsity if sparsity is None else sparsity
     facts: dict[str, Any] = {"method": "magnitude", "pattern": str(pattern)}
@@ -154,12 +161,6 @@ def prune_directory(
         tensors={k: (v["zeros"], v["size"]) for k, v in record["tensors"].items()},
         skipped=tuple(name for name in source.tensors if name not in chosen),
     )
-
-
-def _is_matrix(name: str, info: TensorInfo) -> bool:
-    stack = info.ndim == 3 and "conv" not in name.lower()
-    floating = jnp.issubdtype(info.dtype, jnp.floating)
-    return floating and (info.ndim == 2 or stack)
 
 
 def _input_first(config: Mapping[str, Any], name: str, info: TensorInfo) -> bool:
@@ -188,70 +189,42 @@ def to_prune(
         does not fit a shape.
     """
     rule = checked_rule(prunable, [name.replace(".", "/") for name in source.tensors])
-    chosen = {
-        name: info
-        for name, info in source.tensors.items()
-        if _is_matrix(name, info) and rule(name.replace(".", "/"), info)
-    }
-    narrow = [name for name, info in chosen.items() if info.dtype not in _FLOATS]
+    chosen = {}
+    for name, info in source.tensors.items():
+        matrix = info.ndim == 2 or (info.ndim == 3 and "conv" not in name.lower())
+        floating = jnp.issubdtype(info.dtype, jnp.floating)
+        if matrix and floating and rule(name.replace(".", "/"), info):
+            chosen[name] = info
     if not chosen:
         raise ValueError(
             f"'{source.path}' must have a tensor that may be pruned, but has none; "
             "give another rule for prunable"
         )
-    if narrow:
-        raise refusal(
-            f"weights to prune must be of two bytes or more, but {listed(narrow)} are "
-            f"{chosen[narrow[0]].dtype if narrow else None}",
-            "save the model in bfloat16, or leave them out with "
-            "prunable=jp.tree.excluding('...')",
-            "save the model in bfloat16, or leave them out with --exclude '...'",
-        )
     first = {
         name: _input_first(source.config, name, info) for name, info in chosen.items()
     }
-    _check_pattern(pattern, chosen, first)
-    return chosen, first
-
-
-def _check_pattern(
-    pattern: Pattern, chosen: Mapping[str, TensorInfo], first: Mapping[str, bool]
-) -> None:
     problems = [
         f"{problem} at '{name}'"
         for name, info in chosen.items()
         if (problem := pattern.problem(info.shape, _matrix_axes(first[name])))
     ]
+    narrow = [name for name, info in chosen.items() if info.dtype not in _FLOATS]
+    if narrow:
+        problems = [
+            f"weights to prune must be of two bytes or more, but {listed(narrow)} are "
+            f"{chosen[narrow[0]].dtype}; save the model in bfloat16"
+        ]
     if problems:
         raise refusal(
-            f"{'; '.join(problems[:6])}",
+            "; ".join(problems[:6]),
             "leave such tensors out with prunable=jp.tree.excluding('...')",
             "leave such tensors out with --exclude '...'",
         )
+    return chosen, first
 
 
 def _matrix_axes(input_first: bool) -> Axes:
     return Axes() if input_first else Axes((-1,), (-2,))
-
-
-def _kept_counts(
-    pattern: Pattern,
-    sparsity: float | Mapping[str, float] | None,
-    chosen: Mapping[str, TensorInfo],
-    first: Mapping[str, bool],
-) -> dict[str, int]:
-    """How many units each matrix of a tensor keeps: blocks, or single weights."""
-    sparsity, _ = counts.agreed(sparsity, pattern)
-    names = [name.replace(".", "/") for name in chosen]  # rules are globs on path names
-    sizes = [
-        counts.unit_count(pattern, info.shape[-2:], _matrix_axes(first[name]))
-        for name, info in chosen.items()
-    ]
-    lost = counts.by_leaf(sparsity, names, sizes)
-    return {
-        name: size - number
-        for name, size, number in zip(chosen, sizes, lost, strict=True)
-    }
 
 
 def _pruned_tensor(
@@ -259,7 +232,6 @@ def _pruned_tensor(
     name: str,
     kept_units: int,
     pattern: Pattern,
-    *,
     input_first: bool,
 ) -> np.ndarray:
     """A tensor of the directory, pruned; a copy."""

@@ -39,6 +39,7 @@ from jaxprune.lm.checkpoints.directory_writer import (
     is_written,
     write_files,
 )
+from jaxprune.lm.checkpoints.finite import check_tensor
 
 NAME = "jaxprune.json"
 FORMAT, VERSION = "jaxprune.export", 1
@@ -49,10 +50,6 @@ Values: TypeAlias = Any
 
 _PAGE = "report.html"  # what the command writes beside
 _CHUNK = 1 << 20
-_OURS = ("format", "version", "achieved", "tensors", "files")
-
-# Of the new values of one tensor.
-# Of all that `write_directory` is given.
 
 
 def write_directory(
@@ -113,17 +110,21 @@ def write_directory(
       0.5
     """
     place = atomic.apart(directory, source.path)
-    facts = _checked_provenance(source, replaced, provenance)
+    facts = json.loads(json.dumps(dict(provenance), allow_nan=False))
+    if foreign := [name for name in replaced if name not in source.tensors]:
+        raise ValueError(
+            f"replaced tensors must be tensors of '{source.path}', but "
+            f"{listed(foreign)} are not; it has {listed(source.tensors)}"
+        )
+    for name, values in replaced.items():
+        if not callable(values):
+            _check_values(name, values, source.tensors[name])
     others = [name for name in source.others if name != NAME]
     paths = [source.path / name for name in (*source.metadata, *others)]
     # What an earlier run left lies on the disk already.
     on_disk = atomic.bytes_in(place.with_name(f".{place.name}.partial"))
     atomic.check_room(place, sum(path.stat().st_size for path in paths) - on_disk)
     advance = source.meter(progress)
-
-    def skip(file: str) -> None:
-        advance(file, sum(info.size for _, info in _within(source, file)))
-
     files: dict[str, Callable[[Path], Written]] = {
         file: functools.partial(
             _write_shard, source, file, replaced, uncounted, advance
@@ -131,12 +132,33 @@ def write_directory(
         for file in source.metadata
     }
     files |= {name: functools.partial(copy_file, source.path / name) for name in others}
+
+    def skip(file: str) -> None:
+        advance(file, sum(info.size for _, info in _within(source, file)))
+
+    def record(
+        counts: Mapping[str, Mapping[str, int]], digests: Mapping[str, str]
+    ) -> dict[str, Any]:
+        size = sum(count["size"] for count in counts.values())
+        zeros = sum(count["zeros"] for count in counts.values())
+        share = zeros / size if size else 0.0
+        entries = {"achieved": share, "tensors": dict(counts), "files": dict(digests)}
+        return {"format": FORMAT, "version": VERSION, **facts, **entries}
+
+    # Equal for runs whose files are the same; hashing a large model takes minutes.
+    stats = {name: (source.path / name).stat() for name in source.metadata}
+    stamps = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    job = json.dumps(
+        [FORMAT, VERSION, str(source.path), stamps, sorted(replaced), facts],
+        sort_keys=True,
+    )
+    digest = hashlib.sha256(job.encode()).hexdigest()
     return write_files(
         place,
         files,
-        (NAME, functools.partial(_record, facts)),
+        (NAME, record),
         replaceable=why_not_ours if overwrite else None,
-        resume=Resume(_job(source, replaced, facts), [*source.metadata], skip, resume),
+        resume=Resume(digest, [*source.metadata], skip) if resume else None,
         finish=finish,
     )
 
@@ -189,62 +211,16 @@ def read_provenance(
     return record
 
 
-def _checked_provenance(
-    source: CheckpointDir, replaced: Mapping[str, Values], provenance: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The provenance as JSON, after all has been refused that can be at once."""
-    foreign = listed([name for name in replaced if name not in source.tensors])
-    reserved = listed([name for name in _OURS if name in provenance])
-    if foreign:
-        raise ValueError(
-            f"replaced tensors must be tensors of '{source.path}', but {foreign} are "
-            f"not; it has {listed(source.tensors)}"
-        )
-    if reserved:
-        raise ValueError(
-            f"{reserved} are written by jaxprune itself; leave them out of the "
-            "provenance"
-        )
-    for name, values in replaced.items():
-        if not callable(values):
-            _check_values(name, values, source.tensors[name])
-    try:
-        return json.loads(json.dumps(dict(provenance), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise type(error)(
-            f"the provenance must be JSON-able without NaN ({error}); give numbers, "
-            f"strings, lists and dictionaries"
-        ) from None
-
-
 def _check_values(name: str, values: Any, info: TensorInfo) -> None:
     dtype = np.dtype(getattr(values, "dtype", None) or np.asarray(values).dtype)
     shape = np.shape(values)
-    if shape != info.shape:
-        raise ValueError(
-            f"replaced values must have the stored shape, but '{name}' is {info.shape} "
-            f"and got {shape}; transpose them back"
+    floating = all(jnp.issubdtype(d, jnp.floating) for d in (dtype, info.dtype))
+    if shape != info.shape or not (dtype == info.dtype or floating):
+        error = ValueError if shape != info.shape else TypeError
+        raise error(
+            f"'{name}' is {info.dtype} of shape {info.shape}, got {dtype} of shape "
+            f"{shape}; transpose replaced values back, or cast them"
         )
-    if dtype != info.dtype and (not (_is_floating(dtype) and _is_floating(info.dtype))):
-        raise TypeError(
-            f"replaced values must be floating like what is stored, but '{name}' is "
-            f"{info.dtype} and got {dtype}; cast them first"
-        )
-
-
-def _is_floating(dtype: np.dtype) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.floating))
-
-
-def _job(
-    source: CheckpointDir, replaced: Mapping[str, Values], facts: Mapping[str, Any]
-) -> str:
-    """What must be equal for a finished file of an earlier run to be of this one."""
-    # Not the digests: hashing a large model takes minutes.
-    stats = {name: (source.path / name).stat() for name in source.metadata}
-    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    job = [FORMAT, VERSION, str(source.path), files, sorted(replaced), facts]
-    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
 
 
 def order(source: CheckpointDir, replaced: Collection[str]) -> list[str]:
@@ -289,47 +265,21 @@ def _put_values(sink: Sink, name: str, info: TensorInfo, values: Values) -> int:
         values = values()
         _check_values(name, values, info)
     array, zeros = np.asarray(values), 0
-    for part in _pieces(array):
+    if array.flags.c_contiguous:
+        array = array.reshape(-1)
+    # A million elements at once, or whole rows, so that nothing is copied whole.
+    rows = max(1, _CHUNK * len(array) // max(array.size, 1)) if array.ndim else 1
+    for start in range(0, len(array), rows):
         # What does not fit the stored dtype becomes infinite, and is refused.
         with np.errstate(over="ignore", invalid="ignore"):
-            cast = np.array(part, info.dtype, order="C").reshape(-1)
-        if not np.isfinite(cast).all():
-            raise ValueError(
-                f"replaced values must be finite, but '{name}' holds NaN or infinity "
-                f"as {info.dtype}; look at the method, or leave the tensor out"
-            )
+            cast = np.array(array[start : start + rows], info.dtype, order="C")
+        cast = cast.reshape(-1)
+        check_tensor(name, cast)
         # Minus zero compares equal to zero, and becomes plus zero.
         cast[cast == 0] = 0
         zeros += cast.size - int(np.count_nonzero(cast))
         sink.put(cast.view(np.uint8))
     return zeros
-
-
-def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
-    """An array in pieces of a million elements, in C order."""
-    if array.flags.c_contiguous:
-        array = array.reshape(-1)
-    # Of an array that is not contiguous whole rows, so that nothing is copied at once.
-    rows = max(1, _CHUNK * len(array) // max(array.size, 1)) if array.ndim else 1
-    for start in range(0, len(array), rows):
-        yield array[start : start + rows]
-
-
-def _record(
-    facts: Mapping[str, Any],
-    counts: Mapping[str, Mapping[str, int]],
-    digests: Mapping[str, str],
-) -> dict[str, Any]:
-    size = sum(count["size"] for count in counts.values())
-    zeros = sum(count["zeros"] for count in counts.values())
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        **facts,
-        "achieved": zeros / size if size else 0.0,
-        "tensors": dict(counts),
-        "files": dict(digests),
-    }
 
 
 def why_not_ours(path: Path) -> str | None:

@@ -48,9 +48,22 @@ def packed_tensor(
       Damaged: the file is not what its contents say.
     """
     if isinstance(source, CompactSource) and not transposed:
-        packed = _as_stored(source, name, dtype)
-        if packed is not None:
-            return packed
+        entry, stored = source.archive.tensors[name], source.stored(name)
+        encoding = DTYPES[entry["dtype"]].name
+        # Otherwise rows end within a word, the leaf is a cast, or groups lie across.
+        whole_words = entry["shape"][-1] % WORD == 0
+        as_it_lies = whole_words and encoding in encodings.DTYPES
+        if stored and as_it_lies and entry.get("axis") != -2:
+            rounded = "levels" in stored
+            return pack_bits(
+                stored["mask"],
+                stored["levels" if rounded else "values"],
+                shape=tuple(entry["shape"]),
+                dtype=dtype,
+                encoding=f"int{entry['bits']}" if rounded else encoding,
+                scales=stored["scales"].astype(np.float32) if rounded else None,
+                group=entry["group"] if rounded else 0,
+            )
     tensor = source.read(name)
     scales = None if grid is None else levels.find_scales(tensor, grid)
     matrix = tensor.T if transposed else tensor  # (out, in)
@@ -65,27 +78,3 @@ def packed_tensor(
         scales.grid.group,
     )
     return pack_levels(on_levels, encoding=f"int{scales.grid.bits}", dtype=dtype)
-
-
-def _as_stored(source: CompactSource, name: str, dtype: Any) -> PackedMatrix | None:
-    """A tensor whose bits and values can be taken as they lie in the file."""
-    entry = source.archive.tensors[name]
-    whole_words = entry["shape"][-1] % WORD == 0
-    # Of other dtypes, as float64, the leaf is a cast.
-    is_stored = DTYPES[entry["dtype"]].name in encodings.DTYPES
-    # Groups along the outputs are no groups of a row.
-    is_dense = f"dense/{name}" in source.archive.entries
-    across = is_dense or entry.get("axis") == -2
-    if across or not whole_words or not is_stored:
-        return None
-    parts = source.stored(name)
-    on_levels = "bits" in entry
-    return pack_bits(
-        parts["mask"],
-        parts["values"],
-        shape=tuple(entry["shape"]),
-        dtype=dtype,
-        encoding=f"int{entry['bits']}" if on_levels else DTYPES[entry["dtype"]].name,
-        scales=parts["scales"].astype(np.float32) if on_levels else None,
-        group=entry["group"] if on_levels else 0,
-    )

@@ -114,86 +114,6 @@ def test_a_file_cut_after_opening_is_damaged(tmp_path):
         opened.read("w")
 
 
-# What is unknown: another kind of thing, with the way out.
-
-
-def _no_config(folder):
-    (folder / "config.json").unlink()
-
-
-def _pickle(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def _no_weights(folder):
-    (folder / "model.safetensors").unlink()
-
-
-def _two_files(folder):
-    save(folder / "more.safetensors", {"v": np.ones(2, "f4")})
-
-
-def _quantised(folder):
-    config = {"text_config": {"quantization_config": {"bits": 4}}}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def _quantised_by_mlx(folder):
-    (folder / "config.json").write_text(json.dumps({"quantization": {"bits": 4}}))
-
-
-def _quantised_by_gptq(folder):
-    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4}))
-
-
-def _dtype(folder):
-    entry = {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}
-    raw(folder / "model.safetensors", {"w": entry}, b"x")
-
-
-def _both(folder):
-    (folder / INDEX).write_text('{"weight_map": {"w": "a.safetensors"}}')
-
-
-def _index_of_pickles(folder):
-    _no_weights(folder)
-    (folder / INDEX).write_text('{"weight_map": {"w": "pytorch_model.bin"}}')
-
-
-def _link_out(folder):
-    (folder.parent / "secret").write_text("x")
-    (folder / "vocab.txt").symlink_to(folder.parent / "secret")
-
-
-def _weights_link_out(folder):
-    (folder / "model.safetensors").rename(folder.parent / "w")
-    (folder / "model.safetensors").symlink_to("../w")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "match"),
-    [
-        (_no_config, "must hold config.json"),
-        (_pickle, "'pytorch_model.bin', and pickle is never read.*convert"),
-        (_no_weights, "has none; convert"),
-        (_two_files, "'model.safetensors', 'more.safetensors' and none; keep one"),
-        (_quantised, "quantization_config; save the model dequantised"),
-        (_quantised_by_mlx, "has a quantization; save the model dequantised"),
-        (_quantised_by_gptq, "has a quantize_config.json; save the model"),
-        (_dtype, "'w' in .* is F4"),
-        (_both, "both model.safetensors and"),
-        (_index_of_pickles, "lists 'pytorch_model.bin'; convert"),
-        (_link_out, "'.*vocab.txt' is a link to '.*secret', outside"),
-        (_weights_link_out, "outside the model's directory"),
-    ],
-)
-def test_what_is_no_model_directory_is_unknown(tmp_path, spoil, match):
-    folder = build(tmp_path / "m", {"w": np.ones((2, 2), "f4")})
-    spoil(folder)
-    with pytest.raises(Unknown, match=match):
-        open_directory(folder)
-
-
 def test_a_missing_folder_and_a_file_say_what_to_give(tmp_path):
     line = "hf download meta-llama/Llama-3.1-8B --local-dir Llama-3.1-8B"
     with pytest.raises(FileNotFoundError, match=line):
@@ -202,7 +122,7 @@ def test_a_missing_folder_and_a_file_say_what_to_give(tmp_path):
         with pytest.raises(FileNotFoundError, match="give a local directory"):
             open_directory(path)
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(Unknown, match="is a file; give the directory"):
+    with pytest.raises(Unknown, match=r"has no config\.json; give the dir"):
         open_directory(tmp_path / "model.safetensors")
 
 
@@ -218,19 +138,55 @@ def test_the_links_of_the_hub_s_cache_are_followed(tmp_path):
     assert open_directory(snapshot).read("w").tolist() == [1, 1]
 
 
-# What is damaged.
+def _write(name, content):
+    """Spoils a directory by a file's content: bytes, text or what JSON holds."""
+    if not isinstance(content, bytes | str):
+        content = json.dumps(content)
+    content = content.encode() if isinstance(content, str) else content
+    return lambda folder: (folder / name).write_bytes(content)
 
 
-def _header(**entries):
-    return lambda folder: raw(folder / "model.safetensors", entries, bytes(8))
+def _config(content):
+    return _write("config.json", content)
 
 
-def _bytes(content):
-    return lambda folder: (folder / "model.safetensors").write_bytes(content)
+def _weights(content):
+    return _write("model.safetensors", content)
 
 
-def _text(header, data=b""):
-    return lambda folder: raw(folder / "model.safetensors", header, data)
+def _header(text=None, **entries):
+    return lambda folder: raw(
+        folder / "model.safetensors", text or entries, b"" if text else bytes(8)
+    )
+
+
+def _entry(begin, end, shape=(1,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def _moved(target=None):
+    """Moves the weights away, or removes them."""
+
+    def spoil(folder):
+        weights = folder / "model.safetensors"
+        weights.rename(folder / target) if target else weights.unlink()
+
+    return spoil
+
+
+def _index_of_pickles(folder):
+    _moved()(folder)
+    _write(INDEX, {"weight_map": {"w": "pytorch_model.bin"}})(folder)
+
+
+def _link_out(folder):
+    (folder.parent / "secret").write_text("x")
+    (folder / "vocab.txt").symlink_to(folder.parent / "secret")
+
+
+def _weights_link_out(folder):
+    _moved("../w")(folder)
+    (folder / "model.safetensors").symlink_to("../w")
 
 
 def _cut(folder):
@@ -243,92 +199,104 @@ def _longer(folder):
         file.write(b"\0")
 
 
-def _config(text):
-    return lambda folder: (folder / "config.json").write_text(text)
-
-
-def _entry(begin, end, shape=(1,), dtype="F32"):
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+QUANTIZED = {"quantization_config": {"bits": 4}}
+DANGLING = r"notes\.json.*link to what is not there"
 
 
 @pytest.mark.parametrize(
-    ("spoil", "match"),
+    ("error", "spoil", "match"),
     [
-        (_cut, "its tensors leave gaps"),
-        (_longer, "its tensors leave gaps"),
-        (_bytes(b""), "does not fit 0"),
-        (_bytes(b"\xff" * 16), "does not fit 16"),
-        (_bytes((2**40).to_bytes(8, "little") + b"{}"), "does not fit 10"),
-        (_text(b"{not json"), "holds no JSON"),
-        (_text(b"[1]"), "no JSON object"),
-        (_text(b"\xff\xfe{}"), "holds no JSON"),
-        (_text(b"[" * 100_000), "holds no JSON"),
-        (_text(b'{"a": 1, "a": 2}'), "comes twice"),
-        (_header(__metadata__={"format": 1}), "no map of text"),
-        (_header(w=_entry(0, 4), v=_entry(0, 4)), "its tensors leave gaps"),
-        (_header(w=_entry(0, 4), v=_entry(5, 9)), "its tensors leave gaps"),
-        (_header(w=_entry(0, 4), v=_entry(2, 6)), "its tensors leave gaps"),
-        (_header(w=_entry(4, 8)), "its tensors leave gaps"),
-        (_header(w=_entry(0, 80, (20,))), "tensors leave gaps"),
-        (_header(w=_entry(0, 8)), "needs 4 bytes and has 8"),
-        (_header(w=_entry(-4, 0)), "data_offsets of integers"),
-        (_header(w=_entry(0, 8, (-1, -2))), "data_offsets of integers"),
-        (_header(w=_entry(0, 4, (True,))), "data_offsets of integers"),
-        (_header(w=_entry(0, 4, (1.0,))), "data_offsets of integers"),
-        (_header(w={"dtype": "F32"}), "data_offsets of integers"),
-        (_header(w=[1]), "data_offsets of integers"),
-        (_config("{"), "config.json' is damaged"),
-        (_config("[]"), "no JSON object"),
+        (Unknown, lambda m: (m / "config.json").unlink(), "has no config.json"),
+        (
+            Unknown,
+            _moved("pytorch_model.bin"),
+            "_model.bin'; convert .*pickle is",
+        ),
+        (Unknown, _moved(), "has none; convert"),
+        (
+            Unknown,
+            lambda m: save(m / "more.safetensors", {"v": np.ones(2, "f4")}),
+            "'model.safetensors', 'more.safetensors' and none; keep one",
+        ),
+        (Unknown, _config({"text_config": QUANTIZED}), "quantization_config; save the"),
+        (Unknown, _config({"quantization": {"bits": 4}}), "has a quantization; save"),
+        (
+            Unknown,
+            _write("quantize_config.json", {}),
+            "has a quantize_config.json",
+        ),
+        (Unknown, _header(w=_entry(0, 1, (2,), "F4")), "'w' in .* is F4"),
+        (Unknown, _write(INDEX, {"weight_map": {"w": "a.safetensors"}}), "both model"),
+        (Unknown, _index_of_pickles, "lists 'pytorch_model.bin'; convert"),
+        (Unknown, _link_out, "'.*vocab.txt' is a link to '.*secret', outside"),
+        (Unknown, _weights_link_out, "outside the model's directory"),
+        (Damaged, lambda m: (m / "notes.json").symlink_to("missing.json"), DANGLING),
+        (Damaged, _cut, "its tensors leave gaps"),
+        (Damaged, _longer, "its tensors leave gaps"),
+        (Damaged, _weights(b""), "does not fit 0"),
+        (Damaged, _weights(b"\xff" * 16), "does not fit 16"),
+        (Damaged, _weights((2**40).to_bytes(8, "little") + b"{}"), "does not fit 10"),
+        (Damaged, _header(b"{not json"), "holds no JSON"),
+        (Damaged, _header(b"[1]"), "no JSON object"),
+        (Damaged, _header(b"\xff\xfe{}"), "holds no JSON"),
+        (Damaged, _header(b"[" * 100_000), "holds no JSON"),
+        (Damaged, _header(b'{"a": 1, "a": 2}'), "comes twice"),
+        (Damaged, _header(__metadata__={"format": 1}), "no map of text"),
+        (Damaged, _header(w=_entry(0, 4), v=_entry(0, 4)), "its tensors leave gaps"),
+        (Damaged, _header(w=_entry(0, 4), v=_entry(5, 9)), "its tensors leave gaps"),
+        (Damaged, _header(w=_entry(0, 4), v=_entry(2, 6)), "its tensors leave gaps"),
+        (Damaged, _header(w=_entry(4, 8)), "its tensors leave gaps"),
+        (Damaged, _header(w=_entry(0, 80, (20,))), "tensors leave gaps"),
+        (Damaged, _header(w=_entry(0, 8)), "needs 4 bytes and has 8"),
+        (Damaged, _header(w=_entry(-4, 0)), "data_offsets of integers"),
+        (Damaged, _header(w=_entry(0, 8, (-1, -2))), "data_offsets of integers"),
+        (Damaged, _header(w=_entry(0, 4, (True,))), "data_offsets of integers"),
+        (Damaged, _header(w=_entry(0, 4, (1.0,))), "data_offsets of integers"),
+        (Damaged, _header(w={"dtype": "F32"}), "data_offsets of integers"),
+        (Damaged, _header(w=[1]), "data_offsets of integers"),
+        (Damaged, _config("{"), "config.json' is damaged"),
+        (Damaged, _config("[]"), "no JSON object"),
     ],
 )
-def test_a_file_that_is_not_what_it_says_is_damaged(tmp_path, spoil, match):
+def test_a_directory_that_is_unknown_or_damaged_is_refused(
+    tmp_path, error, spoil, match
+):
     folder = build(tmp_path / "m", {"w": np.ones((2, 2), "f4")})
     spoil(folder)
-    with pytest.raises(Damaged, match=match):
+    with pytest.raises(error, match=match):
         open_directory(folder)
-
-
-def _mapped(folder):
-    return json.loads((folder / INDEX).read_text())
 
 
 def _remap(change):
     def spoil(folder):
-        index = _mapped(folder)
+        index = json.loads((folder / INDEX).read_text())
         change(index["weight_map"])
-        (folder / INDEX).write_text(json.dumps(index))
+        _write(INDEX, index)(folder)
 
     return spoil
 
 
-def _missing_shard(folder):
-    (folder / "model-00001-of-00002.safetensors").unlink()
-
-
-def _twice(folder):
-    save(folder / "model-00002-of-00002.safetensors", dict.fromkeys("ab", normal(0, 2)))
-
-
-def _index_text(text):
-    return lambda folder: (folder / INDEX).write_text(text)
+SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+OUTSIDE = "files of its own directory"
 
 
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
-        (_missing_shard, "'model-00001-of-00002.safetensors', and no such file"),
-        (_twice, "holds 'a' a second time"),
-        (_remap(lambda m: m.update(c=m["a"])), "lists what is not there: 'c' in"),
-        (_remap(lambda m: m.update(a=m["b"], b=m["a"])), "lists what is not there"),
-        (_remap(lambda m: m.pop("b") and m.update(z=m["a"])), "not there: 'z'"),
-        (_remap(lambda m: m.update(a="../x.safetensors")), "no names of files of its"),
-        (_remap(lambda m: m.update(a="/etc/x.safetensors")), "no names of files"),
-        (_remap(lambda m: m.update(a="..")), "no names of files"),
-        (_remap(lambda m: m.update(a="")), "no names of files"),
-        (_remap(lambda m: m.update(a=1)), "no map of tensor names"),
-        (_index_text("{}"), "no map of tensor names"),
-        (_index_text('{"weight_map": {}}'), "no map of tensor names"),
-        (_index_text("{"), "holds no JSON"),
+        (lambda m: (m / SHARDS[0]).unlink(), f"'{SHARDS[0]}', and no such file"),
+        (lambda m: save(m / SHARDS[1], dict.fromkeys("ab", normal(0, 2))), "'a' lie"),
+        (lambda m: save(m / SHARDS[0], dict.fromkeys("ax", normal(0, 2))), "'x' lie"),
+        (_remap(lambda files: files.update(c=files["a"])), "'c' lie in other files"),
+        (_remap(lambda files: files.update(a=SHARDS[1], b=SHARDS[0])), "'a', 'b' lie"),
+        (_remap(lambda files: files.update(z=files.pop("a"))), "'a', 'z' lie"),
+        (_remap(lambda files: files.update(a="../x.safetensors")), OUTSIDE),
+        (_remap(lambda files: files.update(a="/etc/x.safetensors")), OUTSIDE),
+        (_remap(lambda files: files.update(a="..")), OUTSIDE),
+        (_remap(lambda files: files.update(a="")), OUTSIDE),
+        (_remap(lambda files: files.update(a=1)), OUTSIDE),
+        (_write(INDEX, {}), OUTSIDE),
+        (_write(INDEX, {"weight_map": {}}), OUTSIDE),
+        (_write(INDEX, "{"), "holds no JSON"),
     ],
 )
 def test_an_index_that_does_not_fit_its_files_is_damaged(tmp_path, spoil, match):
@@ -338,11 +306,25 @@ def test_an_index_that_does_not_fit_its_files_is_damaged(tmp_path, spoil, match)
         open_directory(folder)
 
 
-def test_a_tensor_that_the_index_does_not_list_is_damage(tmp_path):
-    folder = build(tmp_path / "m", {"a": normal(0, 2), "b": normal(1, 2)}, 2)
-    file = "model-00001-of-00002.safetensors"
-    save(folder / file, {"a": normal(0, 2), "extra": normal(2, 2)})
-    with pytest.raises(Damaged, match="does not list 'extra'"):
+def test_an_index_may_list_the_only_file(tmp_path):
+    folder = build(tmp_path / "m", {"w": np.ones(2, "f4")})
+    index = {"metadata": {}, "weight_map": {"w": "model.safetensors"}}
+    _write(INDEX, index)(folder)
+    assert open_directory(folder).read("w").tolist() == [1, 1]
+
+
+def test_a_directory_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    folder = build(tmp_path / "m", {"w": np.ones(2, "f4")}, **{"a.json": b"{}"})
+    (folder / "1_Pooling").mkdir()
+    scan = os.scandir
+
+    def closed(path):
+        if str(path).endswith("1_Pooling"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError, match="1_Pooling"):
         open_directory(folder)
 
 

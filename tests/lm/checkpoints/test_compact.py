@@ -264,7 +264,7 @@ def _shorter(told, held):
         (lambda t, h: h.pop(f"mask/{UP}"), f"'{UP}' in it is not what went in"),
         (lambda t, h: h.pop("file/LICENSE"), "it lacks 'LICENSE'"),
         (lambda t, h: t["tensors"][UP].update(shape=[9, 9]), f"'{UP}' in it is not"),
-        (lambda t, h: t["tensors"][UP].update(shape=[-8, -9]), "nothing sound"),
+        (lambda t, h: t["tensors"][UP].update(shape=[-8, -9]), "integers"),
         (lambda t, h: t["tensors"][UP].update(dtype="F32"), f"'{UP}' in it is not"),
         (lambda t, h: t["tensors"][UP].update(file="x"), "nothing sound"),
         (lambda t, h: t["tensors"].update({UP: 1}), "nothing sound"),

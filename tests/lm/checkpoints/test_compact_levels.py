@@ -141,10 +141,6 @@ def _short(entry, held, name):
     held[f"levels/{name}"] = held[f"levels/{name}"][:-1]
 
 
-def _bits(entry, held, name):
-    entry["bits"] = 5
-
-
 def _axis(entry, held, name):
     entry["axis"] = 0
 
@@ -163,7 +159,7 @@ def _dtype(entry, held, name):
 
 @pytest.mark.parametrize(
     "change",
-    [_level, _scale, _no_scale, _short, _bits, _axis, _group, _other_group, _dtype],
+    [_level, _scale, _no_scale, _short, _axis, _group, _other_group, _dtype],
 )
 def test_a_damaged_file_is_refused(directory, tmp_path, change):
     compact.compact(directory, tmp_path / "f")

@@ -102,13 +102,6 @@ def test_packed_levels_come_back(own, width):
     np.testing.assert_array_equal(levels.unpack_levels(packed, width, own.size), own)
 
 
-def test_bytes_for_another_number_of_levels_are_refused():
-    packed = levels.pack_levels(np.array([1, 2, 3], np.int8), 4)
-    assert levels.unpack_levels(packed, 4, 5) is None
-    packed[-1] |= 0x10  # beyond the third
-    assert levels.unpack_levels(packed, 4, 3) is None
-
-
 @pytest.mark.parametrize("width", [4, 8])
 def test_qwix_takes_them_as_they_are(width):
     qwix = pytest.importorskip("qwix")
@@ -125,16 +118,3 @@ def test_qwix_takes_them_as_they_are(width):
     np.testing.assert_allclose(
         qwix.dot_general(x, array, dims), np.asarray(x) @ kernel, rtol=1e-4, atol=1e-4
     )
-
-
-@pytest.mark.parametrize("axis", [-1, -2])
-@pytest.mark.parametrize("shape", [(5, 7), (2, 6, 9)])
-def test_scales_are_spread_over_the_elements_of_their_groups(shape, axis):
-    grid = levels.Grid(bits=8, group=4)
-    counts = levels.scales_shape(shape, grid, axis)
-    values = np.arange(1, np.prod(counts) + 1, dtype=np.float32).reshape(counts)
-    scales = levels.Scales(grid, axis, shape, values)
-    for place in np.ndindex(shape):
-        group = list(place)
-        group[axis] //= 4
-        assert scales.spread()[place] == values[tuple(group)]

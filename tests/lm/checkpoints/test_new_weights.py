@@ -95,7 +95,7 @@ def test_what_is_not_finite_is_refused_and_nothing_is_left(bad, source, tmp_path
 def test_another_shape_than_announced_is_refused(source, tmp_path):
     tensors = smaller(source)
     tensors["a"] = tensors["a"]._replace(shape=(2, 2))
-    with pytest.raises(ValueError, match=r"'a' is \(1, 3\) and not \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"size 3 into shape \(2,2\)"):
         write(source, tmp_path / "small", tensors)
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 

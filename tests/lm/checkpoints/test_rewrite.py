@@ -160,9 +160,9 @@ def test_provenance_of_another_kind_is_told_from_damage(tmp_path, source):
     ("new", "error", "match"),
     [
         ({"v": np.ones(2)}, ValueError, "'v' are not; it has"),
-        ({Q: np.ones((16, 32))}, ValueError, r"is \(32, 16\) and got \(16, 32\)"),
-        ({Q: lambda: np.ones((16, 32))}, ValueError, "transpose them back"),
-        ({Q: np.ones((32, 16), int)}, TypeError, "is bfloat16 and got int64"),
+        ({Q: np.ones((16, 32))}, ValueError, r"of shape \(32, 16\), got .* \(16, 32\)"),
+        ({Q: lambda: np.ones((16, 32))}, ValueError, "transpose replaced"),
+        ({Q: np.ones((32, 16), int)}, TypeError, "is bfloat16 .* got int64"),
         ({Q: np.full((32, 16), np.nan)}, ValueError, "'.*q_proj.weight' holds NaN"),
         ({Q: np.full((32, 16), np.inf)}, ValueError, "holds NaN or inf"),
         ({Q: np.full((32, 16), 1e300)}, ValueError, "infinity as bfloat16"),
@@ -176,14 +176,12 @@ def test_values_that_do_not_fit_are_refused_and_leave_nothing(
     assert os.listdir(tmp_path) == ["m"]
 
 
-def test_provenance_that_cannot_be_told_is_refused(tmp_path, source):
-    for wrong, error, match in [
-        ({"achieved": 1}, ValueError, "'achieved' are written by jaxprune"),
-        ({"method": float("nan")}, ValueError, "JSON-able without NaN"),
-        ({"method": object()}, TypeError, "JSON-able"),
-    ]:
-        with pytest.raises(error, match=match):
-            rewrite.write_directory(source, tmp_path / "out", {}, provenance=wrong)
+def test_provenance_must_be_json(tmp_path, source):
+    for wrong, error in ((float("nan"), ValueError), (object(), TypeError)):
+        with pytest.raises(error, match="JSON"):
+            rewrite.write_directory(
+                source, tmp_path / "out", {}, provenance={"method": wrong}
+            )
 
 
 @pytest.mark.parametrize("out", ["m", "m/inside", ".", "link"])
