@@ -184,10 +184,10 @@ def preconditioned_magnitude(
     if not is_between(exponent, 0, 1):
         raise ValueError(f"exponent must be in [0, 1], got {exponent}; 0.25 is usual")
     if exponent == 0.25:
-        formula = formulas.size_and_quarter_power
-        return _score(formula, params, prunable, importance, "square")
-    formula = formulas.size_and_power
-    return _score(formula, params, prunable, importance, "square", exponent)
+        quarter = formulas.size_and_quarter_power
+        return _score(quarter, params, prunable, importance, "square")
+    power = formulas.size_and_power
+    return _score(power, params, prunable, importance, "square", exponent)
 
 
 def taylor(

@@ -150,7 +150,7 @@ def test_rows_of_token_ids_beside_a_text_are_used_as_they_are(place, tmp_path, n
         out=tmp_path / "out",
         pruning=settings.Pruning(),
         calibration=Calibration(calibration=files, sequences=8, length=8),
-        evaluation=settings.PruneEvaluation(evaluate=files[:1], context=16),
+        evaluation=settings.Evaluation(evaluate=files[:1], context=16),
     )
     inputs = read_inputs(job, open_torch_model(open_directory(place / name)))
     # An encoder and a decoder share a row.
@@ -437,7 +437,6 @@ SHRINK = ["shrink", "bert", "out", "--calibration", "text.txt"]
             [*PRUNE, "--recover-steps", "5"],
             "takes no --recover-steps; train the written",
         ),
-        ([*PRUNE, "--prompt", "a"], "takes no --prompt"),
         ([*PRUNE, "self"], "writes no --calibration self"),
         ([*PRUNE, "--mesh", "fsdp=2"], "takes no --mesh"),
         ([*PRUNE, "--bos"], "takes no --bos"),
