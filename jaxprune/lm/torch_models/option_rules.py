@@ -63,13 +63,7 @@ _SHRINK_RULES = (
     _refused("drop_layers", _LAYERS),
     _refused("experts", _LAYERS),
     _refused("query_heads", "give --heads, of key heads with all their query heads"),
-<<<<<<< HEAD
     _refused("budget", "give --ffn and --heads, or use jp.torch.shrink(keep=...)"),
-    _refused("search", "give --ffn and --heads"),
-    _refused("unequal", "give --ffn and --heads"),
-=======
-    _refused("budget", "give --ffn and --heads, or use jp.torch.shrink(budget=...)"),
->>>>>>> main
     Rule(
         lambda v: v.speed_rounds == ShrinkEvaluation.speed_rounds,
         "a model that goes through torch takes no --speed-rounds",
