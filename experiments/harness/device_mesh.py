@@ -134,7 +134,8 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any
         for name in longest:
             if f"/{name}/" in f"/{where}/" and named[name].shape == leaf.shape:
                 return named[name].sharding
-        return repeated(named[name].sharding.mesh)
+        sharding = named[name].sharding  # without a mesh on one device
+        return repeated(sharding.mesh) if hasattr(sharding, "mesh") else sharding
 
     places = [place(*pair) for pair in tree.pairs(state, lambda node: False)]
     return jax.tree.unflatten(jax.tree.structure(state), places)

@@ -156,7 +156,7 @@ def shrink(
         if chain is None:
             kept = choice.by_scores(units, params, choose, lost)
         else:
-            params, kept, rows = _solve(
+            params, kept, rows = _solve_units(
                 chain, units, params, lost, batches, positions, directory
             )
     result = results.of_units(fn, params, batch, units, kept)
@@ -179,7 +179,7 @@ def _solver(choose: Pass | str) -> Chain:
     return chain
 
 
-def _solve(
+def _solve_units(
     chain: Chain,
     units: AxisGroups,
     params: Params,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from optax import MaskedNode
 
 from jaxprune import leaves
@@ -245,6 +246,8 @@ def random(
       >>> jp.scores.random({"w": jnp.ones((2, 3))}, seed=1)["w"].shape
       (2, 3)
     """
+    if not jnp.issubdtype(jnp.result_type(seed), jnp.integer):
+        raise TypeError(f"seed must be an integer, got {seed}")
     # A key for each leaf, pruned or not: excluding one leaf changes no other's scores.
     keys = list(jax.random.split(jax.random.key(seed), len(tree.names(params))))
     return _score(formulas.uniform, params, prunable, keys)

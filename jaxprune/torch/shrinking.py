@@ -64,8 +64,8 @@ def shrink(
     Args:
       module: any module that `jp.torch.function` takes.
       example: what it is called with; see `jp.torch.function`.
-      choose: as for `jp.shrink`: {torch name: scores or masks of a parameter}, a
-        criterion such as `jp.scores.magnitude`, or a solver such as "sparsegpt". What
+      choose: {torch name: scores or masks of a parameter}, a criterion such as
+        `jp.scores.magnitude`, or a solver such as "sparsegpt"; see `jp.shrink`. What
         has no scores, or what a rule `prunable` leaves out, as norms, biases and output
         heads by default, has no say.
       keep: what stays of the units of each group, or of the model; see `jp.shrink`.

@@ -42,7 +42,11 @@ def test_a_name_stands_for_its_value(named, value):
     ("options", "error", "sentence"),
     [
         ({"criterion": "largest"}, ValueError, "one of .*magnitude.*'largest'"),
-        ({"criterion": {"w": jnp.ones(2)}}, TypeError, "got a dict; pass jp.scores"),
+        (
+            {"criterion": {"w": jnp.ones(2)}},
+            TypeError,
+            r"function of \(params, importance\), got \{",
+        ),
         ({"grow": "rig"}, ValueError, "'rigl', 'set' or a value of jp.grow"),
         ({"grow": jp.grow.gradient}, TypeError, "call it, as in grow="),
     ],

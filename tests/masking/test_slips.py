@@ -51,7 +51,7 @@ SLIPS = {
     ),
     "criterion(state, params)": (
         lambda: jp.scores.obd(state(), params()),
-        r"parameters first and the importance second, but got an optimizer's state",
+        r"parameters first and the importance second, but got tuple as the parameters",
     ),
     "make(sparsity, scores)": (
         lambda: jp.masks.make(0.5, scores()),
