@@ -50,10 +50,9 @@ for name, model in {"CNN": cnn, "ViT": ViT()}.items():
     report(name, model)
     fn, params = jp.torch.function(model, batches[0])
     arrays = map(jp.torch.as_arrays, batches)
-    small = jp.torch.shrink(model, batches[0], "sparsegpt", keep=0.5, batches=batches)
+    half = jp.torch.shrink(model, batches[0], "sparsegpt", keep=0.5, batches=batches)
     jp.torch.load(model, jp.prune_trained(fn, params, arrays, "alps", sparsity=0.8)[0])
-    half = small.module
-    for stage, less in {"80 % of weights out": model, "half the units": half}.items():
+    for stage, less in {"80 % weights out": model, "half the units": half[0]}.items():
         report(stage, less)
         with jp.torch.hold(less, {name: p != 0 for name, p in less.named_parameters()}):
             train(less, 100)
