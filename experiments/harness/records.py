@@ -6,7 +6,6 @@ A results file is there whole or not at all: it is written beside and renamed.
 import contextlib
 import importlib.util
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -141,9 +140,12 @@ def _energy(country: str | None) -> Iterator[dict[str, float | None]]:
         return
     from codecarbon import OfflineEmissionsTracker
 
-    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
-    # No output methods: it would write emissions.csv where the run was started.
-    tracker = OfflineEmissionsTracker(country_iso_code=country, output_methods=[])
+    tracker = OfflineEmissionsTracker(
+        country_iso_code=country,
+        # It would write emissions.csv where the run was started.
+        output_methods=[],
+        log_level="critical",
+    )
     tracker.start()
     try:
         yield measured
