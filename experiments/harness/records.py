@@ -6,6 +6,7 @@ A results file is there whole or not at all: it is written beside and renamed.
 import contextlib
 import importlib.util
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -140,6 +141,8 @@ def _energy(country: str | None) -> Iterator[dict[str, float | None]]:
         return
     from codecarbon import OfflineEmissionsTracker
 
+    # It speaks before it has read its own log level.
+    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
     tracker = OfflineEmissionsTracker(
         country_iso_code=country,
         # It would write emissions.csv where the run was started.

@@ -7,6 +7,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.arrays import lazy
+from tests.support import small_models
 from tests.support.small_models import chain, correlated, kernels_of, run_chain
 from tests.support.small_models import quick_compilation as quick_compilation
 from tests.support.trajectories import same_bits
@@ -36,7 +37,7 @@ class Shelf:
 
 
 def prune(fn, params, batches=BATCHES, method="sparsegpt", sparsity=0.5, **options):
-    return jp.prune_trained(fn, params, batches, method, sparsity, **options)
+    return small_models.prune(fn, params, batches, method, sparsity, **options)
 
 
 def held(tree):

@@ -192,7 +192,7 @@ def test_a_batch_of_pictures_is_answered_as_each_alone(loaded):
     with pytest.raises(ValueError, match="prompt tokens in"):  # pixels of one prompt
         answer(loaded.model, both.tokens, prompts[0].pixels, both.sources, **options)
     longer = preprocess.prompt("a", [], lambda s: [7], config, bos=1)
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="same shape"):
         preprocess.batch_prompts([prompts[0], longer], config.side)
 
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
-from tests.support import resumed
+from tests.support import resumed, small_models
 from tests.support.small_models import correlated, draw
 from tests.support.small_models import quick_compilation as quick_compilation
 
@@ -73,7 +73,7 @@ def place(mesh, tree, specs):
 
 def prune(fn, params, batches, method="wanda", **options):
     options = {"sparsity": 0.5, "method": method} | options
-    return jp.prune_trained(fn, params, batches, **options)
+    return small_models.prune(fn, params, batches, **options)
 
 
 def in_mesh(kind, mesh):
