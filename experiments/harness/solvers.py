@@ -19,14 +19,14 @@ def corrected(method: Any, share: float = 0.5) -> Any:
     return jp.passes.chain(method, jp.passes.correct(share))
 
 
-SOLVERS: dict[str, Callable[[], Any]] = {
+SOLVERS: dict[str, Callable[..., Any]] = {
     "sparsegpt": jp.passes.sparsegpt,
-    "sparsegpt+correction": lambda: corrected(jp.passes.sparsegpt()),
+    "sparsegpt+correction": lambda *a, **k: corrected(jp.passes.sparsegpt(*a, **k)),
     "alps": jp.passes.alps,
-    "alps+correction": lambda: corrected(jp.passes.alps()),
+    "alps+correction": lambda *a, **k: corrected(jp.passes.alps(*a, **k)),
     "wanda": jp.passes.wanda,
 }
-"""Name to a function that makes its passes."""
+"""Name to a function that makes its passes from a sparsity and an allocation."""
 
 ALLOCATIONS = ("uniform", "owl", "erk")
 """Rules of `jp.allocation` without a score; each name of `CRITERIA` is one too."""

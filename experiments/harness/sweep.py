@@ -212,12 +212,13 @@ class Seed:
             prunable = self.task.allocations[cell.allocation][1]
             params = self.task.solved(
                 watched.params,
-                method=SOLVERS[solver.method](),
-                sparsity=cell.sparsity,
-                allocation=solver.shared_out(
-                    lambda name: _only(
-                        self._scored(watched, name), watched.params, prunable
-                    )
+                method=SOLVERS[solver.method](
+                    cell.sparsity,
+                    allocation=solver.shared_out(
+                        lambda name: _only(
+                            self._scored(watched, name), watched.params, prunable
+                        )
+                    ),
                 ),
                 seed=self.seed,
             )

@@ -149,17 +149,13 @@ class Task:
         params: Params,
         *,
         method: Any,
-        sparsity: float,
-        allocation: Any,
         seed: int,
     ) -> Params:
         """The parameters after `jp.prune_trained`, where solvers can be asked for.
 
         Args:
           params: trained parameters.
-          method: pass of `jp.passes`.
-          sparsity: share of the weights to remove, in (0, 1).
-          allocation: rule of `jp.allocation`.
+          method: pass of `jp.passes` with its sparsity and allocation.
           seed: seed of the training run, which draws the calibration sequences too.
         """
         raise NotImplementedError

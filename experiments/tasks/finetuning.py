@@ -176,8 +176,6 @@ class FinetuningTask(Task):
         params: Params,
         *,
         method: Any,
-        sparsity: float,
-        allocation: Any,
         seed: int,
     ) -> Params:
         """Pruned layer by layer, from sequences of the training text."""
@@ -191,7 +189,7 @@ class FinetuningTask(Task):
             lambda params, x: self.model.bind(params).states(x)[0],
             params,
             embedded,
-            jp.passes.METHODS[method](sparsity, allocation=allocation),
+            method,
         ).params
 
 

@@ -12,6 +12,7 @@ from jax.experimental import io_callback
 import jaxprune as jp
 from jaxprune.posttraining.solvers import alps, dense_target, sparsegpt
 from jaxprune.posttraining.solvers.dense_target import corrected
+from tests.support import small_models
 from tests.support.chained import chained
 from tests.support.small_models import (
     chain,
@@ -76,7 +77,7 @@ def prune(
 ):
     options = {"sparsity": 0.5} | options
     how = chained(how, quantize=quantize)
-    return jp.prune_trained(fn, params, batches, method=how, **options)
+    return small_models.prune(fn, params, batches, how, **options)
 
 
 def lost_output(run, params, dense, x):
