@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks import texts
 from jaxprune.files import atomic
 from jaxprune.lm.checkpoints import rewrite
+from jaxprune.lm.corpora.self_calibration import self_calibration
 from jaxprune.lm.models import hf
-from jaxprune.lm.texts.self_calibration import self_calibration
 
 TRAINED = ("plays", "technical")
 HELD_OUT = ("other-plays", "other-technical", "news")

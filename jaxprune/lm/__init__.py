@@ -1,20 +1,41 @@
-"""Language models in directories: read, measured, pruned, shrunk and written again.
+"""Language models in directories: pruned, made smaller, recovered, measured.
+
+    import jaxprune.lm as lm
+
+    model = lm.open("SmolLM2-135M")
+    texts = lm.texts("prose.txt", "code.jsonl", tokens=131_072)
+    pruned = lm.prune(model, texts, sparsity=0.5, effort="good")
+    tuned = lm.recover(pruned, texts, teacher=model)
+    print(lm.evaluate([model, pruned, tuned], texts))
+    lm.save(tuned, "out")
 
 It needs the extra `[lm]`; nothing outside of this folder imports it.
 """
 
+from jaxprune.lm.facade import (
+    Model,
+    Results,
+    Texts,
+    evaluate,
+    open,
+    prune,
+    recover,
+    save,
+    shrink,
+    texts,
+    trim,
+)
+
 __all__ = [
-    "checkpoints",
-    "cli",
-    "export",
-    "jobs",
-    "measure",
-    "models",
-    "packing",
-    "recovery",
-    "report",
-    "shrinking",
+    "Model",
+    "Results",
+    "Texts",
+    "evaluate",
+    "open",
+    "prune",
+    "recover",
+    "save",
+    "shrink",
     "texts",
-    "torch_models",
-    "vocabulary",
+    "trim",
 ]

@@ -137,8 +137,8 @@ def test_the_weights_are_those_that_prune_trained_gives(place, capsys, tmp_path)
 @pytest.mark.parametrize("name", ["bert", "t5"])
 def test_rows_of_token_ids_beside_a_text_are_used_as_they_are(place, tmp_path, name):
     from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
-    from jaxprune.lm.jobs import prune_settings as settings
-    from jaxprune.lm.jobs.settings import Calibration
+    from jaxprune.lm.steps import prune_settings as settings
+    from jaxprune.lm.steps.settings import Calibration
     from jaxprune.lm.torch_models.model_inputs import read_inputs
     from jaxprune.lm.torch_models.opening import open_torch_model
 

@@ -21,17 +21,18 @@ from jaxprune.lm.cli.compact import Compact, Expand
 from jaxprune.lm.cli.eval import Evaluate
 from jaxprune.lm.cli.export import Export
 from jaxprune.lm.cli.inspect import Inspect
-from jaxprune.lm.cli.prune import Prune
 from jaxprune.lm.cli.sample import Sample
-from jaxprune.lm.cli.shrink import Shrink
 from jaxprune.lm.cli.speed import Speed
-from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.cli.steps import Prune, Recover, Shrink, Trim
+from jaxprune.lm.steps.console import Console
 
 __all__ = ["main"]
 
 _COMMANDS: dict[str, type[Any]] = {
     "prune": Prune,
     "shrink": Shrink,
+    "trim": Trim,
+    "recover": Recover,
     "eval": Evaluate,
     "inspect": Inspect,
     "compact": Compact,
@@ -46,6 +47,7 @@ _ABOUT = (
     "  jaxprune inspect MODEL\n"
     "  jaxprune prune MODEL OUT --sparsity 0.5 --calibration prose.txt code.jsonl\n"
     "  jaxprune shrink MODEL OUT --ffn 0.25 --calibration prose.txt\n"
+    "  jaxprune recover OUT BETTER --teacher MODEL --calibration prose.txt\n"
     "  jaxprune eval OUT --text news.txt\n"
     '  jaxprune sample OUT --prompt "Once upon a time"\n\n'
     "  jaxprune prune --help          the options of a subcommand\n"

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.checkpoints.compact import compact, expand
 from jaxprune.lm.cli.options import Options
-from jaxprune.lm.jobs.console import Console, byte_progress
-from jaxprune.lm.jobs.option_types import FilePath, ModelPath, OutPath, Switch
+from jaxprune.lm.steps.console import Console, byte_progress
+from jaxprune.lm.steps.option_types import FilePath, ModelPath, OutPath, Switch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

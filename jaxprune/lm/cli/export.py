@@ -9,8 +9,8 @@ import tyro
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
 from jaxprune.lm.cli.options import Options
 from jaxprune.lm.export.gguf_file import GGUFType, export_gguf
-from jaxprune.lm.jobs.console import Console, byte_progress
-from jaxprune.lm.jobs.option_types import ModelPath, Names, Switch
+from jaxprune.lm.steps.console import Console, byte_progress
+from jaxprune.lm.steps.option_types import ModelPath, Names, Switch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

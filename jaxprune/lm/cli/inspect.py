@@ -10,11 +10,11 @@ from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.checkpoints.compact_sizes import Sizes, directory_sizes, packed_bytes
 from jaxprune.lm.cli.options import Options
-from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.exclusions import check_globs, why_kept
-from jaxprune.lm.jobs.option_types import MaybeNumber, ModelPath, Names
-from jaxprune.lm.jobs.prune_settings import MethodName
 from jaxprune.lm.models import hf
+from jaxprune.lm.steps.console import Console
+from jaxprune.lm.steps.exclusions import check_globs, why_kept
+from jaxprune.lm.steps.option_types import MaybeNumber, ModelPath, Names
+from jaxprune.lm.steps.settings import MethodName
 from jaxprune.lm.torch_models import routing
 from jaxprune.lm.torch_models.inspection import possible_through_torch
 from jaxprune.masking import counts

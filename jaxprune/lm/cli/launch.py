@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator, Sequence
 
 from jaxprune.arrays import processes
-from jaxprune.lm.jobs.console import Console
+from jaxprune.lm.steps.console import Console
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from jaxprune.lm.jobs.option_types import Switch
+from jaxprune.lm.steps.option_types import Switch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

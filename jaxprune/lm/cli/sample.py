@@ -14,19 +14,19 @@ from jaxprune.arrays.rules import check, within
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
 from jaxprune.lm.checkpoints.compact_source import open_source
 from jaxprune.lm.cli.options import Options
-from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.opening import note_ignored, text_beginning
-from jaxprune.lm.jobs.option_rules import SEED, at_least, option_values
-from jaxprune.lm.jobs.option_types import Count, MaybeCount, ModelPath, Number
-from jaxprune.lm.jobs.packing import (
+from jaxprune.lm.models import hf
+from jaxprune.lm.models.generate import generate
+from jaxprune.lm.steps.console import Console
+from jaxprune.lm.steps.opening import note_ignored, text_beginning
+from jaxprune.lm.steps.option_rules import SEED, at_least, option_values
+from jaxprune.lm.steps.option_types import Count, MaybeCount, ModelPath, Number
+from jaxprune.lm.steps.packing import (
     PACKING_RULES,
     Packing,
     open_packable,
     read_decoder,
 )
-from jaxprune.lm.jobs.settings import Devices, Loading, LoadingGroup
-from jaxprune.lm.models import hf
-from jaxprune.lm.models.generate import generate
+from jaxprune.lm.steps.settings import Loading, LoadingGroup
 
 _RULES = (
     *PACKING_RULES,
@@ -65,7 +65,6 @@ class Sample(Options):
     top_k: MaybeCount = None
     seed: Count = 0
     loading: LoadingGroup = dataclasses.field(default_factory=Loading)
-    devices: Devices = dataclasses.field(default_factory=Devices)
     packing: Packing = dataclasses.field(default_factory=Packing)
 
     def run(self, console: Console, words: list[str]) -> dict[str, Any]:
@@ -75,10 +74,10 @@ class Sample(Options):
             return self._run(console, source)
 
     def _run(self, console: Console, source: CheckpointDir) -> dict[str, Any]:
-        model = open_packable(source, self.loading, self.devices, self.packing)
+        model = open_packable(source, self.loading, self.packing)
         tokenizer = hf.load_tokenizer(source.path)
         vocab_size, context = model.config.vocab_size, model.config.context
-        _, begins = text_beginning(tokenizer, self.loading, vocab_size)
+        _, begins = text_beginning(tokenizer, self.loading.bos, vocab_size)
         # Its tokenizer begins with BOS where the options or the directory say so.
         prompt = tokenizer.encode(self.prompt, bos=False)
         if begins.token is not None:

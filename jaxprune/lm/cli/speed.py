@@ -9,13 +9,13 @@ import tyro
 from jaxprune.arrays.messages import columns
 from jaxprune.arrays.rules import Rule, check
 from jaxprune.lm.cli.options import Options
-from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.option_rules import at_least, option_values
-from jaxprune.lm.jobs.option_types import UNSET, Count, Names, choice_of
-from jaxprune.lm.jobs.packing import PACKING_RULES, Packing
-from jaxprune.lm.jobs.settings import Dtype, Loading
-from jaxprune.lm.jobs.speed import read_candidates, time_candidates
 from jaxprune.lm.report import speeds
+from jaxprune.lm.steps.console import Console
+from jaxprune.lm.steps.option_rules import at_least, option_values
+from jaxprune.lm.steps.option_types import UNSET, Count, Names, choice_of
+from jaxprune.lm.steps.packing import PACKING_RULES, Packing
+from jaxprune.lm.steps.settings import Dtype, Loading
+from jaxprune.lm.steps.speed import read_candidates, time_candidates
 
 _RULES = (
     Rule(lambda v: v.models, "speed needs at least one model, got none"),

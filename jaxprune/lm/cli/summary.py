@@ -6,11 +6,10 @@ from typing import Any
 
 from jaxprune.arrays.messages import columns
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
-from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.settings import Job
 from jaxprune.lm.measure.tables import stage_table
-from jaxprune.lm.report import speeds
 from jaxprune.lm.report.stages import measured
+from jaxprune.lm.steps.console import Console
+from jaxprune.lm.steps.settings import Job
 
 
 def command_line(words: Sequence[str]) -> str:
@@ -84,11 +83,19 @@ def prune_lines(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def recover_lines(record: dict[str, Any]) -> list[str]:
+    """The results of a recovery."""
+    training = record["training"]
+    first, last = training["losses"][0], training["losses"][-1]
+    return [
+        f"{training['steps']} steps of {record['method']}: loss {first:.4f} to "
+        f"{last:.4f}; {record['seconds']:.1f} s"
+    ]
+
+
 def shrink_lines(record: dict[str, Any]) -> list[str]:
     """The results of a shrinking."""
     lines = []
-    if speed := record.get("speed"):
-        lines.append(columns([speeds.HEADER, *speeds.speed_rows(speed)], right=True))
     before, after = (record["sizes"][when] for when in ("before", "after"))
     # Of a model that went through torch the entries of config.json, which has others.
     shown = {"layers", *(["tokens"] if "vocabulary" in record else [])}

@@ -20,9 +20,9 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from jaxprune.arrays import processes
+from jaxprune.lm.corpora.text_files import AnyText, Text
 from jaxprune.lm.models.decoder.model import Decoder, loss_per_token
 from jaxprune.lm.models.hf.tokenizer import Tokenizer
-from jaxprune.lm.texts.text_files import AnyText, Text
 
 
 def _check_limit(limit: int | None) -> None:

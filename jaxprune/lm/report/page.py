@@ -131,7 +131,7 @@ def perplexity_change(record: Mapping[str, Any]) -> str:
       The clause.
     """
     for name, text in (record.get("perplexity") or {}).items():
-        stages = ("dense", measured(record)[-1])
+        stages = measured(record)[0], measured(record)[-1]
         if "vocabulary" in record:  # the stages have other tokens
             before, after = (bits(text[stage]["bits_per_byte"]) for stage in stages)
             return f"{name} went from {before} to {after} bits per byte"

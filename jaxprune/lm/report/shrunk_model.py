@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 
-from jaxprune.lm.report import canvas, page, speeds
+from jaxprune.lm.report import canvas, page
 from jaxprune.lm.report.stages import measured
 
 _KINDS = {"ffn": "neurons", "heads": "heads", "query heads": "query heads"}
@@ -40,9 +40,6 @@ def document(record: Mapping[str, Any]) -> str:
         facts=_facts(record),
         stages=measured(record),
         sizes=_sizes(record["sizes"]),
-        speed=speeds.speed_rows(record["speed"]) if record.get("speed") else [],
-        speed_header=speeds.HEADER,
-        search=_search(record.get("search", [])),
         left_out=_left_out(record["layers"]),
         kept=_kept(record),
     )
@@ -55,8 +52,6 @@ def headline(record: Mapping[str, Any]) -> str:
         parts[0] += f" ({asked})"
     if change := page.perplexity_change(record):
         parts.append(change)
-    if timed := record.get("speed"):
-        parts.append(speeds.decoding(timed))
     first, *rest = parts
     return f"{first}: {', '.join(rest)}." if rest else f"{first}."
 
@@ -119,17 +114,6 @@ def _sizes(sizes: Mapping[str, Any]) -> list[list[str]]:
             continue
         rows.append([name, f"{before:,}", f"{after:,}", f"{after / before:.1%}"])
     return rows
-
-
-def _search(tried: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    return [
-        [
-            str(way["layers"]),
-            f"{way['heads']:g}",
-            "out of reach" if way["nats"] is None else f"{way['nats']:.4f}",
-        ]
-        for way in tried
-    ]
 
 
 def _left_out(layers: Mapping[str, Any]) -> list[list[str]]:

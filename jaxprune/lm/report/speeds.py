@@ -3,48 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-HEADER = [
-    *("tokens per second", "before", "after", "times as fast"),
-    *("by round", "the dense model itself"),
-]
-
 UNCLEAR = "not distinguishable"
 _PHASES = ("prefill", "decode")
-
-
-def speed_rows(timed: Mapping[str, Any]) -> list[list[str]]:
-    """A row for each phase, under `HEADER`.
-
-    Args:
-      timed: "before", "after" and "ratios" of `jaxprune.json`'s "speed".
-
-    Returns:
-      Cells.
-    """
-    rows = []
-    for phase, of in timed["ratios"].items():
-        before, after = (timed[when][phase] for when in ("before", "after"))
-        factor = f"{of['ratio']:.2f}"
-        rows.append(
-            [
-                phase,
-                f"{before:,.1f}",
-                f"{after:,.1f}",
-                factor if of["distinguishable"] else f"{factor}, {UNCLEAR}",
-                f"{of['low']:.2f} to {of['high']:.2f}",
-                f"{1 / of['noise']:.2f} to {of['noise']:.2f}",
-            ]
-        )
-    return rows
-
-
-def decoding(timed: Mapping[str, Any]) -> str:
-    """What may be said of the speed of decoding, as a clause."""
-    of = timed["ratios"]["decode"]
-    if of["distinguishable"]:
-        spread = f"{of['low']:.2f} to {of['high']:.2f} by round"
-        return f"decoding is {of['ratio']:.2f} times as fast ({spread})"
-    return f"the speed of decoding is {UNCLEAR}"
 
 
 def model_rows(record: Mapping[str, Any]) -> list[list[str]]:

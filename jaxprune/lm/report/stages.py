@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-STAGES = ("dense", "pruned", "shrunk", "retrained", "distilled")
+STAGES = ("dense", "before", "pruned", "shrunk", "trimmed", "recovered")
 
 
 def measured(record: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,6 @@ from jaxprune.lm.models.loaded_model import LoadedModel
 from jaxprune.lm.shrinking import layer_search
 from jaxprune.lm.shrinking.expert_scores import expert_scores
 from jaxprune.lm.shrinking.possible_sizes import multiples
-from jaxprune.structured.budget import Measure, whole_costs
 
 _DOWN, _OUT = "mlp/down/kernel", "attention/out/kernel"
 _SEARCHED = "layers.json"
@@ -40,28 +39,21 @@ class Narrowing(NamedTuple):
     Attributes:
       ffn: share of the neurons to remove, where there is no budget.
       heads: share of the heads to remove, likewise.
-      query_heads: share of the query heads of each key head to remove, likewise.
       multiple: number that the neurons of a layer are a multiple of afterwards.
       budget: share of the model that may stay, or None.
-      measure: what the budget is of.
       head_units: numbers of units of heads that a checkpoint can have.
-      correction: share of what the layers before lost that each layer makes up for,
-        where a calibration chooses; see `jp.shrink`.
     """
 
     ffn: float = 0.0
     heads: float = 0.0
-    query_heads: float = 0.0
     multiple: int = 1
     budget: float | None = None
-    measure: Measure = "parameters"
     head_units: tuple[int, ...] = ()
-    correction: float = 0.0
 
     @property
     def narrows(self) -> bool:
         """Whether neurons or heads are to go."""
-        return bool(self.budget or self.ffn or self.heads or self.query_heads)
+        return bool(self.budget or self.ffn or self.heads)
 
 
 def keep_layers(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
@@ -203,9 +195,7 @@ def narrow(
     else:
         batches = equal_batches(tokens, batch)
         # Tokens count by their direction alone: best on real models.
-        solver = jp.passes.chain(
-            jp.passes.sparsegpt(relative=True), jp.passes.correct(narrowing.correction)
-        )
+        solver = jp.passes.sparsegpt(relative=True)
         request["directory"] = work / _SOLVED
         result = jp.shrink(fn, model.params, batches, solver, **request)
     report = result.report
@@ -259,11 +249,6 @@ def group_axes(
     return fn, batch, jp.axis_groups(fn, model.params, batch)
 
 
-def count_cost(model: LoadedModel, measure: Measure) -> float:
-    """What a model costs: its parameters, bytes or FLOPs."""
-    return float(getattr(whole_costs(group_axes(model)[2]), measure))
-
-
 def narrowing_request(
     narrowing: Narrowing, roles: Mapping[str, str], config: DecoderConfig
 ) -> dict[str, Any]:
@@ -276,13 +261,12 @@ def narrowing_request(
         shares = {
             "ffn": narrowing.ffn,
             "heads": narrowing.heads,
-            "query heads": narrowing.query_heads,
         }
-        request = {"keep": {name: 1 - shares[role] for name, role in roles.items()}}
+        keep = {n: 1 - shares[role] for n, role in roles.items() if role in shares}
+        request = {"keep": keep}
     else:
         groups = {n: 1.0 for n, role in roles.items() if role in ("ffn", "heads")}
-        budget, measure = narrowing.budget, narrowing.measure
-        request = {"keep": {measure: budget}, "groups": groups}
+        request = {"keep": {"parameters": narrowing.budget}, "groups": groups}
         # A share of the heads is checked by the command; a budget chooses it here.
         sizes["heads"] = [*narrowing.head_units]
     return request | {"sizes": {n: sizes[r] for n, r in roles.items() if r in sizes}}

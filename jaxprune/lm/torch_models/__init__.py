@@ -7,19 +7,18 @@ pruned as the JAX function of `jp.torch.function`, and written as it was stored.
 
 __all__ = [
     "array_samples",
+    "choosing",
     "evaluate",
     "inspection",
     "measures",
     "media_samples",
     "model_inputs",
     "opening",
-    "option_rules",
-    "outcome",
     "prune",
     "routing",
     "samples",
     "shrink",
     "shrink_sizes",
     "text_samples",
-    "torch_transformation",
+    "torch_step",
 ]

@@ -4,7 +4,7 @@ from typing import Any, get_args
 
 from jaxprune.arrays.rules import command_words
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir
-from jaxprune.lm.jobs.prune_settings import MethodName
+from jaxprune.lm.steps.settings import MethodName
 from jaxprune.lm.torch_models.routing import check_installed
 from jaxprune.lm.torch_models.shrink_sizes import shrinkable_units
 

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from jaxprune.arrays.messages import one_line
-from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.sane_model import check_sane
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.measure.tables import describe_windows, format_perplexity
+from jaxprune.lm.steps.console import Console
+from jaxprune.lm.steps.family_step import note_insane
 from jaxprune.lm.torch_models.samples import Measured, as_tensors
 from jaxprune.torch.conversion import as_result
 
@@ -92,6 +92,7 @@ class TorchMeasurements:
 
     def measure(self, stage: str, module: Any) -> None:
         """Measures a module at a stage; the first one is the dense model."""
+        is_first = not self.perplexity
         for name, item in self.measured.items():
             if item.targets is None:
                 self._compare(stage, name, item, module)
@@ -102,21 +103,11 @@ class TorchMeasurements:
             text[stage] = token_perplexity(module, item, self.batch)
             shown = format_perplexity(text[stage]["perplexity"])
             self.console.note(f"{stage}: perplexity {shown} on {name} ({item.role})")
+        if is_first and self.perplexity:
+            size = module.get_input_embeddings().num_embeddings
+            note_insane(self.perplexity, stage, size, self.console.note)
         if self.metric is not None:
             self._measure_metric(stage, module, self.metric)
-
-    def check_sane(self, module: Any) -> None:
-        """Refuses a dense model that predicts no text better than by frequency.
-
-        Args:
-          module: the dense model.
-
-        Raises:
-          ValueError: it knows nothing.
-        """
-        if self.perplexity:
-            size = module.get_input_embeddings().num_embeddings
-            check_sane(self.perplexity, size, "checkpoint and the tokenizer")
 
     def facts(self) -> dict[str, Any]:
         """What jaxprune.json says; JSON-able."""

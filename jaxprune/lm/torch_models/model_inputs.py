@@ -13,11 +13,9 @@ import numpy as np
 import torch
 
 from jaxprune.arrays.messages import listed
-from jaxprune.lm.jobs.prune_settings import PruneJob
-from jaxprune.lm.jobs.settings import CONTEXT, Calibration
-from jaxprune.lm.jobs.shrink_settings import ShrinkJob
+from jaxprune.lm.corpora import text_files
 from jaxprune.lm.measure.tables import name_texts
-from jaxprune.lm.texts import text_files
+from jaxprune.lm.steps.settings import CONTEXT, WINDOWS, Calibration
 from jaxprune.lm.torch_models import array_samples, media_samples, text_samples
 from jaxprune.lm.torch_models.opening import TorchModel
 from jaxprune.lm.torch_models.samples import (
@@ -75,11 +73,11 @@ def check_input_files(paths: Sequence[Path]) -> None:
         text_files.check_text_files(paths)
 
 
-def read_inputs(job: PruneJob | ShrinkJob, model: TorchModel) -> JobInputs:
+def read_inputs(calibration: Calibration, model: TorchModel) -> JobInputs:
     """Reads what a job calibrates on, and what it measures the model on.
 
     Args:
-      job: settings of the inputs.
+      calibration: options of the inputs.
       model: directory and module.
 
     Returns:
@@ -88,19 +86,18 @@ def read_inputs(job: PruneJob | ShrinkJob, model: TorchModel) -> JobInputs:
     Raises:
       ValueError: a file does not fit the model.
     """
-    calibration, evaluation = job.calibration, job.evaluation
-    paths = (*calibration.files, *evaluation.evaluate)
+    paths = (*calibration.files, *calibration.evaluate)
     # A shrinking by magnitude looks at nothing.
     if not paths:
         return JobInputs(None, {}, (), None, "")
     if _kind(paths[0]) == "texts":
-        return _read_texts(job, text_reader(model, paths))
-    read = _read_files(paths, model, calibration, evaluation.limit)
+        return _read_texts(calibration, text_reader(model, paths))
+    read = _read_files(paths, model, calibration.sequences + WINDOWS)
     measured = {
         name: Measured(
-            read.samples[path].take(slice(evaluation.limit)), _role(job, path)
+            read.samples[path].take(slice(WINDOWS)), _role(calibration, path)
         )
-        for name, path in _named(evaluation.evaluate)
+        for name, path in _named(calibration.evaluate)
     }
     if not calibration.files:
         return JobInputs(None, measured, (), None, "")
@@ -110,7 +107,7 @@ def read_inputs(job: PruneJob | ShrinkJob, model: TorchModel) -> JobInputs:
         sequences=calibration.sequences,
         batch=calibration.batch,
         seed=calibration.seed,
-        held_out=0 if evaluation.evaluate else evaluation.limit,
+        held_out=0 if calibration.evaluate else WINDOWS,
     )
     if held is not None:
         name = ", ".join(name_texts(calibration.files))
@@ -144,7 +141,7 @@ def read_measured(
     """
     limit = limit or 2**31  # all that there are
     if _kind(paths[0]) != "texts":
-        read = _read_files(paths, model, Calibration(sequences=limit), limit)
+        read = _read_files(paths, model, 2 * limit)
         return {
             name: Measured(read.samples[path].take(slice(limit)), _NOT_SEEN)
             for name, path in _named(paths)
@@ -161,25 +158,24 @@ def _read_text(path: Path, reader: TextReader) -> text_files.AnyText:
     return text_files.read_text(path, reader.tokenizer, reader.vocab_size)
 
 
-def _read_texts(job: PruneJob | ShrinkJob, reader: TextReader) -> JobInputs:
-    calibration, evaluation = job.calibration, job.evaluation
-    context = reader.fitted(evaluation.context, CONTEXT)
+def _read_texts(calibration: Calibration, reader: TextReader) -> JobInputs:
+    context = reader.fitted(CONTEXT, CONTEXT)
     length = reader.fitted(calibration.length, type(calibration).length)
     # A text in several roles is read once.
     texts = {
         path: _read_text(path, reader)
-        for path in (*calibration.files, *evaluation.evaluate)
+        for path in (*calibration.files, *calibration.evaluate)
     }
     drawn_from = [texts[path] for path in calibration.files]
     evaluated = [
-        (name, texts[path], _role(job, path))
-        for name, path in _named(evaluation.evaluate)
+        (name, texts[path], _role(calibration, path))
+        for name, path in _named(calibration.evaluate)
     ]
     if not evaluated:
-        most = evaluation.limit * reader.body(context)
+        most = WINDOWS * reader.body(context)
         drawn_from, evaluated = _without_ends(calibration.files, drawn_from, most)
     measured = {
-        name: reader.measured(text, role, context, evaluation.limit, calibration.seed)
+        name: reader.measured(text, role, context, WINDOWS, calibration.seed)
         for name, text, role in evaluated
     }
     if not calibration.files:
@@ -223,11 +219,8 @@ def _without_ends(
     return [text for text, _ in parts], ends
 
 
-def _read_files(
-    paths: Sequence[Path], model: TorchModel, calibration: Calibration, limit: int
-) -> ReadFiles:
+def _read_files(paths: Sequence[Path], model: TorchModel, most: int) -> ReadFiles:
     """Reads arrays or folders; no more of a folder than is looked at."""
-    most = calibration.sequences + limit
     samples: dict[Path, Samples] = {}
     files = {}
     for path in dict.fromkeys(paths):
@@ -281,8 +274,8 @@ def _named(paths: Sequence[Path]) -> list[tuple[str, Path]]:
     return list(zip(name_texts(unique), unique, strict=True))
 
 
-def _role(job: PruneJob | ShrinkJob, path: Path) -> str:
-    return _CALIBRATED if path in job.calibration.files else _NOT_SEEN
+def _role(calibration: Calibration, path: Path) -> str:
+    return _CALIBRATED if path in calibration.files else _NOT_SEEN
 
 
 def _kind(path: Path) -> str:

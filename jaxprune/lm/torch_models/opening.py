@@ -19,7 +19,7 @@ from jaxprune import leaves
 from jaxprune.arrays.messages import first_line, listed
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
 from jaxprune.lm.checkpoints.finite import check_names, nonfinite_tensors
-from jaxprune.lm.jobs.exclusions import matches_any
+from jaxprune.lm.steps.exclusions import matches_any
 from jaxprune.torch.conversion import as_numpy, as_tensor
 from jaxprune.typing import Prunable
 

@@ -16,20 +16,17 @@ import jax.numpy as jnp
 import jaxprune as jp
 from jaxprune.arrays.messages import columns, first_line
 from jaxprune.arrays.rules import reworded
-from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
-from jaxprune.lm.jobs import passes, provenance
-from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.effort import choose_by_effort
-from jaxprune.lm.jobs.exclusions import check_globs
-from jaxprune.lm.jobs.provenance import Page
-from jaxprune.lm.jobs.prune_record import (
+from jaxprune.lm.steps import passes, provenance
+from jaxprune.lm.steps.console import Console
+from jaxprune.lm.steps.exclusions import check_globs
+from jaxprune.lm.steps.prune import check_prune, choose_by_effort, with_method
+from jaxprune.lm.steps.prune_record import (
     describe_pruning,
     pruning_facts,
     write_replaced,
 )
-from jaxprune.lm.jobs.prune_settings import PruneJob
-from jaxprune.lm.jobs.transformation import Change, Prepared
-from jaxprune.lm.measure.machine import Costs
+from jaxprune.lm.steps.settings import PruneJob
+from jaxprune.lm.steps.skeleton import Change, Prepared
 from jaxprune.lm.torch_models import measures
 from jaxprune.lm.torch_models.opening import (
     TorchModel,
@@ -39,14 +36,9 @@ from jaxprune.lm.torch_models.opening import (
     round_as_stored,
     stored_tensors,
 )
-from jaxprune.lm.torch_models.option_rules import check_torch_prune
-from jaxprune.lm.torch_models.outcome import describe_inputs
 from jaxprune.lm.torch_models.routing import begin_through_torch
 from jaxprune.lm.torch_models.samples import as_tensors
-from jaxprune.lm.torch_models.torch_transformation import (
-    TorchTransformation,
-    read_torch_job,
-)
+from jaxprune.lm.torch_models.torch_step import TorchStep, open_torch_step
 from jaxprune.torch.comparison import module_difference
 from jaxprune.torch.conversion import as_numpy
 from jaxprune.typing import Prunable
@@ -55,17 +47,19 @@ from jaxprune.typing import Prunable
 def prepare_torch_prune(job: PruneJob, console: Console) -> Prepared:
     """A pruning through torch, for `run_job`: all is read and checked."""
     begin_through_torch(job.model, console)
-    job = choose_by_effort(job, writes=False)
-    method = job.pruning.method or "sparsegpt"
-    job = dataclasses.replace(
-        job, pruning=dataclasses.replace(job.pruning, method=method)
-    )
-    chosen = check_torch_prune(job)
-    costs = Costs()
-    with costs.phase("read"):
-        # The result and the progress.
-        fields = read_torch_job(job, open_directory(job.model), copies=2)
-        model, inputs = fields["model"], fields["inputs"]
+    job = choose_by_effort(job, own_text=False)
+    job = with_method(job, job.pruning.method or "sparsegpt")
+    if not job.calibration.calibration:
+        raise ValueError(
+            "a model that goes through torch is pruned by what it does to inputs, and "
+            "none are given; give --calibration with a text, a folder of pictures or "
+            "of wav files, or .npz of its arguments; or --method magnitude without "
+            "options that run the model"
+        )
+    chosen = check_prune(job, through_torch=True)
+    fields = open_torch_step(job, console, copies=2)  # the result and the progress
+    model, inputs = fields["model"], fields["inputs"]
+    with fields["costs"].phase("trace"):
         # One sample shows the program; its batches may be larger.
         samples = inputs.calibration or next(iter(inputs.measured.values())).samples
         fn, params = traced_function(model, next(samples.batches(1)))
@@ -75,7 +69,6 @@ def prepare_torch_prune(job: PruneJob, console: Console) -> Prepared:
             f"{model.class_name} does not read {len(model.unread)} tensors, which are "
             "copied"
         )
-    fields |= {"console": console, "costs": costs}
     pruning = TorchPruning(**fields, chosen=chosen, fn=fn, params=params)
     return Prepared(pruning.plan, pruning.run)
 
@@ -89,7 +82,7 @@ def _why_never_pruned(model: TorchModel) -> Callable[[str, Any], str | None]:
 
 
 @dataclasses.dataclass(kw_only=True)
-class TorchPruning(TorchTransformation[PruneJob]):
+class TorchPruning(TorchStep[PruneJob]):
     """A pruning of a module by what it does to inputs.
 
     Attributes:
@@ -98,7 +91,7 @@ class TorchPruning(TorchTransformation[PruneJob]):
       params: {torch name: array}.
     """
 
-    NAME, STAGE = "prune", "pruned"
+    NAME, STAGES = "prune", ("dense", "pruned")
 
     chosen: passes.Pass
     fn: Callable[[Any, Any], Any]
@@ -122,11 +115,7 @@ class TorchPruning(TorchTransformation[PruneJob]):
             self.fn,
             self.params,
             map(jp.torch.as_arrays, map(as_tensors, batches)),
-            self.chosen.chain.with_settings(
-                sparsity=self.chosen.sparsity,
-                pattern=self.chosen.pattern,
-                allocation=self.chosen.allocation,
-            ),
+            self.chosen.chain,
             prunable=self.prunable,
             directory=self.job.work,
         )
@@ -141,7 +130,7 @@ class TorchPruning(TorchTransformation[PruneJob]):
         record = describe_pruning(
             self.job,
             self.chosen,
-            describe_inputs(self.job.calibration, self.inputs),
+            self.described_inputs,
             result.report,
             functools.partial(_tensor_name, by_tensor),
         )
@@ -153,16 +142,14 @@ class TorchPruning(TorchTransformation[PruneJob]):
         stored = stored_tensors(change.model)
         counts = jp.sparsity({n: as_numpy(stored[n]) for n in change.matrices}).by_leaf
         change.record["sizes"] = provenance.weight_sizes(
-            self.source, counts, self.job.quantization
+            self.source, counts, self.job.pruning
         )
 
-    def write(self, change: Change[Any], page: Page) -> None:
+    def write(self, change: Change[Any]) -> None:
         """Writes the tensors that moved, in the form that they were read in."""
         stored = stored_tensors(change.model)
         replaced = {name: as_numpy(stored[name]) for name in change.moved}
-        write_replaced(
-            self.job, self.source, replaced, change.matrices, change.record, page
-        )
+        write_replaced(self.job, self.source, replaced, change.matrices, change.record)
 
     def plan(self) -> dict[str, Any]:
         """Says what would be pruned, and on what."""

@@ -11,9 +11,9 @@ from typing import Any
 
 from jaxprune.files.safetensors_file import read_json
 from jaxprune.lm.checkpoints.checkpoint_dir import CONFIG
-from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.prune_settings import PruneJob
 from jaxprune.lm.models.hf.families import FAMILIES
+from jaxprune.lm.steps.console import Console
+from jaxprune.lm.steps.settings import PruneJob
 
 _PACKAGES = ("torch", "torchax", "transformers")
 
@@ -64,13 +64,8 @@ def prunes_through_torch(job: PruneJob) -> bool:
         and job.pruning.method in (None, "magnitude")
     )
     # What these do takes the model's code.
-    runs_model = (
-        job.calibration.calibration
-        or job.runs_model
-        or job.evaluation.metric
-        or job.quantization.quantize
-        or job.recovery.recover_steps
-    )
+    texts = (*job.calibration.calibration, *job.calibration.evaluate)
+    runs_model = texts or job.pruning.quantize
     return bool(not by_weights or runs_model) and is_foreign_directory(job.model)
 
 

@@ -18,12 +18,11 @@ from jaxprune.arrays.messages import listed
 from jaxprune.arrays.rules import reworded
 from jaxprune.lm.checkpoints import new_weights
 from jaxprune.lm.checkpoints.checkpoint_dir import CheckpointDir, open_directory
-from jaxprune.lm.jobs import provenance
-from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.provenance import Page
-from jaxprune.lm.jobs.shrink_settings import Removal, ShrinkJob
-from jaxprune.lm.jobs.transformation import Change, Prepared
-from jaxprune.lm.measure.machine import Costs
+from jaxprune.lm.steps import provenance
+from jaxprune.lm.steps.console import Console
+from jaxprune.lm.steps.settings import Removal, ShrinkJob
+from jaxprune.lm.steps.shrink import check_shrink
+from jaxprune.lm.steps.skeleton import Change, Prepared
 from jaxprune.lm.torch_models import measures
 from jaxprune.lm.torch_models.opening import (
     TorchModel,
@@ -32,16 +31,11 @@ from jaxprune.lm.torch_models.opening import (
     round_as_stored,
     stored_tensors,
 )
-from jaxprune.lm.torch_models.option_rules import check_torch_shrink
-from jaxprune.lm.torch_models.outcome import describe_inputs
 from jaxprune.lm.torch_models.prune import traced_function
 from jaxprune.lm.torch_models.routing import begin_through_torch
 from jaxprune.lm.torch_models.samples import JobInputs, Samples, as_tensors
 from jaxprune.lm.torch_models.shrink_sizes import SIZES, Size
-from jaxprune.lm.torch_models.torch_transformation import (
-    TorchTransformation,
-    read_torch_job,
-)
+from jaxprune.lm.torch_models.torch_step import TorchStep, open_torch_step
 from jaxprune.torch.comparison import TOLERANCE, module_difference
 from jaxprune.torch.conversion import as_numpy
 
@@ -54,22 +48,19 @@ _PYTHON = (
 def prepare_torch_shrink(job: ShrinkJob, console: Console) -> Prepared:
     """A shrinking through torch, for `run_job`: all is read and checked."""
     begin_through_torch(job.model, console)
-    check_torch_shrink(job)
-    costs = Costs()
-    with costs.phase("read"):
-        source = open_directory(job.model)
-        _check_sizes(job.removal, source)
-        fields = read_torch_job(job, source, copies=1)
-        model = fields["model"]
+    check_shrink(job, through_torch=True)
+    _check_sizes(job.removal, open_directory(job.model))
+    fields = open_torch_step(job, console, copies=1)
+    model = fields["model"]
+    with fields["costs"].phase("trace"):
         batch = _first_batch(fields["inputs"], model, job.calibration.batch)
         shares, entries = _units_to_lose(job.removal, model, batch)
-    fields |= {"console": console, "costs": costs}
     shrinking = TorchShrinking(**fields, batch=batch, shares=shares, entries=entries)
     return Prepared(shrinking.plan, shrinking.run)
 
 
 @dataclasses.dataclass(kw_only=True)
-class TorchShrinking(TorchTransformation[ShrinkJob]):
+class TorchShrinking(TorchStep[ShrinkJob]):
     """A module that loses neurons and heads.
 
     Attributes:
@@ -78,7 +69,7 @@ class TorchShrinking(TorchTransformation[ShrinkJob]):
       entries: entry of config.json to the groups whose units it counts.
     """
 
-    NAME, STAGE = "shrink", "shrunk"
+    NAME, STAGES = "shrink", ("dense", "shrunk")
 
     batch: Mapping[str, np.ndarray]
     shares: Mapping[str, float]
@@ -110,8 +101,7 @@ class TorchShrinking(TorchTransformation[ShrinkJob]):
         choose: Any = jp.scores.magnitude
         # With samples the solver chooses, and updates what reads the units.
         if samples is not None:
-            correct = jp.passes.correct(self.job.calibration.correction)
-            choose = jp.passes.chain(jp.passes.sparsegpt(), correct)
+            choose = jp.passes.sparsegpt()
             batches = samples.batches(self.job.calibration.batch)
             settings["batches"] = map(as_tensors, batches)
             settings["directory"] = self.job.work / "shrink"
@@ -126,9 +116,9 @@ class TorchShrinking(TorchTransformation[ShrinkJob]):
     def finish(self, change: Change[Any]) -> None:
         """Adds nothing: the record has the sizes."""
 
-    def write(self, change: Change[Any], page: Page) -> None:
+    def write(self, change: Change[Any]) -> None:
         """Writes the smaller directory, once what was written has been run."""
-        _write(self, change.model, change.record, page)
+        _write(self, change.model, change.record)
 
     def plan(self) -> dict[str, Any]:
         """Says which groups would lose what share of their units."""
@@ -263,13 +253,11 @@ def _shrinking_record(
         "error": report["error"],
     }
     if solves:
-        record["calibration"] = describe_inputs(job.calibration, inputs)
+        record["calibration"] = shrinking.described_inputs
     return record
 
 
-def _write(
-    shrinking: TorchShrinking, small: Any, record: dict[str, Any], page: Page
-) -> None:
+def _write(shrinking: TorchShrinking, small: Any, record: dict[str, Any]) -> None:
     """Writes the smaller directory, once what was written has been run."""
     model, job = shrinking.model, shrinking.job
     source, stored = model.source, stored_tensors(small)
@@ -290,7 +278,7 @@ def _write(
         place: Path, facts: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
         check_loads(place, small, shrinking.batch, job.loading.dtype)
-        return {}, provenance.page_file(page, facts)
+        return {}, provenance.page_file(facts)
 
     new_weights.write_new_weights(
         source,

@@ -14,9 +14,9 @@ import torch
 import transformers
 from jaxtyping import Int
 
+from jaxprune.lm.corpora import text_files
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.models import hf
-from jaxprune.lm.texts import text_files
 from jaxprune.lm.torch_models.opening import TorchModel, load_reader
 from jaxprune.lm.torch_models.samples import Measured, Samples
 

@@ -22,9 +22,9 @@ pytest.importorskip("tokenizers")
 
 from jaxprune.lm import cli
 from jaxprune.lm.cli import inspect as inspect_command
-from jaxprune.lm.jobs import passes, prune_streaming
 from jaxprune.lm.measure import machine
 from jaxprune.lm.models.loaded_model import LoadedModel
+from jaxprune.lm.steps import passes, prune_streaming
 
 __all__ = ["place"]
 

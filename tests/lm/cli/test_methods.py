@@ -1,7 +1,7 @@
 """Which method the options of `jaxprune prune` stand for."""
 
 import jaxprune as jp
-from jaxprune.lm.jobs.passes import choose_method
+from jaxprune.lm.steps.passes import choose_method
 from tests.support.chained import chained
 
 

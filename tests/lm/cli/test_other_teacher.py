@@ -13,7 +13,7 @@ from tests.support.tiny_tokenizers import model_folder, text
 pytest.importorskip("tyro")
 pytest.importorskip("tokenizers")
 
-from jaxprune.lm.jobs import inputs, model_pruning
+from jaxprune.lm.steps import inputs, model_pruning
 
 __all__ = ["place"]
 

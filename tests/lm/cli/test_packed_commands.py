@@ -18,10 +18,10 @@ from jaxprune.lm import cli
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.compact_source import open_source
 from jaxprune.lm.checkpoints.levels import Grid
-from jaxprune.lm.jobs.speed import step_bytes
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.loaded_model import open_model
 from jaxprune.lm.packing.packed_decoder import pack_decoder
+from jaxprune.lm.steps.speed import step_bytes
 from jaxprune.sparse.packed_matrix import PackedMatrix
 
 __all__ = ["place"]

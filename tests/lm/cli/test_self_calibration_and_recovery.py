@@ -13,11 +13,11 @@ pytest.importorskip("tokenizers")
 
 from jaxprune.lm import cli
 from jaxprune.lm.checkpoints import rewrite
-from jaxprune.lm.jobs import model_pruning as command
+from jaxprune.lm.corpora.self_calibration import self_calibration
 from jaxprune.lm.models import hf
 from jaxprune.lm.recovery import predictions
 from jaxprune.lm.recovery.checkpoints import Checkpoints
-from jaxprune.lm.texts.self_calibration import self_calibration
+from jaxprune.lm.steps import model_pruning as command
 
 __all__ = ["place"]
 
@@ -142,7 +142,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     def never(*args, **options):
         raise AssertionError("written again")
 
-    monkeypatch.setattr("jaxprune.lm.texts.self_calibration.generate", never)
+    monkeypatch.setattr("jaxprune.lm.corpora.self_calibration.generate", never)
     assert prune(capsys, place, out, *words)[0] == 0
     found = tiny_cli.weights(place / out)
     for name, value in tiny_cli.weights(by_itself[0]).items():

@@ -20,12 +20,12 @@ pytest.importorskip("tokenizers")
 
 from jaxprune.lm import cli
 from jaxprune.lm.checkpoints import rewrite
-from jaxprune.lm.jobs import model_transformation, smaller_vocabulary
-from jaxprune.lm.jobs import shrink as shrink_job
+from jaxprune.lm.corpora import text_files
+from jaxprune.lm.corpora.self_calibration import self_calibration
 from jaxprune.lm.models import hf
 from jaxprune.lm.shrinking import units
-from jaxprune.lm.texts import text_files
-from jaxprune.lm.texts.self_calibration import self_calibration
+from jaxprune.lm.steps import model_transformation, smaller_vocabulary
+from jaxprune.lm.steps import shrink as shrink_job
 
 SHORT = ("--length", 32, "--context", 32, "--sequences", 8, "--any-perplexity")
 

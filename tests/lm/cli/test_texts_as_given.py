@@ -13,14 +13,15 @@ from tests.support.tiny_cli import place, run
 pytest.importorskip("tyro")
 pytest.importorskip("tokenizers")
 
+from jaxprune.lm.steps.model_pruning import begin_pruning
+from jaxprune.lm.steps.prune_rules import check_prune
+from jaxprune.lm.steps.recovery_settings import Recovery
+
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
-from jaxprune.lm.jobs import progress_dir
-from jaxprune.lm.jobs import prune_settings as settings
-from jaxprune.lm.jobs.console import Console
-from jaxprune.lm.jobs.model_pruning import begin_pruning
-from jaxprune.lm.jobs.prune_rules import check_prune
-from jaxprune.lm.jobs.recovery_settings import Recovery
-from jaxprune.lm.jobs.settings import Calibration, Evaluation
+from jaxprune.lm.steps import progress_dir
+from jaxprune.lm.steps import prune_settings as settings
+from jaxprune.lm.steps.console import Console
+from jaxprune.lm.steps.settings import Calibration, Evaluation
 
 __all__ = ["place"]
 

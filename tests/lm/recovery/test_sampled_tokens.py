@@ -3,14 +3,14 @@ import dataclasses
 import numpy as np
 import pytest
 from flax import nnx
+from jaxprune.lm.steps.recovery_settings import Recovery
 
 from jaxprune.arrays import tree
-from jaxprune.lm.jobs import recovery
-from jaxprune.lm.jobs.recovery_settings import Recovery
-from jaxprune.lm.jobs.settings import Calibration
 from jaxprune.lm.models.decoder.config import DecoderConfig
 from jaxprune.lm.models.loaded_model import device_mesh, open_model
 from jaxprune.lm.recovery import predictions, sampled_tokens
+from jaxprune.lm.steps import recovery
+from jaxprune.lm.steps.settings import Calibration
 from tests.support import tiny_hf
 from tests.support.plain_decoder import initial
 

@@ -10,9 +10,9 @@ from safetensors.numpy import load_file
 
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
+from jaxprune.lm.corpora import text_files
 from jaxprune.lm.measure import perplexity
 from jaxprune.lm.models import hf
-from jaxprune.lm.texts import text_files
 from jaxprune.lm.vocabulary import token_choice, tokenizer_files, trim
 from tests.support import tiny_tokenizers
 from tests.support.tiny_cli import logits

@@ -1,0 +1,26 @@
+"""The steps of `jaxprune.lm`, each from one directory to another one."""
+
+__all__ = [
+    "console",
+    "evaluate",
+    "exclusions",
+    "family_step",
+    "opening",
+    "option_rules",
+    "option_types",
+    "packing",
+    "passes",
+    "progress_dir",
+    "provenance",
+    "prune",
+    "prune_record",
+    "prune_streaming",
+    "recover",
+    "rules",
+    "settings",
+    "shrink",
+    "skeleton",
+    "speed",
+    "step_texts",
+    "trim",
+]
