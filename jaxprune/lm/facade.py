@@ -112,7 +112,10 @@ def open(
     if not path.is_file():
         open_directory(path)  # refuses what is no model
     loading = Loading(
-        dtype=dtype, bos=bos, ignore_config=tuple(ignore_config), mesh=mesh
+        dtype=dtype,
+        bos=None if bos is None else ("yes" if bos else "no"),
+        ignore_config=tuple(ignore_config),
+        mesh=mesh,
     )
     return Model(path, loading, progress)
 

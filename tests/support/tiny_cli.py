@@ -136,8 +136,8 @@ def run(capsys, *arguments):
 
 
 def shrink(capsys, *words):
-    """`run` of `shrink`; nothing is timed."""
-    return run(capsys, "shrink", *words, "--speed-rounds", 0)
+    """`run` of `shrink`."""
+    return run(capsys, "shrink", *words)
 
 
 def config_of(folder):

@@ -19,7 +19,7 @@ from jaxprune.lm.models import hf
 from jaxprune.lm.models.hf import Tokenizer
 from jaxprune.lm.models.loaded_model import LoadedModel, device_mesh, open_model
 from jaxprune.lm.steps.console import Console
-from jaxprune.lm.steps.settings import CONTEXT, AnyCalibration, Loading
+from jaxprune.lm.steps.settings import CONTEXT, AnyCalibration, Loading, YesNo
 
 
 def open_for_job(path: Path, loading: Loading) -> LoadedModel:
@@ -113,14 +113,14 @@ class Beginning(NamedTuple):
 
 
 def text_beginning(
-    tokenizer: Tokenizer | None, bos: bool | None, vocab_size: int
+    tokenizer: Tokenizer | None, bos: YesNo | None, vocab_size: int
 ) -> tuple[Tokenizer | None, Beginning]:
     """Whether sequences begin with BOS, as the option and the directory say.
 
     Args:
       tokenizer: tokenizer of the model; None for mere token ids, which are used as
         they are.
-      bos: whether they do; None as the directory says.
+      bos: "yes" or "no"; None as the directory says.
       vocab_size: number of tokens that the model knows.
 
     Returns:
@@ -129,14 +129,15 @@ def text_beginning(
     Raises:
       ValueError: there is no such token.
     """
-    if bos and tokenizer is not None and (tokenizer.bos is None):
+    if bos == "yes" and tokenizer is not None and tokenizer.bos is None:
         raise ValueError(
             "--bos yes needs a token that begins a text, but the model's directory "
             "names none; leave --bos out"
         )
     if tokenizer is None:  # rows of ids have been made for this model
         return None, Beginning(None, "token ids are used as they are")
-    token = tokenizer.bos if (tokenizer.begins if bos is None else bos) else None
+    begun = tokenizer.begins if bos is None else bos == "yes"
+    token = tokenizer.bos if begun else None
     source = "as the directory says" if bos is None else "as asked for"
     if bos is None and tokenizer.overruled:  # its two files contradict each other
         asked = "false" if tokenizer.begins else "true"

@@ -39,16 +39,6 @@ def choice_of(literal: Any) -> PrimitiveConstructorSpec[Any]:
     )
 
 
-YES_OR_NO = PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="{yes,no}",
-    instance_from_str=lambda strings: strings[0] == "yes",
-    is_instance=lambda value: value is None or isinstance(value, bool),
-    str_from_instance=lambda value: ["yes" if value else "no"],
-    choices=("yes", "no"),
-)
-"""A setting that is on, off, or left out."""
-
 Switch: TypeAlias = Annotated[bool, UNSET]
 Number: TypeAlias = Annotated[float, _arg(metavar="NUMBER")]
 Count: TypeAlias = Annotated[int, _arg(metavar="N")]

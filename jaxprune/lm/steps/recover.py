@@ -182,7 +182,7 @@ class Recovery(FamilyStep[RecoverJob]):
         Int[np.ndarray, "sequences length"],
         Float[np.ndarray, " sequences"],
     ]:
-        """The teacher's predictions, the sequences, and their texts' shares of the loss."""
+        """The teacher's predictions, the sequences, each text's share of the loss."""
         dense = read_dense(teacher)
         super().write_calibration(dense)
         parts = self.texts.parts

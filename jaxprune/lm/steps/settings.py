@@ -13,7 +13,6 @@ import tyro
 from jaxprune.lm.shrinking.units import Narrowing
 from jaxprune.lm.steps.option_types import (
     UNSET,
-    YES_OR_NO,
     Count,
     Counts,
     Files,
@@ -37,6 +36,7 @@ CONTEXT, WINDOWS = 512, 16
 """Tokens of a window and windows of a text, wherever a perplexity is measured, so that
 the same model has the same perplexity on the same text in all subcommands."""
 
+YesNo: TypeAlias = Literal["yes", "no"]
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 MethodName: TypeAlias = Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"]
 Integers: TypeAlias = Literal["int4", "int8"]
@@ -59,7 +59,7 @@ class Loading:
     """
 
     dtype: Annotated[Dtype | None, choice_of(Dtype), UNSET] = None
-    bos: Annotated[bool | None, YES_OR_NO, UNSET] = None
+    bos: Annotated[YesNo | None, choice_of(YesNo), UNSET] = None
     ignore_config: Names = ()
     mesh: MaybeText = None
 

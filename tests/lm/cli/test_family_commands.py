@@ -72,7 +72,7 @@ def test_a_family_is_pruned_with_calibration_and_runs(name, tmp_path, capsys):
     np.save(tmp_path / "rows.npy", ids)
     method = ["--method", "sparsegpt", "--sparsity", "0.5"]
     rows = ["--calibration", tmp_path / "rows.npy"]
-    words = [*method, *rows, *SMALL, "--any-perplexity"]
+    words = [*method, *rows, *SMALL]
     code, record, _ = run(capsys, "prune", model, out, *words)
     assert code == 0
     after = tiny_cli.weights(out)

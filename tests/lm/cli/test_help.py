@@ -71,9 +71,7 @@ def test_the_list_of_subcommands_has_a_line_for_each(capsys, monkeypatch):
 def test_shells_can_complete_subcommands_and_options(capsys, monkeypatch, shell):
     text = said(capsys, monkeypatch, "--tyro-print-completion", shell)
     assert all(name in text for name in COMMANDS)
-    assert all(
-        option in text for option in ("sparsity", "recover-steps", "drop-layers")
-    )
+    assert all(option in text for option in ("sparsity", "text-share", "layers"))
 
 
 def test_a_completion_that_cannot_be_written_is_one_sentence(capsys, tmp_path):
@@ -102,7 +100,7 @@ def test_help_does_not_wait_for_what_only_reports_need():
         (["prune", "--method"], ["magnitude", "wanda", "ria", "sparsegpt", "alps"]),
         (["prune", "--quantize"], ["int4", "int8"]),
         (["shrink", "--dtype"], ["float32", "bfloat16"]),
-        (["shrink", "--recover-train"], ["all", "matrices", "norms", "lora"]),
+        (["recover", "--train"], ["all", "matrices", "norms", "lora"]),
     ],
 )
 def test_a_wrong_word_lists_the_choices_in_their_order(

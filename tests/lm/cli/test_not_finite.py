@@ -34,7 +34,7 @@ COMMANDS = {
         *("prune", model, out, "--sparsity", 0.5, "--method", "magnitude"),
     ],
     "shrink": lambda model, text, out: [
-        *("shrink", model, out, "--ffn", 0.5, "--speed-rounds", 0),
+        *("shrink", model, out, "--ffn", 0.5),
     ],
 }
 

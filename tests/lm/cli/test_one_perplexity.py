@@ -10,7 +10,7 @@ pytest.importorskip("tokenizers")
 FEW = ["--sequences", 8, "--batch", 4, "--length", 16]
 JOBS = {
     "prune": ["prune", "--method", "wanda", "--sparsity", 0.5, *FEW],
-    "shrink": ["shrink", "--ffn", 0.5, "--speed-rounds", 0, *FEW],
+    "shrink": ["shrink", "--ffn", 0.5, *FEW],
 }
 
 

@@ -16,7 +16,6 @@ pytest.importorskip("tokenizers")
 OPTIONS = [
     *("--length", "16"),
     *("--sequences", "32"),
-    *("--limit", "4"),
     *("--sparsity", "0.5"),
 ]
 

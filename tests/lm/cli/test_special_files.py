@@ -44,7 +44,7 @@ def model(place, tmp_path, monkeypatch):
     "words",
     [
         ["prune", "--method", "magnitude", "--sparsity", "0.5"],
-        ["shrink", "--ffn", "0.5", "--speed-rounds", "0", "--any-perplexity"],
+        ["shrink", "--ffn", "0.5"],
     ],
 )
 def test_only_regular_files_are_copied_and_the_others_are_listed(

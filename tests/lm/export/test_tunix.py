@@ -35,7 +35,7 @@ PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 def test_tunix_reads_a_shrunk_directory_with_the_same_logits(family, tmp_path):
     dense, small = tmp_path / "dense", tmp_path / "small"
     tiny_hf.random_folder(family, dense, **PLAIN)
-    halves = ("--ffn", "0.5", "--heads", "0.5", "--speed-rounds", "0")
+    halves = ("--ffn", "0.5", "--heads", "0.5")
     assert cli.main(["shrink", str(dense), str(small), *halves]) == 0
     config = hf.load(small, lazy=True).config
     model, loader = MODULES[family]

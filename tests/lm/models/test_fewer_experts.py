@@ -102,7 +102,7 @@ def test_transformers_reads_fewer_experts(name, tmp_path, capsys):
     code, record, _ = tiny_cli.run(
         capsys, "shrink", model, out, "--experts", str(1 / shape.experts),
         "--calibration", tmp_path / "rows.npy", "--length", "16", "--sequences", "4",
-        "--batch", "2", "--any-perplexity", "--speed-rounds", "0",
+        "--batch", "2",
     )  # fmt: skip
     assert code == 0
     kept, scores = record["experts"]["kept"], np.array(record["experts"]["scores"])

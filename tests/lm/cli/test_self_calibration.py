@@ -1,11 +1,11 @@
-"""`--calibration self` and recoveries: what moves, what is kept, what is told."""
+"""`--calibration self`: a model is pruned and made smaller by what it writes."""
 
 import time
 
 import numpy as np
 import pytest
 
-from tests.support import resumed, tiny_cli
+from tests.support import tiny_cli
 from tests.support.tiny_cli import place, run, shrink
 
 pytest.importorskip("tyro")
@@ -15,59 +15,16 @@ from jaxprune.lm import cli
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.corpora.self_calibration import self_calibration
 from jaxprune.lm.models import hf
-from jaxprune.lm.recovery import predictions
-from jaxprune.lm.recovery.checkpoints import Checkpoints
-from jaxprune.lm.steps import model_pruning as command
+from jaxprune.lm.steps import prune as command
 
 __all__ = ["place"]
 
-SMALL = ["--length", "16", "--sequences", "8", "--limit", "4"]
+SMALL = ["--length", "16", "--sequences", "8"]
 WANDA = ["--method", "wanda", "--sparsity", "0.5"]
 
 
 def prune(capsys, place, out, *options):
     return run(capsys, "prune", place / "model", place / out, *SMALL, *options)
-
-
-@pytest.mark.full
-def test_a_distillation_leaves_the_zeros_of_an_earlier_job(capsys, place):
-    how = ["--method", "magnitude", "--sparsity", "0.5"]
-    assert prune(capsys, place, "half", *how, "--exclude", "*mlp*")[0] == 0
-    more = ["--exclude", "*self_attn*", "--calibration", place / "a.txt"]
-    more += ["--recover-steps", "2", "--recover-learning-rate", "1e-2"]
-    words = [place / "half", place / "again", *SMALL, *how, *more]
-    assert run(capsys, "prune", *words)[0] == 0
-    before, after = tiny_cli.weights(place / "half"), tiny_cli.weights(place / "again")
-    for name in tiny_cli.MATRICES:
-        assert (after[name] == 0).mean() == 0.5, name
-        if "self_attn" in name:
-            np.testing.assert_array_equal(after[name] == 0, before[name] == 0)
-            assert (after[name] != before[name]).any()
-
-
-@pytest.mark.full
-def test_texts_are_learned_beside_own_text_that_is_followed(capsys, place, monkeypatch):
-    texts = []
-
-    keep = predictions.from_predictions
-    monkeypatch.setattr(
-        predictions,
-        "from_predictions",
-        lambda kept, **options: (
-            texts.append((kept, options["text"])) or keep(kept, **options)
-        ),
-    )
-    more = ["--calibration", place / "b.txt", "self", "--recover-text", place / "a.txt"]
-    more += ["self", "--recover-text-share", "0.75", "--recover-steps", "2"]
-    code, found, _ = prune(capsys, place, "learned", *WANDA, *more)
-    assert code == 0
-    record = found["distillation"]
-    assert (record["texts"], record["text_share"]) == (["a.txt", "self"], 0.75)
-    # 2 steps of 4 sequences: as many of the text as of what the model wrote.
-    ((kept, shares),) = texts
-    np.testing.assert_array_equal(shares, [0.75] * 4 + [0] * 4)
-    assert len(kept.places) == 8
-    assert np.isfinite(record["losses"]).all()
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +65,7 @@ def test_what_it_writes_is_one_part_of_a_mixture(place, capsys, monkeypatch):
     monkeypatch.setattr(command.hf, "embedded", noted)
     few = np.load(place / "rows.npy") % 5 + 10  # of the tokens 10 to 14
     np.save(place / "few.npy", few)
-    texts = ["--calibration", place / "few.npy", "self", "--any-perplexity"]
+    texts = ["--calibration", place / "few.npy", "self"]
     code, record, err = prune(capsys, place, "mixed", *WANDA, *texts)
     assert code == 0, err
     used = record["calibration"]
@@ -128,11 +85,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 ):
     out = f"killed-{after}"
     words = [*WANDA, "--calibration", "self"]
-    owner, name = command.passes, "prune_states"
+    owner, name = command.jp, "prune_trained"
     if after == "pruned":
         owner, name = command, "describe_pruning"
 
-    def dies(*_):
+    def dies(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -150,64 +107,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.full
-def test_another_recovery_goes_on_with_what_was_pruned(place, capsys, monkeypatch):
-    words = [*WANDA, "--calibration", place / "rows.npy"]
-    words += ["--recover-train", "matrices"]
-
-    def recovered(out, rate, by):
-        settings = ["--recover-by", by, "--recover-steps", "3"]
-        settings += ["--recover-learning-rate", rate]
-        return prune(capsys, place, out, *words, *settings)[0]
-
-    assert recovered("at-once", "1e-3", "distillation") == 0
-
-    def dies(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Checkpoints, "due", lambda _: True)
-        patched.setattr(Checkpoints, "write", dies)
-        assert recovered("changed", "1e-2", "retraining") == 130
-        assert recovered("changed", "1e-2", "distillation") == 130
-    # The seed decides what was pruned.
-    assert prune(capsys, place, "changed", *words, "--seed", "1")[0] == 1
-    done = resumed.reads(monkeypatch)
-    assert recovered("changed", "1e-3", "distillation") == 0
-    assert done[:2] == [True, True]  # the first two segments
-    found = tiny_cli.weights(place / "changed")
-    for name, value in tiny_cli.weights(place / "at-once").items():
-        np.testing.assert_array_equal(found[name], value)
-
-
-@pytest.mark.full
-def test_an_edited_text_begins_the_recovery_anew(place, capsys, tmp_path, monkeypatch):
-    learned = tmp_path / "learned.txt"
-    words = [*WANDA, "--calibration", place / "rows.npy", "--recover-text", learned]
-    words += ["--recover-steps", "3"]
-
-    def dies(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Checkpoints, "due", lambda _: True)
-        patched.setattr(Checkpoints, "write", dies)
-        learned.write_text(tiny_cli.text(900, seed=3))
-        assert prune(capsys, place, "edited", *words)[0] == 130
-    learned.write_text(tiny_cli.text(900, seed=4))
-    done = resumed.reads(monkeypatch)
-    assert prune(capsys, place, "edited", *words)[0] == 0
-    assert done[:2] == [True, True]  # what was pruned stays
-    assert prune(capsys, place, "anew", *words)[0] == 0
-    found = tiny_cli.weights(place / "edited")
-    for name, value in tiny_cli.weights(place / "anew").items():
-        np.testing.assert_array_equal(found[name], value)
-
-
-@pytest.mark.full
 def test_a_model_loses_neurons_by_what_it_writes_as_by_the_same_token_ids(
     place, capsys
 ):
-    short = ["--ffn", "0.5", "--length", "16", "--any-perplexity"]
+    short = ["--ffn", "0.5", "--length", "16"]
     words = [*short, "--sequences", "8", "--calibration"]
     start = time.perf_counter()
     by_text = shrink(capsys, place / "model", place / "text", *words, "self")
@@ -233,17 +136,14 @@ def test_a_model_loses_neurons_by_what_it_writes_as_by_the_same_token_ids(
 
 
 @pytest.mark.full
-def test_the_effort_best_trains_on_its_own_text_too(place, capsys):
+def test_the_effort_best_calibrates_on_its_own_text_too(place, capsys):
     rows = place / "rows.npy"
     texts = ["--sparsity", "0.5", "--calibration", rows]
     code, record, _ = prune(capsys, place, "best", "--effort", "best", *texts)
     assert code == 0
     assert record["method"] == "alps"
     assert record["calibration"]["self"] == 4
-    assert record["distillation"]["texts"] == ["rows.npy", "self"]
     words = ["--method", "alps", *texts, "self"]
-    words += ["--recover-steps", "256", "--recover-batch", "1"]
-    words += ["--recover-train", "matrices", "--recover-text", rows, "self"]
     assert prune(capsys, place, "in_words", *words)[0] == 0
     same = tiny_cli.weights(place / "in_words")
     for name, value in tiny_cli.weights(place / "best").items():

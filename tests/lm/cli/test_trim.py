@@ -1,18 +1,16 @@
-"""`jaxprune shrink --vocab`: fewer tokens, alone and with what else goes."""
+"""`jaxprune trim`: fewer tokens; their weights stay."""
 
 import json
 import math
 import re
-import types
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
 from tests.support import tiny_cli, tiny_hf
-from tests.support.tiny_cli import config_of, logits, run, shrink
+from tests.support.tiny_cli import config_of, logits, run
 from tests.support.tiny_tokenizers import model_folder, text
 
 pytest.importorskip("tyro")
@@ -21,13 +19,10 @@ pytest.importorskip("tokenizers")
 from jaxprune.lm import cli
 from jaxprune.lm.checkpoints import rewrite
 from jaxprune.lm.corpora import text_files
-from jaxprune.lm.corpora.self_calibration import self_calibration
 from jaxprune.lm.models import hf
-from jaxprune.lm.shrinking import units
-from jaxprune.lm.steps import model_transformation, smaller_vocabulary
-from jaxprune.lm.steps import shrink as shrink_job
+from jaxprune.lm.steps import trim
 
-SHORT = ("--length", 32, "--context", 32, "--sequences", 8, "--any-perplexity")
+SHORT = ("--length", 32, "--sequences", 8)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +38,7 @@ def place(tmp_path_factory):
 
 def trimmed(capsys, place, out, *words, vocab=320):
     calibrated = ("--calibration", place / "a.txt", *SHORT, *words)
-    return shrink(capsys, place / "model", out, "--vocab", vocab, *calibrated)
+    return run(capsys, "trim", place / "model", out, "--tokens", vocab, *calibrated)
 
 
 @pytest.mark.full
@@ -81,7 +76,7 @@ def test_tokens_alone_go_and_the_rows_that_stay_are_the_same(place, capsys):
         np.testing.assert_array_equal(tensor, rows)
     assert record["vocabulary"]["after"] == 320
     assert "320 of 448 tokens stay; of the calibration's tokens they are" in err
-    assert record["method"] == "shrink by counted and expected tokens"
+    assert record["method"] == "vocabulary by counts and expected counts"
     assert record["sizes"]["after"]["tokens"] == 320
     assert not (place / "alone" / "vocab.json").exists()
     page = (place / "alone" / "report.html").read_text()
@@ -91,14 +86,14 @@ def test_tokens_alone_go_and_the_rows_that_stay_are_the_same(place, capsys):
 
 @pytest.mark.full
 def test_both_models_are_measured_on_the_same_text(place, capsys):
-    words = ("--evaluate", place / "b.txt", "--limit", 4)
+    words = ("--evaluate", place / "b.txt")
     code, record, _ = trimmed(capsys, place, place / "same", *words)
     assert code == 0
     # The words of four windows of the dense model, as the smaller one splits them.
     stream = hf.load_tokenizer(place / "model").encode(text(300, 3), bos=False)
     part = hf.load_tokenizer(place / "model").decode(stream[: 4 * 31])
     (place / "part.txt").write_text(part.rstrip("\ufffd"))
-    for stage, folder in (("dense", "model"), ("shrunk", "same")):
+    for stage, folder in (("dense", "model"), ("trimmed", "same")):
         words = ("--text", place / "part.txt", "--context", 32, "--limit", 0)
         again = run(capsys, "eval", place / folder, *words)[1]["texts"]["part.txt"]
         measured = record["perplexity"]["b.txt"][stage]
@@ -108,107 +103,17 @@ def test_both_models_are_measured_on_the_same_text(place, capsys):
     assert measured["tokens"] > record["perplexity"]["b.txt"]["dense"]["tokens"]
 
 
-@pytest.mark.full
-def test_the_dense_model_writes_a_calibration_which_is_split_anew(
-    place, capsys, monkeypatch
-):
-    wrote, narrowed = [], []
-
-    def writes(model, **options):
-        wrote.append((model.config.vocab_size, options["never_first"]))
-        wrote.append(self_calibration(model, **options))
-        return wrote[-1]
-
-    def narrow(model, narrowing, tokens, **options):
-        narrowed.append(tokens)
-        return units.narrow(model, narrowing, tokens, **options)
-
-    monkeypatch.setattr(model_transformation, "self_calibration", writes)
-    monkeypatch.setattr(shrink_job, "units", types.SimpleNamespace(**vars(units)))
-    monkeypatch.setattr(shrink_job.units, "narrow", narrow)
-    code, record, _ = shrink(
-        *(capsys, place / "model", place / "wrote", "--vocab", 320),
-        *("--calibration", place / "a.txt", "self", *SHORT, "--ffn", 0.5),
-    )
-    assert code == 0
-    assert record["calibration"]["self"] == 4
-    assert record["calibration"]["sequences"] == 8
-    assert record["sizes"]["after"]["tokens"] == 320
-    (size, never_first), rows = wrote
-    assert size == 448
-    before, after = (hf.load_tokenizer(place / name) for name in ("model", "wrote"))
-    seen = set(before.encode(text(1500), bos=False))
-    assert {*range(size)} - seen <= never_first  # BOS too is never drawn
-    assert {*rows[:, 1]} <= seen
-    begins = [after.tokens.token_to_id(before.tokens.id_to_token(rows[0, 0]))]
-    for row, anew in zip(rows, narrowed[0][1::2], strict=True):
-        words = before.decode(row[1:], special=True)
-        expected = [*begins, *after.encode(words, bos=False)][: len(anew)]
-        np.testing.assert_array_equal(anew[: len(expected)], expected)
-
-
-@pytest.mark.full
-def test_what_the_model_wrote_counts_as_a_text_and_is_learned(place, capsys):
-    words = ("self", *SHORT, "--recover-by", "retraining", "--recover-steps", 2)
-    words = (*words, "--recover-text", place / "a.txt", "self")
-    code, record, err = shrink(
-        *(capsys, place / "model", place / "learned", "--vocab", 320),
-        *("--calibration", place / "a.txt", *words),
-    )
-    assert code == 0
-    assert record["retraining"]["texts"] == ["a.txt", "self"]
-    alone = trimmed(capsys, place, place / "unlearned")[1]["vocabulary"]
-    assert record["vocabulary"]["covered"] != alone["covered"]
-    code, _, err = run(
-        *(capsys, "prune", place / "model", place / "no", "--sparsity", 0.5),
-        *("--calibration", place / "a.txt", *words),
-    )
-    assert code == 1
-    assert "--recover-text self is followed, not learned" in err
-
-
 def test_what_the_model_writes_does_not_say_which_tokens_a_text_needs(place, capsys):
-    words = ("--vocab", 320, "--ffn", 0.5, "--calibration", "self", *SHORT)
-    code, _, err = shrink(capsys, place / "model", place / "no", *words)
+    words = ("--tokens", 320, "--calibration", "self", *SHORT)
+    code, _, err = run(capsys, "trim", place / "model", place / "no", *words)
     assert code == 1
-    assert "--vocab needs --calibration FILE..., whose tokens it counts" in err
-
-
-@pytest.mark.full
-def test_tokens_go_with_neurons_heads_and_layers_and_a_distillation(place, capsys):
-    words = ("--ffn", 0.5, "--layers", 1, "--recover-steps", 2)
-    code, record, _ = trimmed(capsys, place, place / "all", *words)
-    assert code == 0
-    config = config_of(place / "all")
-    before = config_of(place / "model")
-    assert config["vocab_size"] == 320
-    assert config["num_hidden_layers"] == 1
-    assert config["intermediate_size"] == before["intermediate_size"] // 2
-    assert len(record["distillation"]["losses"]) == 2
-    code, again, _ = run(
-        capsys, "eval", place / "all", "--text", place / "b.txt", "--context", 32
-    )
-    assert code == 0
-    assert again["texts"]["b.txt"]["bits_per_byte"] > 0
-    assert {"dense", "shrunk", "distilled"} <= {*record["perplexity"]["a.txt"]}
-
-
-@pytest.mark.full
-def test_a_budget_counts_the_tokens_that_went(place, capsys):
-    words = ("--budget", 0.6)
-    code, record, _ = trimmed(capsys, place, place / "budget", *words)
-    assert code == 0
-    params = nnx.state(hf.load(place / "budget").model, nnx.Param)
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert size <= 0.6 * record["sizes"]["before"]["parameters"]
-    assert "units" in record
+    assert "trim needs --calibration FILE..., whose tokens it counts" in err
 
 
 @pytest.mark.full
 def test_a_long_text_is_split_anew_where_it_is_drawn(place, capsys, monkeypatch):
     monkeypatch.setattr(text_files, "_WHOLE", 1000)
-    words = ("--ffn", 0.5)
-    code, record, _ = trimmed(capsys, place, place / "long", *words)
+    code, record, _ = trimmed(capsys, place, place / "long")
     assert code == 0
     assert record["vocabulary"]["covered"] > 0.5
 
@@ -228,8 +133,8 @@ def test_files_of_several_shards_and_a_chat_template_stay(place, tmp_path, capsy
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     template = "{% for m in messages %}{{ m.content }}<end_of_turn>{% endfor %}"
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
-    words = ("--vocab", 320, "--calibration", place / "a.txt", *SHORT)
-    code, _, _ = shrink(capsys, tmp_path / "model", tmp_path / "out", *words)
+    words = ("--tokens", 320, "--calibration", place / "a.txt", *SHORT)
+    code, _, _ = run(capsys, "trim", tmp_path / "model", tmp_path / "out", *words)
     assert code == 0
     rewrite.read_provenance(tmp_path / "out", verify=True)
     assert json.loads((tmp_path / "out" / index.name).read_text())["weight_map"] == (
@@ -262,22 +167,18 @@ def test_every_family_gives_the_same_logits_at_the_tokens_that_stay(name, tmp_pa
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--vocab", "100"), "--vocab must be a positive multiple of 64, got 100"),
-        (("--vocab", "320"), "--vocab needs --calibration FILE"),
+        (("--tokens", "100"), "--tokens must be a positive multiple of 64, got 100"),
+        (("--tokens", "320"), "trim needs --calibration FILE"),
         (
-            ("--vocab", "320", "--calibration", "rows.npy"),
+            ("--tokens", "320", "--calibration", "rows.npy"),
             "token ids cannot be, got .*rows.npy; give the texts",
         ),
         (
-            ("--vocab", "320", "--calibration", "a.txt", "--recover-steps", "2"),
-            "leaves nothing to distil.*--recover-by retraining",
+            ("--tokens", "448", "--calibration", "a.txt", "--length", "32"),
+            "--tokens must be less than the 448 tokens that there are",
         ),
         (
-            ("--vocab", "448", "--calibration", "a.txt", "--length", "32"),
-            "--vocab must be less than the 448 tokens that there are",
-        ),
-        (
-            ("--vocab", "128", "--calibration", "a.txt", "--length", "32"),
+            ("--tokens", "128", "--calibration", "a.txt", "--length", "32"),
             r"\d+ tokens must stay: added tokens, bytes",
         ),
     ],
@@ -285,7 +186,7 @@ def test_every_family_gives_the_same_logits_at_the_tokens_that_stay(name, tmp_pa
 def test_bad_words_are_refused_and_nothing_is_written(words, sentence, place, capsys):
     before = sorted(path.name for path in place.iterdir())
     words = [str(place / w) if w.endswith((".npy", ".txt")) else w for w in words]
-    code = cli.main(["shrink", str(place / "model"), str(place / "free"), *words])
+    code = cli.main(["trim", str(place / "model"), str(place / "free"), *words])
     err = capsys.readouterr().err
     assert code == 1
     assert re.search(sentence, err)
@@ -305,7 +206,7 @@ def test_a_plan_says_how_many_tokens_stay(place, capsys):
 def test_transformers_loads_it_with_nothing_missing(place, capsys):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    code, _, _ = trimmed(capsys, place, place / "read", "--ffn", 0.5)
+    code, _, _ = trimmed(capsys, place, place / "read")
     assert code == 0
     model, about = transformers.AutoModelForCausalLM.from_pretrained(
         place / "read", output_loading_info=True
@@ -327,9 +228,9 @@ def test_what_the_model_expects_is_kept_through_a_kill(place, capsys, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(smaller_vocabulary, "_split_anew", killed)
+        patched.setattr(trim.perplexity, "retokenize_windows", killed)
         trimmed(capsys, place, place / "killed")
-    monkeypatch.setattr(smaller_vocabulary, "expected_counts", killed)
+    monkeypatch.setattr(trim, "expected_counts", killed)
     code, record, _ = trimmed(capsys, place, place / "killed")
     assert code == 0
     monkeypatch.undo()
