@@ -189,7 +189,7 @@ RECOVER = (
     at_least("steps", 1),
     Rule(
         lambda v: v.calibration,
-        "recover trains on texts, got none; give --calibration FILE...",
+        "recover trains on texts, got none; give them by --calibration",
     ),
     Rule(
         lambda v: v.teacher is not None or v.calibration.count(SELF) == 0,

@@ -70,10 +70,6 @@ def test_its_compact_file_is_smaller_and_gives_every_byte_back(place, rounded, c
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (
-            ["--recover-steps", "1", "--calibration", "rows.npy"],
-            "--quantize comes last, so it takes no --recover-steps",
-        ),
         (["--pattern", "8x8"], "--quantize takes unstructured, per-output and n:m"),
         (["--group", "10"], "group must be a multiple of 16 inputs, got 10"),
         (

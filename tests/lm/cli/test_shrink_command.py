@@ -80,7 +80,6 @@ def test_layers_can_be_named(place, capsys):
 def test_the_layer_whose_absence_changes_least_goes(place, capsys):
     words = ("--layers", 1, "--calibration", place / "rows.npy", "--length", 16)
     words = (*words, "--sequences", 6, "--batch", 3, "--ffn", 0.5)
-    words = (*words)  # it is a random model
     code, record, _ = shrink(capsys, place / "llama", place / "e", *words)
     assert code == 0
     whole = hf.load(place / "llama").model

@@ -1,6 +1,5 @@
 """Texts as they are given: twice, in token ids, not quite Unicode."""
 
-import dataclasses
 import json
 import shutil
 
@@ -13,15 +12,9 @@ from tests.support.tiny_cli import place, run
 pytest.importorskip("tyro")
 pytest.importorskip("tokenizers")
 
-from jaxprune.lm.steps.model_pruning import begin_pruning
-from jaxprune.lm.steps.prune_rules import check_prune
-from jaxprune.lm.steps.recovery_settings import Recovery
-
-from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
-from jaxprune.lm.steps import progress_dir
-from jaxprune.lm.steps import prune_settings as settings
 from jaxprune.lm.steps.console import Console
-from jaxprune.lm.steps.settings import Calibration, Evaluation
+from jaxprune.lm.steps.prune import prepare_prune
+from jaxprune.lm.steps.settings import Calibration, PruneJob, Pruning
 
 __all__ = ["place"]
 
@@ -35,17 +28,17 @@ def rows(tmp_path):
     return tmp_path / "rows.npy"
 
 
-def begun(model, out, calibration):
-    job = settings.PruneJob(
+def facts_of(model, out, calibration):
+    """What decides the result of a pruning."""
+    job = PruneJob(
         model=model,
         out=out,
-        pruning=settings.Pruning(method="sparsegpt", sparsity=0.5),
+        pruning=Pruning(method="sparsegpt", sparsity=0.5),
         calibration=Calibration(
             calibration=(calibration,), sequences=8, length=16, batch=4
         ),
-        evaluation=Evaluation(context=16),
     )
-    return begin_pruning(job, check_prune(job), Console(quiet=True))
+    return prepare_prune(job, Console(quiet=True)).run.__self__.facts()
 
 
 def test_a_text_given_twice_is_refused_under_any_name(place, rows, tmp_path, capsys):
@@ -77,32 +70,9 @@ def test_half_a_surrogate_pair_is_read_as_one_unknown_character(
 
 def test_another_configuration_is_another_job(place, tmp_path):
     model = tiny_cli.model(tmp_path / "model")
-    source = open_directory(model)
-    pruning = begun(model, tmp_path / "out", place / "a.txt")
-    before = progress_dir.job_facts(pruning.job, source, pruning.texts)
+    before = facts_of(model, tmp_path / "out", place / "a.txt")
     tiny_hf.edit(model, rms_norm_eps=1e-3)
-    assert progress_dir.job_facts(pruning.job, source, pruning.texts) != before
-
-
-@pytest.mark.parametrize(
-    ("written", "same"),
-    [
-        ({"recover_top": 64}, True),
-        ({"recover_learning_rate": 1e-4}, False),
-    ],
-)
-def test_a_default_that_is_written_out_is_the_same_job(place, tmp_path, written, same):
-    source = open_directory(place / "model")
-    pruning = begun(place / "model", tmp_path / "out", place / "a.txt")
-    job = pruning.job
-    facts = [
-        progress_dir.job_facts(
-            dataclasses.replace(job, recovery=Recovery(recover_steps=2, **options)),
-            *(source, pruning.texts._replace(training=np.zeros((8, 16), np.int32))),
-        )
-        for options in ({}, written)
-    ]
-    assert (facts[0] == facts[1]) is same
+    assert facts_of(model, tmp_path / "out", place / "a.txt") != before
 
 
 def test_magnitude_needs_no_batches_of_one_shape(place, tmp_path, capsys):

@@ -175,7 +175,7 @@ def test_every_family_gives_the_same_logits_at_the_tokens_that_stay(name, tmp_pa
         ),
         (
             ("--tokens", "448", "--calibration", "a.txt", "--length", "32"),
-            "--tokens must be less than the 448 tokens that there are",
+            "--tokens must be less than the 448 that there are",
         ),
         (
             ("--tokens", "128", "--calibration", "a.txt", "--length", "32"),
