@@ -1,7 +1,7 @@
 """Prune a checkpoint, train what is left, make a smaller one, and compare them.
 
-Give the directory of a real model and texts, `python examples/prune_a_checkpoint.py MODEL
-prose.txt code.jsonl`, or nothing: then a tiny Llama with random weights is written first.
+Give the directory of a real model and texts, or nothing: then a tiny Llama with random
+weights is written first.
 """
 
 import json

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import shutil
 import tempfile
+import weakref
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -395,8 +396,8 @@ def _step(
     """Does a step, or finds that the same one is done."""
     place = None
     if out is None:
-        place = tempfile.TemporaryDirectory(prefix="jaxprune-")
-        out = Path(place.name) / "model"
+        place = _Scratch()
+        out = place.path / "model"
     calibration: Any = job_class.__dataclass_fields__["calibration"].default_factory()
     if texts is not None:
         calibration = dataclasses.replace(
@@ -414,6 +415,14 @@ def _step(
         with _console(model) as console:
             run_job(choosing.prepare_step, job, console, command)
     return dataclasses.replace(model, path=job.out, _place=place)
+
+
+class _Scratch:
+    """A directory that goes with its last model."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="jaxprune-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,5 @@
 """Self-contained HTML pages about pruned, smaller and recovered models."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from jaxprune.lm.report import pruned_model, recovered_model, shrunk_model
-
 __all__ = [
     "canvas",
     "document",
@@ -15,9 +10,3 @@ __all__ = [
     "speeds",
     "stages",
 ]
-
-
-def document(record: Mapping[str, Any]) -> str:
-    """The HTML page of what jaxprune.json says of a model."""
-    pages = {"prune": pruned_model, "recover": recovered_model}
-    return pages.get(record["step"], shrunk_model).document(record)

@@ -6,7 +6,7 @@ The command shows each group under its title, and takes each option by its name 
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import tyro
 
@@ -90,6 +90,8 @@ class Calibration:
     """
 
     calibration: Files = ()
+    TAKES_FEWER: ClassVar[bool] = False  # where a text has no more
+
     sequences: Count = 64
     length: Count = 512
     seed: Count = 0
@@ -333,8 +335,11 @@ class Training:
 class TrainingTexts(Calibration):
     """The texts that are trained on, in place of a calibration.
 
-    Sequences come in a new order once all were trained on.
+    A text that is too short gives the sequences that it has; all come in a new order
+    once each was trained on.
     """
+
+    TAKES_FEWER: ClassVar[bool] = True
 
     sequences: Count = 256
     batch: Count = 1

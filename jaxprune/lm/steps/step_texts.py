@@ -186,9 +186,16 @@ def draw_calibration(
     calibration: Calibration, files: list[text_files.AnyText], begins: Beginning
 ) -> text_files.Drawn:
     """The sequences of these texts, and the rows that were not drawn."""
+    sequences: Any = calibration.sequences - calibration.self_sequences
+    if calibration.TAKES_FEWER:
+        body = calibration.length - (begins.token is not None)
+        due = text_files.shares(sequences, files)
+        sequences = [
+            max(1, text.room(body, n)) for text, n in zip(files, due, strict=True)
+        ]
     return text_files.draw_sequences(
         files,
-        sequences=calibration.sequences - calibration.self_sequences,
+        sequences=sequences,
         length=calibration.length,
         bos=begins.token,
         seed=calibration.seed,

@@ -91,7 +91,7 @@ def test_a_family_is_pruned_with_calibration_and_runs(name, tmp_path, capsys):
     assert code == 0
     nats = tiny_cli.nats(out, ids).mean()
     assert found["texts"]["rows.npy"]["nats"] == pytest.approx(nats, rel=1e-4)
-    words = ["--prompt", "w9 w10", "--steps", "3", "--temperature", "0", "--bos"]
+    words = ["--prompt", "w9 w10", "--steps", "3", "--temperature", "0", "--bos", "yes"]
     code, found, _ = run(capsys, "sample", out, *words)
     assert code == 0
     ids[0, :3] = 1, 9, 10

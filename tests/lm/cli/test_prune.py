@@ -145,11 +145,11 @@ def test_what_is_measured_is_what_is_written(place, tmp_path, capsys):
     assert {of["role"] for of in found["perplexity"].values()} == {
         "held out from calibration"
     }
-    end = tiny_cli.ids(900)[-64:]  # a tenth, but no more than 4 windows of 16 need
-    rows = np.insert(end[:60].reshape(4, 15), 0, 1, axis=1)
-    expected = nats(tmp_path / "out", rows, dtype="float32").mean()
+    (tmp_path / "end.txt").write_text(" ".join(tiny_cli.text(900).split()[-90:]))
+    words = ["--text", tmp_path / "end.txt", "--dtype", "float32"]
+    again = run(capsys, "eval", tmp_path / "out", *words)[1]["texts"]["end.txt"]
     measured = found["perplexity"]["a.txt"]["pruned"]
-    assert measured["nats"] == pytest.approx(expected, rel=1e-5)
+    assert measured["nats"] == pytest.approx(again["nats"], rel=1e-5)
 
 
 def test_magnitude_alone_needs_neither_tokenizer_nor_known_model(tmp_path, capsys):
