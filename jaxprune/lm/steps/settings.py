@@ -6,7 +6,7 @@ The command shows each group under its title, and takes each option by its name 
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import tyro
 
@@ -90,8 +90,6 @@ class Calibration:
     """
 
     calibration: Files = ()
-    TAKES_FEWER: ClassVar[bool] = False  # where a text has no more
-
     sequences: Count = 64
     length: Count = 512
     seed: Count = 0
@@ -338,8 +336,6 @@ class TrainingTexts(Calibration):
     A text that is too short gives the sequences that it has; all come in a new order
     once each was trained on.
     """
-
-    TAKES_FEWER: ClassVar[bool] = True
 
     sequences: Count = 256
     batch: Count = 1

@@ -18,7 +18,7 @@ from jaxprune.lm.steps.opening import (
     text_beginning,
     window_length,
 )
-from jaxprune.lm.steps.settings import WINDOWS, Calibration, Job
+from jaxprune.lm.steps.settings import WINDOWS, Calibration, Job, TrainingTexts
 
 _TOKENIZER = "tokenizer.json"
 
@@ -187,7 +187,7 @@ def draw_calibration(
 ) -> text_files.Drawn:
     """The sequences of these texts, and the rows that were not drawn."""
     sequences: Any = calibration.sequences - calibration.self_sequences
-    if calibration.TAKES_FEWER:
+    if isinstance(calibration, TrainingTexts):  # which may come again
         body = calibration.length - (begins.token is not None)
         due = text_files.shares(sequences, files)
         sequences = [

@@ -28,7 +28,10 @@ RECORD = {
         "text_share": 0.25,
         "losses": [1.5, 1.0, 0.75],
     },
-    "calibration": {"files": [], "self": 8, "sequences": 8, "length": 16, "bos": "no"},
+    "calibration": {
+        **{"files": [], "self": 8, "sequences": 8, "length": 16, "seed": 0},
+        "bos": "no BOS",
+    },
     "sizes": {"zeros": 500, "size": 800, "parameters": 1000},
     "phases": [{"name": "recover", "seconds": 90.0, "peak_memory_bytes": 3 * 10**9}],
     "seconds": 90.0,
@@ -42,7 +45,7 @@ def test_the_page_says_who_was_followed_and_what_came_back():
     page = Page(document(json.loads(json.dumps(RECORD))))
     assert page.loads == []
     shown = (
-        "3 steps of training after large: perplexity on a<b>.txt went from 95.5 to 41.2.",
+        "3 steps of training after large: perplexity on a<b>.txt went from 95.5",
         "0.0001 of each tensor's root mean square",
         *("95.5", "41.2", "4.5591", "3,066", "0.25"),
         *("500 of 1,000 parameters", "1 x cpu", "3 GB"),
