@@ -44,7 +44,7 @@ path, *files = sys.argv[1:] or tiny_llama(work / "model")
 
 model = lm.open(path)
 texts = lm.texts(*files, sequences=16, length=64)
-pruned = lm.prune(model, texts, sparsity=0.5, effort="good")
+pruned = lm.prune(model, texts, sparsity=0.5, effort="quick")
 tuned = lm.recover(pruned, texts, teacher=model, steps=16)
 small = lm.shrink(model, texts, ffn=0.5)
 print(lm.evaluate([model, pruned, tuned, small], texts))

@@ -12,19 +12,9 @@
 It needs the extra `[lm]`; nothing outside of this folder imports it.
 """
 
-from jaxprune.lm.facade import (
-    Model,
-    Results,
-    Texts,
-    evaluate,
-    open,
-    prune,
-    recover,
-    save,
-    shrink,
-    texts,
-    trim,
-)
+from jaxprune.lm.comparison import Results, evaluate
+from jaxprune.lm.facade import prune, recover, shrink, trim
+from jaxprune.lm.model import Model, Texts, open, save, texts
 
 __all__ = [
     "Model",

@@ -168,6 +168,14 @@ def fitted(
     """The options of texts, with a length that the model's context has room for.
 
     Only the default is shortened; what was asked for is refused later.
+
+    Args:
+      texts: options of the texts.
+      source: directory of the model.
+      ignore_config: attributes of config.json that are not looked at.
+
+    Returns:
+      The options.
     """
     try:
         context = hf.decoder_config(source.config, ignore_config=ignore_config).context

@@ -80,6 +80,12 @@ def file_times(source: CheckpointDir) -> dict[str, list[int]]:
     """Sizes and times of the files that decide what a model computes and writes.
 
     To hash weights would take as long as to read them.
+
+    Args:
+      source: directory of the model.
+
+    Returns:
+      File name to size and time of the last change; JSON-able.
     """
     configs = [n for n in source.others if n.endswith((".json", ".jinja"))]
     stats = {n: (source.path / n).stat() for n in sorted([*source.metadata, *configs])}

@@ -56,11 +56,7 @@ def environment(command: str, packages: Sequence[str] = ()) -> dict[str, Any]:
 
 def page_file(record: Mapping[str, Any]) -> dict[str, bytes]:
     """The page of a whole record, by its file's name."""
-    from jaxprune.lm.report.document import (
-        document,  # --help does not wait for matplotlib
-    )
-
-    return {PAGE: document(record).encode(errors="replace")}
+    return {PAGE: page_of(record).encode(errors="replace")}
 
 
 def is_done(directory: Path, command: str) -> bool:

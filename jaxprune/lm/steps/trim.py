@@ -80,9 +80,8 @@ class Trimming(FamilyStep[TrimJob]):
 
     def choose(self, expected: Float[np.ndarray, " rows"] | None) -> NewVocabulary:
         """The tokens that stay."""
-        counts, tokenizer = _count_mixture(self.texts), self.texts.tokenizer
-        assert tokenizer is not None  # token ids alone were refused before
-        size = self.job.tokens
+        counts, size = _count_mixture(self.texts), self.job.tokens
+        tokenizer: Any = self.texts.tokenizer  # token ids alone were refused before
         return choose_vocabulary(self.source, tokenizer, counts, size, expected)
 
     @functools.cached_property

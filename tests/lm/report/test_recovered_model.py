@@ -3,7 +3,7 @@
 import json
 
 from jaxprune.lm.report import recovered_model
-from jaxprune.lm.report.document import document
+from jaxprune.lm.report.any_page import page_of
 from tests.lm.report.test_pruned_model import Page
 
 TEXT = {
@@ -42,7 +42,7 @@ RECORD = {
 
 
 def test_the_page_says_who_was_followed_and_what_came_back():
-    page = Page(document(json.loads(json.dumps(RECORD))))
+    page = Page(page_of(json.loads(json.dumps(RECORD))))
     assert page.loads == []
     shown = (
         "3 steps of training after large: perplexity on a<b>.txt went from 95.5",

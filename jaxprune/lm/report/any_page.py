@@ -6,7 +6,7 @@ from typing import Any
 from jaxprune.lm.report import pruned_model, recovered_model, shrunk_model
 
 
-def document(record: Mapping[str, Any]) -> str:
+def page_of(record: Mapping[str, Any]) -> str:
     """The HTML page of what jaxprune.json says of a model."""
     pages = {"prune": pruned_model, "recover": recovered_model}
     return pages.get(record["step"], shrunk_model).document(record)
