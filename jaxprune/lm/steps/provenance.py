@@ -56,6 +56,9 @@ def environment(command: str, packages: Sequence[str] = ()) -> dict[str, Any]:
 
 def page_file(record: Mapping[str, Any]) -> dict[str, bytes]:
     """The page of a whole record, by its file's name."""
+    # --help does not wait for matplotlib.
+    from jaxprune.lm.report.any_page import page_of
+
     return {PAGE: page_of(record).encode(errors="replace")}
 
 
