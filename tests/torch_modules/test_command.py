@@ -137,7 +137,6 @@ def test_the_weights_are_those_that_prune_trained_gives(place, capsys, tmp_path)
 @pytest.mark.parametrize("name", ["bert", "t5"])
 def test_rows_of_token_ids_beside_a_text_are_used_as_they_are(place, tmp_path, name):
     from jaxprune.lm.checkpoints.checkpoint_dir import open_directory
-    from jaxprune.lm.steps import prune_settings as settings
     from jaxprune.lm.steps.settings import Calibration
     from jaxprune.lm.torch_models.model_inputs import read_inputs
     from jaxprune.lm.torch_models.opening import open_torch_model
@@ -145,14 +144,10 @@ def test_rows_of_token_ids_beside_a_text_are_used_as_they_are(place, tmp_path, n
     rows = np.random.default_rng(0).integers(5, 60, (6, 12)).astype(np.int32)
     np.save(tmp_path / "rows.npy", rows)
     files = (tmp_path / "rows.npy", place / "text.txt")
-    job = settings.PruneJob(
-        model=place / name,
-        out=tmp_path / "out",
-        pruning=settings.Pruning(),
-        calibration=Calibration(calibration=files, sequences=8, length=8),
-        evaluation=settings.Evaluation(evaluate=files[:1], context=16),
+    calibration = Calibration(
+        calibration=files, sequences=8, length=8, evaluate=files[:1]
     )
-    inputs = read_inputs(job, open_torch_model(open_directory(place / name)))
+    inputs = read_inputs(calibration, open_torch_model(open_directory(place / name)))
     # An encoder and a decoder share a row.
     size = {"bert": 12, "t5": 6}[name]
     found = inputs.calibration.arrays["input_ids"]
@@ -433,24 +428,16 @@ SHRINK = ["shrink", "bert", "out", "--calibration", "text.txt"]
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (
-            [*PRUNE, "--recover-steps", "5"],
-            "takes no --recover-steps; train the written",
-        ),
         ([*PRUNE, "self"], "writes no --calibration self"),
         ([*PRUNE, "--mesh", "fsdp=2"], "takes no --mesh"),
-        ([*PRUNE, "--bos"], "takes no --bos"),
+        ([*PRUNE, "--bos", "no"], "takes no --bos"),
         ([*PRUNE, "--ignore-config", "a"], "takes no --ignore-config"),
         ([*PRUNE, "pictures"], "inputs must be of one kind"),
         ([*PRUNE[:5], "--method", "wanda"], "by what it does to inputs, and none"),
-        ([*PRUNE, "--metric", "nothing"], "--metric must be module:function"),
-        ([*PRUNE, "--metric", "json:nothing"], "must name a function of the model"),
         ([*PRUNE, "--length", "64", *SMALL[:4]], "at most 32 tokens for this model"),
         ([*PRUNE, "--exclude", "*.nothing"], "every --exclude must match"),
-        ([*PRUNE, *SMALL], "the dense model must know something"),
         ([*SHRINK, "--layers", "1"], "takes no --layers; build a smaller model"),
         ([*SHRINK, "--budget", "0.5"], "takes no --budget"),
-        ([*SHRINK, "--vocab", "64"], "takes no --vocab; leave it out"),
         ([*SHRINK, "--heads", "0.5"], "cannot say that there are fewer heads"),
         (
             ["prune", "vit", "out", *PRUNE[3:]],

@@ -14,12 +14,17 @@ import jax
 import jax.numpy as jnp
 
 import jaxprune as jp
-from jaxprune.arrays.messages import columns, first_line
+from jaxprune.arrays.messages import first_line
 from jaxprune.arrays.rules import reworded
 from jaxprune.lm.steps import passes, provenance
 from jaxprune.lm.steps.console import Console
 from jaxprune.lm.steps.exclusions import check_globs
-from jaxprune.lm.steps.prune import check_prune, choose_by_effort, with_method
+from jaxprune.lm.steps.prune import (
+    check_prune,
+    choose_by_effort,
+    say_plan,
+    with_method,
+)
 from jaxprune.lm.steps.prune_record import (
     describe_pruning,
     pruning_facts,
@@ -156,33 +161,14 @@ class TorchPruning(TorchStep[PruneJob]):
         samples: Any = self.inputs.calibration  # a rule asks for one
         batch = jp.torch.as_arrays(as_tensors(next(samples.batches(1))))
         trace = jp.trace(self.fn, self.params, batch)
-        matrices = dict.fromkeys(op.leaf for op in trace.linear_ops)
-        rows = [
-            dict(tensor=name, shape=list(leaf.shape), count=1, weights=leaf.size)
-            for name in matrices
-            if self.prunable(name, leaf := self.params[name])
-        ]
-        cells = [
-            [row["tensor"], " x ".join(map(str, row["shape"])), f"{row['weights']:,}"]
-            for row in rows
-        ]
-        self.console.say(
-            columns([["to be pruned", "shape", "weights"], *cells], right=True)
-        )
-        total = sum(row["weights"] for row in rows)
-        method, disk = self.job.pruning.method, 2 * self.source.size
-        self.console.say(
-            f"\n{total:,} weights in {len(rows)} tensors would be pruned by {method}; "
-            f"about {disk:,} bytes of disk"
-        )
-        return {
-            "plan": rows,
-            "method": method,
-            "pattern": self.chosen.facts()["pattern"],
-            "sparsity": self.chosen.sparsity,
-            "allocation": self.job.pruning.allocation,
-            "disk_bytes": disk,
+        matrices = {
+            op.leaf
+            for op in trace.linear_ops
+            if self.prunable(op.leaf, self.params[op.leaf])
         }
+        by_tensor = parameters_of_tensors(self.model.module)
+        names = {n for n in self.source.tensors if by_tensor.get(n, set()) & matrices}
+        return say_plan(self.job, self.chosen, self.source, names, self.console)
 
 
 def _parameter_of(weight: str) -> str:
