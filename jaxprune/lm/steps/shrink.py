@@ -280,12 +280,13 @@ def _check_family(removal: Removal, source: CheckpointDir) -> None:
         "neurons": removal.ffn or removal.budget,
         "heads": removal.heads or removal.budget,
     }
-    flags = {"neurons": "--ffn, ", "heads": "--heads, ", "experts": "--experts, "}
+    flags = {"neurons": "--ffn", "heads": "--heads", "experts": "--experts"}
+    others = [flag for unit, flag in flags.items() if unit in able]
     for unit, share in asked.items():
         if share and unit not in able:
             raise ValueError(
                 f"a directory of model_type {family} cannot have fewer {unit}; give "
-                f"{''.join(flags[u] for u in able if u in flags)}--layers"
+                f"{' or '.join([*others, '--layers'])}"
             )
 
 

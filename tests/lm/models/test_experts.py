@@ -201,7 +201,7 @@ def test_the_command_says_what_it_cannot_do_with_experts(tmp_path, capsys):
     words = ["shrink", str(tmp_path / "model"), str(tmp_path / "out"), "--ffn", "0.5"]
     assert cli.main(words) == 1
     assert (
-        "cannot have fewer neurons; give --experts, --heads, --layers or"
+        "cannot have fewer neurons; give --heads or --experts or --layers"
         in capsys.readouterr().err
     )
     np.save(tmp_path / "rows.npy", tiny_hf.tokens(4, 16))
